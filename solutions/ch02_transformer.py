@@ -1,0 +1,462 @@
+"""Chapter 02: a GPT-2 written from nothing, with hook points, and the ways to draw text from it."""
+
+import math
+from collections.abc import Callable
+
+import einops
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from course_utils.config import TransformerConfig
+from course_utils.hooks import HookPoint
+
+
+class LayerNorm(nn.Module):
+    """Bring every residual vector to mean 0 and variance 1, then scale by `w` and shift by `b`.
+
+    Mean and variance are taken over d_model, separately for each position. The variance divides by d_model (not by
+    d_model - 1), and `cfg.layer_norm_eps` is added to it inside the root. `hook_scale` sees that root, which keeps its
+    last axis (size 1); `hook_normalized` sees the vector before `w` and `b`.
+    Source: Ba et al. 2016, section 3.
+    """
+
+    def __init__(self, cfg: TransformerConfig) -> None:  # given
+        super().__init__()
+        self.eps = cfg.layer_norm_eps
+        self.w = nn.Parameter(torch.ones(cfg.d_model))
+        self.b = nn.Parameter(torch.zeros(cfg.d_model))
+        self.hook_scale = HookPoint()
+        self.hook_normalized = HookPoint()
+
+    def forward(self, resid: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+        """Return the normalised vectors; the residual stream itself stays as it is."""
+        centred = resid - resid.mean(dim=-1, keepdim=True)
+        variance = centred.pow(2).mean(dim=-1, keepdim=True)
+        scale = self.hook_scale((variance + self.eps).sqrt())
+        normalized = self.hook_normalized(centred / scale)
+        return normalized * self.w + self.b
+
+
+class Embed(nn.Module):
+    """Look up one learned vector per token: row `t` of `W_E` belongs to token id `t`."""
+
+    def __init__(self, cfg: TransformerConfig) -> None:  # given
+        super().__init__()
+        self.W_E = nn.Parameter(torch.randn(cfg.d_vocab, cfg.d_model))
+
+    def forward(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
+        """Return the embedding of every token."""
+        return self.W_E[tokens]
+
+
+class PosEmbed(nn.Module):
+    """Look up one learned vector per position: row `p` of `W_pos` belongs to position `p`, whatever token is there."""
+
+    def __init__(self, cfg: TransformerConfig) -> None:  # given
+        super().__init__()
+        self.W_pos = nn.Parameter(torch.randn(cfg.n_ctx, cfg.d_model))
+
+    def forward(self, tokens: Int[Tensor, "batch pos"], offset: int = 0) -> Float[Tensor, "batch pos d_model"]:
+        """Return the position embeddings, the same for every row of the batch.
+
+        The first token stands at position `offset` (0, unless earlier positions are in a key-value cache).
+        """
+        batch, n_pos = tokens.shape
+        return einops.repeat(self.W_pos[offset : offset + n_pos], "pos d_model -> batch pos d_model", batch=batch)
+
+
+def attention_scores(
+    q: Float[Tensor, "batch query head d_head"],
+    k: Float[Tensor, "batch key head d_head"],
+) -> Float[Tensor, "batch head query key"]:
+    """Score how much each query wants each key: the dot product of the two, divided by sqrt(d_head); unmasked.
+
+    Source: Vaswani et al. 2017, section 3.2.1.
+    """
+    d_head = q.shape[-1]
+    return einops.einsum(q, k, "batch query head d_head, batch key head d_head -> batch head query key") / d_head**0.5
+
+
+def causal_mask(scores: Float[Tensor, "batch head query key"]) -> Float[Tensor, "batch head query key"]:
+    """Set the score of every future key to -inf.
+
+    The last query stands at the last key's position, so with more keys than queries (a key-value cache) the earlier
+    keys are all in the past. A query may look at its own position. The input is left unchanged.
+    """
+    n_query, n_key = scores.shape[-2:]
+    future = torch.ones(n_query, n_key, dtype=torch.bool, device=scores.device).triu(diagonal=n_key - n_query + 1)
+    return scores.masked_fill(future, -torch.inf)
+
+
+def project_heads(
+    resid: Float[Tensor, "batch pos d_model"],
+    W: Float[Tensor, "head d_model d_head"],
+    b: Float[Tensor, "head d_head"],
+) -> Float[Tensor, "batch pos head d_head"]:
+    """Give every head its own linear view of the residual stream."""
+    return einops.einsum(resid, W, "batch pos d_model, head d_model d_head -> batch pos head d_head") + b
+
+
+class KVCache:
+    """The keys and values of the positions that a model has already read, so that they need not be computed again."""
+
+    def __init__(self, cfg: TransformerConfig, batch: int) -> None:
+        self.shape = (batch, cfg.n_ctx, cfg.n_heads, cfg.d_head)
+        self.keys: list[Tensor | None] = [None] * cfg.n_layers
+        self.values: list[Tensor | None] = [None] * cfg.n_layers
+        self.lengths = [0] * cfg.n_layers
+
+    @property
+    def length(self) -> int:
+        """How many positions every layer has stored."""
+        return min(self.lengths)
+
+    def append(
+        self, layer: int, k: Float[Tensor, "batch new head d_head"], v: Float[Tensor, "batch new head d_head"]
+    ) -> tuple[Float[Tensor, "batch key head d_head"], Float[Tensor, "batch key head d_head"]]:
+        """Store the new keys and values of a layer; return all of that layer's, the old before the new.
+
+        Raises ValueError where the sequence would grow beyond n_ctx.
+        """
+        start, end = self.lengths[layer], self.lengths[layer] + k.shape[1]
+        if end > self.shape[1]:
+            raise ValueError(f"KVCache: {end} positions do not fit into n_ctx = {self.shape[1]}; start a new cache.")
+        if self.keys[layer] is None:
+            self.keys[layer], self.values[layer] = k.new_empty(self.shape), v.new_empty(self.shape)
+        keys, values = self.keys[layer], self.values[layer]
+        assert keys is not None and values is not None
+        keys[:, start:end], values[:, start:end] = k, v
+        self.lengths[layer] = end
+        return keys[:, :end], values[:, :end]
+
+
+class Attention(nn.Module):
+    """Multi-head causal self-attention: every position gathers what its heads find at earlier ones, or its own.
+
+    Each head has its own `W_Q`, `W_K`, `W_V` and biases. Queries score keys (`attention_scores`), the future is masked
+    (`causal_mask`), a softmax over the keys makes the pattern, the pattern averages the values into `z`, and the heads'
+    `W_O` carry `z` back to the residual stream, where they are summed and `b_O` is added once.
+
+    Hook points, in the order in which they see their tensors: `hook_q`, `hook_k`, `hook_v`, `hook_attn_scores` (masked),
+    `hook_pattern`, `hook_z`, and `hook_result`, each head's own [batch query head d_model] output before `b_O`. The last
+    is large: compute it only when `hook_result.is_watched`. While neither scores nor pattern is watched, the fused
+    `torch.nn.functional.scaled_dot_product_attention` may replace the steps in between: it never builds the pattern.
+
+    Source: Vaswani et al. 2017, section 3.2; per-head weights as in Elhage et al. 2021.
+    """
+
+    def __init__(self, cfg: TransformerConfig) -> None:  # given
+        super().__init__()
+        n_heads, d_model, d_head = cfg.n_heads, cfg.d_model, cfg.d_head
+        self.W_Q, self.W_K, self.W_V = (nn.Parameter(torch.randn(n_heads, d_model, d_head)) for _ in "QKV")
+        self.b_Q, self.b_K, self.b_V = (nn.Parameter(torch.zeros(n_heads, d_head)) for _ in "QKV")
+        self.W_O = nn.Parameter(torch.randn(n_heads, d_head, d_model))
+        self.b_O = nn.Parameter(torch.zeros(d_model))
+        self.layer = 0  # which layer of a key-value cache is ours; Transformer numbers its blocks
+        self.hook_q, self.hook_k, self.hook_v, self.hook_z = (HookPoint() for _ in "qkvz")
+        self.hook_attn_scores, self.hook_pattern = HookPoint(), HookPoint()
+        self.hook_result = HookPoint(on_request=True)
+
+    def forward(
+        self, resid: Float[Tensor, "batch pos d_model"], cache: KVCache | None = None
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """Return what this layer adds to the residual stream (not resid plus it).
+
+        With a key-value cache, `k, v = cache.append(self.layer, k, v)` gives the keys and values of all positions so
+        far, and `resid` holds the new positions only.
+        """
+        q = self.hook_q(project_heads(resid, self.W_Q, self.b_Q))
+        k = self.hook_k(project_heads(resid, self.W_K, self.b_K))
+        v = self.hook_v(project_heads(resid, self.W_V, self.b_V))
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)
+        if self.hook_attn_scores.is_watched or self.hook_pattern.is_watched:
+            scores = self.hook_attn_scores(causal_mask(attention_scores(q, k)))
+            pattern = self.hook_pattern(scores.softmax(dim=-1))
+            z = einops.einsum(pattern, v, "batch head query key, batch key head d_head -> batch query head d_head")
+        else:
+            z = fused_attention(q, k, v)
+        z = self.hook_z(z)
+        if self.hook_result.is_watched:
+            result = einops.einsum(z, self.W_O, "batch pos head d_head, head d_head d_model -> batch pos head d_model")
+            return self.hook_result(result).sum(dim=2) + self.b_O
+        return einops.einsum(z, self.W_O, "batch pos head d_head, head d_head d_model -> batch pos d_model") + self.b_O
+
+
+def fused_attention(
+    q: Float[Tensor, "batch query head d_head"],
+    k: Float[Tensor, "batch key head d_head"],
+    v: Float[Tensor, "batch key head d_head"],
+) -> Float[Tensor, "batch query head d_head"]:
+    """Compute z in one kernel that never stores the scores; the numbers are those of the explicit steps."""
+    n_query, n_key = q.shape[1], k.shape[1]
+    past = None  # the kernel's own causal mask aligns the first query with the first key: right only for square scores
+    if n_query != n_key:
+        past = torch.ones(n_query, n_key, dtype=torch.bool, device=q.device).tril(n_key - n_query)
+    q, k, v = (einops.rearrange(heads, "batch pos head d_head -> batch head pos d_head") for heads in (q, k, v))
+    z = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=past, is_causal=past is None)
+    return einops.rearrange(z, "batch head pos d_head -> batch pos head d_head")
+
+
+def gelu_new(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Let large values pass, stop very negative ones, smoothly: GPT-2's formula for the GELU.
+
+    0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))), element by element.
+    Source: Hendrycks and Gimpel 2016, section 2.
+    """
+    return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+class MLP(nn.Module):
+    """Two linear maps with a non-linearity between them, applied to every position on its own.
+
+    `W_in` and `b_in` go up to d_mlp, `self.act` is the non-linearity, `W_out` and `b_out` come back. `hook_pre` sees the
+    neurons before `self.act`, `hook_post` after it.
+    """
+
+    def __init__(self, cfg: TransformerConfig) -> None:  # given
+        super().__init__()
+        self.W_in = nn.Parameter(torch.randn(cfg.d_model, cfg.d_mlp))
+        self.b_in = nn.Parameter(torch.zeros(cfg.d_mlp))
+        self.W_out = nn.Parameter(torch.randn(cfg.d_mlp, cfg.d_model))
+        self.b_out = nn.Parameter(torch.zeros(cfg.d_model))
+        self.act = {"gelu_new": gelu_new, "relu": torch.relu}[cfg.act]
+        self.hook_pre, self.hook_post = HookPoint(), HookPoint()
+
+    def forward(self, resid: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+        """Return what this layer adds to the residual stream (not resid plus it)."""
+        pre = self.hook_pre(resid @ self.W_in + self.b_in)
+        post = self.hook_post(self.act(pre))
+        return post @ self.W_out + self.b_out
+
+
+class TransformerBlock(nn.Module):
+    """Read from the residual stream, add to it, twice: first attention, then the MLP.
+
+    Each part reads a normalised copy (`ln1`, `ln2`) and its output is added to the stream itself. Hook points, in
+    order: `hook_resid_pre`, `hook_attn_out`, `hook_resid_mid` (after attention was added), `hook_mlp_out`,
+    `hook_resid_post`. With `cfg.attn_only` there are no `ln2`, `mlp`, `hook_resid_mid` and `hook_mlp_out`: attention's
+    sum is the block's output.
+    """
+
+    def __init__(self, cfg: TransformerConfig) -> None:  # given
+        super().__init__()
+        self.cfg = cfg
+        self.ln1, self.attn = make_norm(cfg), Attention(cfg)
+        self.hook_resid_pre, self.hook_attn_out, self.hook_resid_post = HookPoint(), HookPoint(), HookPoint()
+        if not cfg.attn_only:
+            self.ln2, self.mlp = make_norm(cfg), MLP(cfg)
+            self.hook_resid_mid, self.hook_mlp_out = HookPoint(), HookPoint()
+
+    def forward(
+        self, resid: Float[Tensor, "batch pos d_model"], cache: KVCache | None = None
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """Return the residual stream after this block; `cache` is handed on to attention."""
+        resid_pre = self.hook_resid_pre(resid)
+        attn_out = self.hook_attn_out(self.attn(self.ln1(resid_pre), cache))
+        if self.cfg.attn_only:
+            return self.hook_resid_post(resid_pre + attn_out)
+        resid_mid = self.hook_resid_mid(resid_pre + attn_out)
+        mlp_out = self.hook_mlp_out(self.mlp(self.ln2(resid_mid)))
+        return self.hook_resid_post(resid_mid + mlp_out)
+
+
+def make_norm(cfg: TransformerConfig) -> nn.Module:
+    """The normalisation that `cfg` asks for; some toy models do without."""
+    return LayerNorm(cfg) if cfg.normalization == "LN" else nn.Identity()
+
+
+class Unembed(nn.Module):
+    """Turn residual vectors into logits, one per token of the vocabulary: a linear map with a bias."""
+
+    def __init__(self, cfg: TransformerConfig) -> None:  # given
+        super().__init__()
+        self.W_U = nn.Parameter(torch.randn(cfg.d_model, cfg.d_vocab))
+        self.b_U = nn.Parameter(torch.zeros(cfg.d_vocab))
+
+    def forward(self, resid: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:
+        """Return the logits of the next token at every position."""
+        return resid @ self.W_U + self.b_U
+
+
+class Transformer(nn.Module):
+    """The whole model: embeddings, blocks on a residual stream, a last normalisation, the unembedding.
+
+    The residual stream starts as token embedding (`hook_embed`) plus position embedding (`hook_pos_embed`).
+    """
+
+    def __init__(self, cfg: TransformerConfig) -> None:  # given
+        super().__init__()
+        self.cfg = cfg
+        self.embed, self.hook_embed = Embed(cfg), HookPoint()
+        self.pos_embed, self.hook_pos_embed = PosEmbed(cfg), HookPoint()
+        self.blocks = nn.ModuleList(TransformerBlock(cfg) for _ in range(cfg.n_layers))
+        for layer, block in enumerate(self.blocks):
+            block.attn.layer = layer
+        self.ln_final = make_norm(cfg)
+        self.unembed = Unembed(cfg)
+
+    def forward(
+        self, tokens: Int[Tensor, "batch pos"], cache: KVCache | None = None
+    ) -> Float[Tensor, "batch pos d_vocab"]:
+        """Return the logits of the next token at every position.
+
+        With a key-value cache `tokens` are the new ones only, and the first of them stands at position `cache.length`.
+        """
+        offset = 0 if cache is None else cache.length
+        resid = self.hook_embed(self.embed(tokens)) + self.hook_pos_embed(self.pos_embed(tokens, offset))
+        for block in self.blocks:
+            resid = block(resid, cache)
+        return self.unembed(self.ln_final(resid))
+
+
+def init_weights(model: nn.Module, std: float, generator: torch.Generator) -> None:
+    """Give a fresh model the small random weights from which GPT-2 starts, in place.
+
+    Every weight matrix (its name begins with `W_`) is drawn from a normal distribution with mean 0 and deviation `std`,
+    but for those that write into the residual stream (`W_O` and `W_out`): 2 n_layers of them add up, so theirs is
+    std / sqrt(2 n_layers). Biases are 0; LayerNorm starts as plain normalisation: `w` 1, `b` 0.
+    All draws come from `generator`, so that the same seed gives the same model.
+    Source: Radford et al. 2019, section 2.3.
+    """
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            symbol = name.split(".")[-1]
+            if symbol in ("W_O", "W_out"):
+                parameter.normal_(0.0, std / math.sqrt(2 * model.cfg.n_layers), generator=generator)
+            elif symbol.startswith("W_"):
+                parameter.normal_(0.0, std, generator=generator)
+            else:
+                parameter.fill_(1.0 if symbol == "w" else 0.0)
+
+
+def convert_gpt2_weights(state_dict: dict[str, Tensor], cfg: TransformerConfig) -> dict[str, Tensor]:
+    """Rename and reshape the weights of Hugging Face's GPT2LMHeadModel so that our Transformer can load them.
+
+    Theirs are stored [in, out] (their `Conv1D`), so that `resid @ W` is right as it is; only `lm_head.weight` is
+    [out, in]. `c_attn` holds queries, keys and values side by side, and within each the heads side by side: head 0's
+    d_head columns first. `attn.c_proj` takes the heads stacked in the same order. GPT-2 has no unembedding bias: ours is
+    zero. Masks stored among the weights (`attn.bias`, `attn.masked_bias`) are left behind.
+    """
+    gpt2 = {name.removeprefix("transformer."): weight for name, weight in state_dict.items()}
+    ours = {
+        "embed.W_E": gpt2["wte.weight"],
+        "pos_embed.W_pos": gpt2["wpe.weight"],
+        "ln_final.w": gpt2["ln_f.weight"],
+        "ln_final.b": gpt2["ln_f.bias"],
+        "unembed.W_U": gpt2["lm_head.weight"].T,
+        "unembed.b_U": gpt2["lm_head.weight"].new_zeros(cfg.d_vocab),
+    }
+    for layer in range(cfg.n_layers):
+        theirs, block = f"h.{layer}", f"blocks.{layer}"
+        for norm, name in (("ln_1", "ln1"), ("ln_2", "ln2")):
+            ours[f"{block}.{name}.w"] = gpt2[f"{theirs}.{norm}.weight"]
+            ours[f"{block}.{name}.b"] = gpt2[f"{theirs}.{norm}.bias"]
+        weights = gpt2[f"{theirs}.attn.c_attn.weight"].chunk(3, dim=1)
+        biases = gpt2[f"{theirs}.attn.c_attn.bias"].chunk(3)
+        for letter, weight, bias in zip("QKV", weights, biases, strict=True):
+            ours[f"{block}.attn.W_{letter}"] = einops.rearrange(
+                weight, "d_model (head d_head) -> head d_model d_head", head=cfg.n_heads
+            )
+            ours[f"{block}.attn.b_{letter}"] = einops.rearrange(bias, "(head d_head) -> head d_head", head=cfg.n_heads)
+        ours[f"{block}.attn.W_O"] = einops.rearrange(
+            gpt2[f"{theirs}.attn.c_proj.weight"], "(head d_head) d_model -> head d_head d_model", head=cfg.n_heads
+        )
+        ours[f"{block}.attn.b_O"] = gpt2[f"{theirs}.attn.c_proj.bias"]
+        for part, name in (("c_fc", "in"), ("c_proj", "out")):
+            ours[f"{block}.mlp.W_{name}"] = gpt2[f"{theirs}.mlp.{part}.weight"]
+            ours[f"{block}.mlp.b_{name}"] = gpt2[f"{theirs}.mlp.{part}.bias"]
+    return ours
+
+
+def greedy(logits: Float[Tensor, "batch d_vocab"]) -> Int[Tensor, " batch"]:
+    """Pick the most likely token of each row."""
+    return logits.argmax(dim=-1)
+
+
+def apply_temperature(logits: Float[Tensor, "batch d_vocab"], temperature: float) -> Float[Tensor, "batch d_vocab"]:
+    """Divide the logits by `temperature`: below 1 the likely tokens gain, above 1 the distribution flattens.
+
+    Raises ValueError unless the temperature is positive (the limit 0 is `greedy`).
+    """
+    if temperature <= 0:
+        raise ValueError(f"apply_temperature: temperature must be positive, got {temperature}; for 0 use greedy.")
+    return logits / temperature
+
+
+def apply_frequency_penalty(
+    logits: Float[Tensor, "batch d_vocab"], tokens: Int[Tensor, "batch pos"], penalty: float
+) -> Float[Tensor, "batch d_vocab"]:
+    """Make repetition dearer: subtract `penalty` from a token's logit for every time its row already holds it.
+
+    `tokens` are the sequences so far, one row per row of `logits`. The input is left unchanged.
+    """
+    counts = torch.zeros_like(logits).scatter_add(dim=-1, index=tokens, src=torch.ones_like(tokens, dtype=logits.dtype))
+    return logits - penalty * counts
+
+
+def keep_top_k(logits: Float[Tensor, "batch d_vocab"], k: int) -> Float[Tensor, "batch d_vocab"]:
+    """Keep the `k` largest logits of each row and set the others to -inf.
+
+    A `k` larger than the vocabulary keeps everything; raises ValueError for a `k` below 1. The input is left unchanged.
+    Source: Fan et al. 2018, section 5.4.
+    """
+    if k < 1:
+        raise ValueError(f"keep_top_k: k must be at least 1, got {k}.")
+    top = logits.topk(min(k, logits.shape[-1]), dim=-1)
+    return torch.full_like(logits, -torch.inf).scatter(dim=-1, index=top.indices, src=top.values)
+
+
+def keep_top_p(
+    logits: Float[Tensor, "batch d_vocab"], p: float, min_tokens_to_keep: int = 1
+) -> Float[Tensor, "batch d_vocab"]:
+    """Keep each row's smallest set of likeliest tokens whose probabilities sum to at least `p`; the rest become -inf.
+
+    The token with which the sum crosses `p` is kept. At least `min_tokens_to_keep` tokens stay, however small `p` is.
+    Raises ValueError for a `p` outside (0, 1]. The input is left unchanged.
+    Source: Holtzman et al. 2020, section 3.1 (nucleus sampling).
+    """
+    if not 0 < p <= 1:
+        raise ValueError(f"keep_top_p: p must be above 0 and at most 1, got {p}.")
+    ranked, order = logits.sort(dim=-1, descending=True)
+    probabilities = ranked.softmax(dim=-1)
+    sum_before = probabilities.cumsum(dim=-1) - probabilities
+    dropped = sum_before >= p
+    dropped[:, :min_tokens_to_keep] = False
+    return logits.masked_fill(torch.zeros_like(dropped).scatter(dim=-1, index=order, src=dropped), -torch.inf)
+
+
+def sample(logits: Float[Tensor, "batch d_vocab"], generator: torch.Generator) -> Int[Tensor, " batch"]:
+    """Draw one token per row, with the softmax of the row's logits as probabilities.
+
+    Every random number comes from `generator`. A logit of -inf is never drawn.
+    """
+    return torch.multinomial(logits.softmax(dim=-1), num_samples=1, generator=generator).squeeze(-1)
+
+
+@torch.no_grad()
+def generate(
+    model: nn.Module,
+    tokens: Int[Tensor, "batch pos"],
+    n_new: int,
+    pick: Callable[[Tensor], Tensor],
+    eos: int | None = None,
+) -> Int[Tensor, "batch longer"]:
+    """Continue every row of `tokens` by up to `n_new` tokens and return prompt and continuation together.
+
+    In each step `pick` gets the logits [batch d_vocab] at the last position and returns one token per row. A row that
+    has produced `eos` is finished: whatever `pick` says, it goes on with `eos`, and when all rows are finished
+    generation stops. It also stops when the sequence is `model.cfg.n_ctx` long. An `eos` in the prompt finishes nothing.
+    No gradients are recorded.
+    """
+    finished = torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
+    for _ in range(min(n_new, model.cfg.n_ctx - tokens.shape[1])):
+        new = pick(model(tokens)[:, -1])
+        if eos is not None:
+            new = new.masked_fill(finished, eos)
+            finished = finished | (new == eos)
+        tokens = torch.cat([tokens, new[:, None]], dim=1)
+        if finished.all():
+            break
+    return tokens
