@@ -1,0 +1,51 @@
+# One command on a fresh machine: `make lab` to learn, `make test` to see that everything works.
+# Without make (Windows, conda), README.md has the plain lines.
+
+VENV := .venv
+BIN  := $(VENV)/bin
+PYTHON ?=# the interpreter that .venv is made with; found by itself when empty
+TORCH ?=#  "cpu": PyTorch's CPU build, where the platform's default would be a CUDA build of several GB
+ARGS ?=#   passed on, as in: make lab ARGS="--no-browser --port 8899"
+
+help:  ## what can be made
+	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' Makefile
+
+lab: $(VENV)/.core  ## set up, copy missing chapters into work/ and open JupyterLab there
+	@$(BIN)/course lab $(ARGS)
+
+test: $(VENV)/.test  ## set up, run the whole suite, then every cell of the solution notebooks
+	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout 600 solutions/*.ipynb
+
+# Without the suite's options: the shape checks at every call would be timed too.
+bench: $(VENV)/.test  ## measure speed against transformers and torch, and print the ratios
+	$(BIN)/python -m pytest -o addopts= benchmarks $(ARGS)
+
+lint: $(VENV)/.test  ## check style, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.test  ## put the code into the one format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+setup: $(VENV)/.test  ## only the environment, with what the tests need
+
+# Installs again only when a requirement or a pin is newer than the stamp. The extra `test` includes the core.
+$(VENV)/.core $(VENV)/.test: pyproject.toml constraints.txt
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { \
+	  for python in $(PYTHON) python3 python3.13 python3.12 python3.11; do \
+	    if $$python -c 'import sys, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; then \
+	      echo "Making $(VENV) with $$($$python --version)."; \
+	      exec $$python -m venv --clear $(VENV); \
+	    fi; \
+	  done; \
+	  echo "No Python 3.11, 3.12 or 3.13 with venv was found: install one, or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3" >&2; \
+	  exit 1; }
+	@echo "Installing into $(VENV): minutes the first time, seconds afterwards."
+	@$(if $(filter cpu,$(TORCH)),$(BIN)/python -m pip install --quiet --no-deps --index-url https://download.pytorch.org/whl/cpu -c constraints.txt torch)
+	@$(BIN)/python -m pip install --quiet -c constraints.txt -e '.$(if $(filter %.test,$@),[test])'
+	@touch $(VENV)/.core $@
+
+.PHONY: help lab test bench lint format setup

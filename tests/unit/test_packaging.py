@@ -1,0 +1,107 @@
+"""pyproject.toml, constraints.txt and environment.yml agree with each other and with what the code imports."""
+
+import ast
+import re
+import sys
+import tomllib
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[2]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+OURS = {"course_utils", "solutions", "tests", "benchmarks"}
+
+
+def requirements(lines: list[str]) -> dict[str, SpecifierSet]:
+    """Canonical names and the versions that they allow."""
+    parsed = [Requirement(line) for line in lines]
+    return {canonicalize_name(one.name): one.specifier for one in parsed}
+
+
+CORE = requirements(PYPROJECT["project"]["dependencies"])
+TEST = requirements(PYPROJECT["project"]["optional-dependencies"]["test"])
+
+
+def constraints() -> dict[str, SpecifierSet]:
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    return requirements([line for line in lines if line and not line.startswith("#")])
+
+
+def conda() -> dict[str, SpecifierSet]:
+    """The packages of environment.yml, those under `pip:` included, under their names on PyPI."""
+    found = re.findall(
+        r"^ +- ([A-Za-z][\w-]*[<>=][^\s#]+)", (ROOT / "environment.yml").read_text(encoding="utf-8"), re.M
+    )
+    return requirements([re.sub("^pytorch", "torch", line) for line in found])
+
+
+def imported(folder: str) -> set[str]:
+    """The top-level names of other people's modules that the files in a folder import."""
+    names = set()
+    for path in (ROOT / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                names |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+                names.add(node.module.partition(".")[0])
+    return names - sys.stdlib_module_names - OURS
+
+
+def test_constraints_pin_every_requirement_exactly_and_within_its_range() -> None:
+    pins = constraints()
+    assert {str(pin)[:2] for pin in pins.values()} == {"=="}
+    for name, allowed in (CORE | TEST).items():
+        version = str(pins[name]).removeprefix("==")
+        assert version in allowed, f"{name}: constraints.txt has {version}, pyproject.toml asks for {allowed}"
+
+
+def test_torch_is_pinned_without_a_platform() -> None:
+    assert "+" not in str(constraints()["torch"]), "a local version such as +cpu exists on one platform only"
+
+
+def test_environment_names_the_same_packages_and_ranges() -> None:
+    environment = conda()
+    assert environment.pop("python") == SpecifierSet(PYPROJECT["project"]["requires-python"])
+    assert environment == CORE | TEST
+
+
+@pytest.mark.parametrize("name", sorted(CORE | TEST))
+def test_every_requirement_says_why(name: str) -> None:
+    lines = (ROOT / "pyproject.toml").read_text(encoding="utf-8").splitlines()
+    (line,) = [line for line in lines if re.match(rf'\s+"{name}[<>=]', line)]
+    assert re.search(r'",\s+# .{10,}', line), f"pyproject.toml: say in a comment who needs {name} and why"
+
+
+@pytest.mark.parametrize(
+    ("folder", "declared"),
+    [("course_utils", CORE), ("solutions", CORE), ("tests", CORE | TEST), ("benchmarks", CORE | TEST)],
+)
+def test_every_import_is_declared(folder: str, declared: dict[str, SpecifierSet]) -> None:
+    distributions = packages_distributions()
+    missing = {
+        module
+        for module in imported(folder)
+        if not {canonicalize_name(name) for name in distributions.get(module, [])} & set(declared)
+    }
+    assert not missing, f"{folder} imports {sorted(missing)}: declare them in pyproject.toml"
+
+
+def test_every_package_folder_is_built() -> None:
+    folders = {
+        init.parent.relative_to(ROOT)
+        for top in ("course_utils", "solutions")
+        for init in (ROOT / top).rglob("__init__.py")
+    }
+    listed = set(PYPROJECT["tool"]["setuptools"]["packages"]) - {"course_utils.chapters"}
+    assert listed == {".".join(folder.parts) for folder in folders}
+
+
+def test_every_folder_with_code_is_a_package() -> None:
+    for top in ("course_utils", "solutions"):
+        for path in (ROOT / top).rglob("*.py"):
+            assert (path.parent / "__init__.py").exists(), f"{path.relative_to(ROOT)} would be missing from the wheel"
