@@ -34,9 +34,8 @@ def constraints() -> dict[str, SpecifierSet]:
 
 def conda() -> dict[str, SpecifierSet]:
     """The packages of environment.yml, those under `pip:` included, under their names on PyPI."""
-    found = re.findall(
-        r"^ +- ([A-Za-z][\w-]*[<>=][^\s#]+)", (ROOT / "environment.yml").read_text(encoding="utf-8"), re.M
-    )
+    text = (ROOT / "environment.yml").read_text(encoding="utf-8")
+    found = re.findall(r"^ +- ([A-Za-z][\w-]*[<>=][^\s#]+)", text, re.MULTILINE)
     return requirements([re.sub("^pytorch", "torch", line) for line in found])
 
 
