@@ -1,0 +1,158 @@
+"""The wheel carries all that a learner needs, and works from any folder.
+
+Built without build isolation (setuptools comes with the extra `test`), so that no network is needed.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+MODELS = sorted(card.parent.name for card in (ROOT / "course_utils" / "models").glob("*/card.md"))
+BIN = "Scripts" if os.name == "nt" else "bin"
+
+pytestmark = [pytest.mark.wheel, pytest.mark.slow]
+
+
+def run(*command: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a command as a learner would: no variable of this test run may help it."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "JUPYTER", "VIRTUAL"))}
+    clean |= {"PYTHONUTF8": "1", "OMP_NUM_THREADS": "1"} | environment
+    return subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd,
+        env=clean,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=300,
+    )
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built from a copy: setuptools leaves a build folder beside its sources."""
+    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for name in ("course_utils", "solutions", "chapters"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+    built = run(
+        *(
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            "--no-deps",
+            "--no-build-isolation",
+            "--no-index",
+            "-w",
+            target,
+            source,
+        ),
+        cwd=target,
+    )
+    assert built.returncode == 0, built.stdout + built.stderr
+    (path,) = target.glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="module")
+def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The `bin` of a new environment with the wheel and nothing else of ours.
+
+    torch and the other requirements are lent by the environment of this test run through a .pth file, which saves
+    minutes. Its own .pth files, and with them the editable install of this checkout, do not count through such a line.
+    """
+    home = tmp_path_factory.mktemp("environment")
+    venv.create(home, with_pip=False)
+    python = home / BIN / "python"
+    # realpath: the interpreter may be a link, and sysconfig must answer for the new environment.
+    where = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=home).stdout.strip()
+    lent = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
+    (Path(where) / "lent.pth").write_text("\n".join(sorted(lent)) + "\n", encoding="utf-8")
+    installed = run(
+        *(
+            sys.executable,
+            "-m",
+            "pip",
+            "--python",
+            python,
+            "install",
+            "--no-deps",
+            "--no-index",
+            "--ignore-installed",
+            wheel,
+        ),
+        cwd=home,
+    )
+    assert installed.returncode == 0, installed.stdout + installed.stderr
+    return home / BIN
+
+
+def test_wheel_ships_the_course_and_nothing_else(wheel: Path) -> None:
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {name.partition("/")[0] for name in names if ".dist-info/" not in name} == {"course_utils", "solutions"}
+    for folder, home in (("chapters", "course_utils/chapters"), ("solutions", "solutions")):
+        for notebook in (ROOT / folder).glob("*.ipynb"):
+            assert f"{home}/{notebook.name}" in names
+    for path in (ROOT / "course_utils" / "models").rglob("*"):
+        assert path.is_dir() or path.relative_to(ROOT).as_posix() in names
+    assert MODELS, "no model ships"
+
+
+def test_packages_come_from_the_new_environment(environment: Path, tmp_path: Path) -> None:
+    code = "import course_utils, solutions; print(course_utils.__file__, solutions.__file__, sep='\\n')"
+    answer = run(environment / "python", "-c", code, cwd=tmp_path)
+    assert answer.returncode == 0, answer.stderr
+    for line in answer.stdout.splitlines():
+        assert Path(line).is_relative_to(environment.parent)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_shipped_model_loads_and_speaks_from_any_folder(name: str, environment: Path, tmp_path: Path) -> None:
+    code = f"""
+import torch
+from course_utils.pretrained import load_pretrained
+from solutions.ch02_transformer import Transformer
+model = load_pretrained(Transformer, {name!r})
+print(model(torch.tensor([[1, 2, 3]])).isfinite().all().item())
+"""
+    answer = run(environment / "python", "-c", code, cwd=tmp_path)
+    assert answer.stdout.strip() == "True", answer.stderr
+
+
+def test_command_works_from_any_folder(environment: Path, tmp_path: Path) -> None:
+    models = run(environment / "course", "models", cwd=tmp_path)
+    assert models.returncode == 0, models.stderr
+    assert all(name in models.stdout for name in MODELS)
+    status = run(environment / "course", "status", cwd=tmp_path)
+    assert status.returncode == 0, status.stderr
+    assert "02" in status.stdout
+
+
+FOREIGN = "print('somebody else')\n"
+
+
+def test_command_is_not_misled_by_a_folder_named_solutions(environment: Path, tmp_path: Path) -> None:
+    (tmp_path / "solutions").mkdir()
+    (tmp_path / "solutions" / "__init__.py").write_text(FOREIGN, encoding="utf-8")
+    answer = run(environment / "course", "status", cwd=tmp_path)
+    assert answer.returncode == 0, answer.stderr
+    assert "somebody else" not in answer.stdout
+
+
+def test_foreign_solutions_that_hides_ours_is_named_in_one_sentence(environment: Path, tmp_path: Path) -> None:
+    (tmp_path / "solutions").mkdir()
+    (tmp_path / "solutions" / "__init__.py").write_text(FOREIGN, encoding="utf-8")
+    answer = run(environment / "course", "run", "02", cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    assert answer.returncode == 2, answer.stdout + answer.stderr
+    assert "Traceback" not in answer.stderr
+    assert str(tmp_path / "solutions") in answer.stdout + answer.stderr
