@@ -4,7 +4,7 @@
 VENV := .venv
 BIN  := $(VENV)/bin
 PYTHON ?=# the interpreter that .venv is made with; found by itself when empty
-TORCH ?=#  "cpu": PyTorch's CPU build, where the platform's default would be a CUDA build of several GB
+TORCH ?=#  a build of PyTorch other than the platform's default: cpu (Linux's default is CUDA, several GB), cu126, ...
 ARGS ?=#   passed on, as in: make lab ARGS="--no-browser --port 8899"
 
 help:  ## what can be made
@@ -43,9 +43,9 @@ $(VENV)/.core $(VENV)/.test: pyproject.toml constraints.txt
 	  done; \
 	  echo "No Python 3.11, 3.12 or 3.13 with venv was found: install one, or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3" >&2; \
 	  exit 1; }
-	@echo "Installing into $(VENV): minutes the first time, seconds afterwards."
-	@$(if $(filter cpu,$(TORCH)),$(BIN)/python -m pip install --quiet --no-deps --index-url https://download.pytorch.org/whl/cpu -c constraints.txt torch)
-	@$(BIN)/python -m pip install --quiet -c constraints.txt -e '.$(if $(filter %.test,$@),[test])'
+	@echo "Installing into $(VENV): some minutes the first time."
+	@$(if $(TORCH),$(BIN)/python -m pip install --no-deps --index-url https://download.pytorch.org/whl/$(TORCH) -c constraints.txt torch)
+	@$(BIN)/python -m pip install -c constraints.txt -e '.$(if $(filter %.test,$@),[test])'
 	@touch $(VENV)/.core $@
 
 .PHONY: help lab test bench lint format setup
