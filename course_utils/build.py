@@ -1,0 +1,295 @@
+"""`course build`: each lesson and its solutions become the two notebooks of a chapter.
+
+    chapters/src/NN_slug.md  +  solutions/chNN_slug.py  ->  chapters/NN_slug.ipynb    what a learner opens
+                                                        ->  solutions/NN_slug.ipynb   with the solutions in place
+
+An exercise cell of a lesson imports its solution. That line becomes the signature, docstring and
+`raise NotImplementedError` for the learner, and the full source in the solution notebook. Source is cut at the lines
+which the AST names and is otherwise untouched, so both notebooks show what the author wrote. The result depends on
+the sources alone: building twice changes no byte.
+"""
+
+import ast
+import hashlib
+import tomllib
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import nbformat
+
+from course_utils.lint import LessonCell, lesson_problems, name_problems, read_lesson
+from course_utils.notebook import COURSE, DEFINITIONS, FUNCTIONS, names, plain_python
+
+METADATA = {
+    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+    "language_info": {"name": "python"},
+}
+SETUP = """\
+# In Colab this installs the course; everywhere it lets an unwritten exercise say so in one line.
+import sys
+
+if "google.colab" in sys.modules:
+    %pip install -q "{course}=={version}"
+%load_ext course_utils"""
+
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+class BuildError(Exception):
+    """What is wrong with the sources, one problem a line."""
+
+
+class Exercise(NamedTuple):
+    """One exercise cell of a lesson."""
+
+    symbol: str
+    source: str  # what the solution notebook shows
+    stub: str  # what the learner's notebook shows; the same where all is given
+    metadata: dict[str, Any]
+
+
+# --- source ---------------------------------------------------------------------------------------------------------
+
+
+def first_line(node: ast.stmt) -> int:
+    """The line (from 1) on which a statement begins, decorators included."""
+    decorators = getattr(node, "decorator_list", [])
+    return min([node.lineno, *(d.lineno for d in decorators)])
+
+
+def last_line(node: ast.stmt, lines: list[str]) -> int:
+    """The line on which it ends, including comments at the end of its body, which the AST does not know."""
+    end = node.end_lineno or node.lineno
+    for number in range(end + 1, len(lines) + 1):
+        text = lines[number - 1]
+        if text.strip() and not (text.lstrip().startswith("#") and len(text) - len(text.lstrip()) > node.col_offset):
+            break
+        end = number if text.strip() else end
+    return end
+
+
+def definition(text: str, symbol: str) -> ast.stmt:
+    """The top-level function, class or assignment of that name; LookupError where there is none."""
+    for node in reversed(ast.parse(text).body):
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        if getattr(node, "name", None) == symbol or symbol in [t.id for t in targets if isinstance(t, ast.Name)]:
+            return node
+    raise LookupError(f"it defines no {symbol}")
+
+
+def full_source(text: str, symbol: str) -> str:
+    """The definition as it stands in the text, decorators and comments included."""
+    lines, node = text.split("\n"), definition(text, symbol)
+    return "\n".join(lines[first_line(node) - 1 : last_line(node, lines)])
+
+
+def is_given(node: Function, lines: list[str]) -> bool:
+    """Whether a line of the signature ends in `# given`: that body is shown to the learner."""
+    signature = lines[node.lineno - 1 : max(node.lineno, first_line(node.body[0]) - 1)]
+    return any(line.rstrip().endswith("# given") for line in signature)
+
+
+def stub_source(text: str, symbol: str) -> str:
+    """The definition with the bodies taken out that the learner writes.
+
+    A body becomes its docstring, `# YOUR CODE HERE` and `raise NotImplementedError("name")`. In a class the methods
+    marked `# given` stay, and so does everything that is not a method. Raises ValueError where no statement of the
+    exercise (a docstring) or nothing to write would be left, LookupError where the symbol is not defined.
+    """
+    lines, node = text.split("\n"), definition(text, symbol)
+    if isinstance(node, ast.ClassDef):
+        bodies = [(f"{symbol}.{n.name}", n) for n in node.body if isinstance(n, FUNCTIONS)]
+    elif isinstance(node, FUNCTIONS):
+        bodies = [(symbol, node)]
+    else:
+        raise ValueError(f"{symbol} is neither a function nor a class")
+    bodies = [(name, body) for name, body in bodies if not is_given(body, lines)]
+    if not bodies:
+        raise ValueError(f"{symbol} leaves nothing to write: everything is marked `# given`")
+    for name, body in [(symbol, node), *bodies]:
+        # A constructor is stated by the docstring of its class.
+        if not ast.get_docstring(body) and not name.endswith("__"):
+            raise ValueError(f"{name} has no docstring, and that is the statement of the exercise")
+
+    stub, position = [], first_line(node)
+    for name, body in bodies:
+        cut, indent = end_of_signature(name, body, lines), " " * body.body[0].col_offset
+        stub += lines[position - 1 : cut]
+        stub += [f"{indent}# YOUR CODE HERE", f'{indent}raise NotImplementedError("{name}")']
+        position = last_line(body, lines) + 1
+    return "\n".join(stub + lines[position - 1 : last_line(node, lines)])
+
+
+def end_of_signature(name: str, node: Function, lines: list[str]) -> int:
+    """The last line of signature and docstring, after which the body is cut off."""
+    has_docstring = ast.get_docstring(node) is not None
+    for statement in node.body[: 1 + has_docstring]:
+        if lines[statement.lineno - 1][: statement.col_offset].strip():
+            raise ValueError(f"{name}: every statement of the body must begin on a line of its own")
+    return last_line(node.body[0], []) if has_docstring else first_line(node.body[0]) - 1
+
+
+def read_exercise(cell: LessonCell, root: Path) -> Exercise:
+    """Look up the solution of an exercise cell. Raises ValueError or LookupError with what is wrong."""
+    match ast.parse(cell.source).body:
+        case [ast.ImportFrom(module=str(module), names=[ast.alias(name=symbol, asname=None)])]:
+            pass
+        case _:
+            raise ValueError("an exercise cell holds one line, `from solutions.chNN_slug import name`")
+    path = root.joinpath(*module.split(".")).with_suffix(".py")
+    if not module.startswith("solutions.") or not path.is_file():
+        raise LookupError(f"there is no module {module}")
+    text = path.read_text(encoding="utf-8")
+    try:
+        source = full_source(text, symbol)
+        if "given" in cell.tags:
+            return Exercise(symbol, source, source, {"tags": ["given"]})
+        stub = stub_source(text, symbol)
+    except (LookupError, ValueError) as error:
+        raise type(error)(f"{module}: {error}") from None
+    difficulty, minutes = cell.options.get("difficulty"), cell.options.get("minutes")
+    if difficulty not in (1, 2, 3, 4, 5) or not isinstance(minutes, int) or minutes < 1:
+        raise ValueError(f"{symbol} needs `:difficulty:` from 1 to 5 and `:minutes:`")
+    header = f"# Exercise · difficulty {'●' * difficulty}{'○' * (5 - difficulty)} · about {minutes} minutes\n"
+    course = {"exercise": symbol, "difficulty": difficulty, "minutes": minutes}
+    return Exercise(symbol, header + source, header + stub, {"tags": ["exercise"], "course": course})
+
+
+# --- which cells wait for an exercise -------------------------------------------------------------------------------
+
+
+def waiting_cells(cells: list[str], exercises: set[str]) -> list[bool]:
+    """For each code cell whether running it needs one of the exercises, directly or through what other cells bind.
+
+    Static and generous: a cell that reads a tainted name may stop at its first line, so all that it binds, and every
+    object which it changes or calls a method of in passing, is tainted from there on.
+    """
+    tainted, modules, waiting = set(exercises), set(), []
+    for cell in cells:
+        code = plain_python(cell)
+        tree, found = ast.parse(code), names(code)
+        modules |= set().union(*(names(ast.unparse(n)).bound for n in tree.body if isinstance(n, DEFINITIONS[:2])))
+        if all(isinstance(node, DEFINITIONS) for node in tree.body):
+            # Defining is harmless; calling what was defined is not. An exercise cell itself ends up here.
+            parts = [names(ast.unparse(node)) for node in tree.body]
+            tainted |= set().union(*(part.bound for part in parts if part.read & tainted))
+            waiting.append(False)
+        elif found.read & tainted:
+            tainted |= found.bound | (changed(tree) - modules)
+            waiting.append(True)
+        else:
+            tainted -= found.bound
+            waiting.append(False)
+    return waiting
+
+
+def changed(tree: ast.Module) -> set[str]:
+    """Names of objects that the code writes into (`seen[0] = ...`) or calls for their effect (`losses.append(...)`)."""
+    calls = [n.value.func for n in ast.walk(tree) if isinstance(n, ast.Expr) and isinstance(n.value, ast.Call)]
+    parts = [n for n in ast.walk(tree) if isinstance(n, (ast.Attribute, ast.Subscript))]
+    owners = set()
+    for part in parts:
+        if part in calls or isinstance(part.ctx, ast.Store):
+            owner: ast.expr = part
+            while isinstance(owner, (ast.Attribute, ast.Subscript)):
+                owner = owner.value
+            if isinstance(owner, ast.Name):
+                owners.add(owner.id)
+    return owners
+
+
+# --- notebooks ------------------------------------------------------------------------------------------------------
+
+
+def new_cell(kind: str, source: str, identity: str, metadata: Mapping[str, Any]) -> nbformat.NotebookNode:
+    """A cell with no id, output or metadata but ours."""
+    make = nbformat.v4.new_code_cell if kind == "code" else nbformat.v4.new_markdown_cell
+    return make(source, id=identity, metadata=nbformat.from_dict({k: v for k, v in metadata.items() if v}))
+
+
+def identities(cells: list[LessonCell]) -> list[str]:
+    """A cell's id comes from the lesson's text, and from how often that text stood before."""
+    seen: Counter[str] = Counter()
+    result = []
+    for cell in cells:
+        digest = hashlib.sha256(f"{cell.kind}\n{cell.source}".encode()).hexdigest()[:12]
+        result.append(f"{digest}-{seen[digest]}" if seen[digest] else digest)
+        seen[digest] += 1
+    return result
+
+
+def finished(name: str, cells: list[nbformat.NotebookNode], unused: bool) -> str:
+    """The text of a notebook file; nothing in it comes from anywhere but the sources."""
+    problems = name_problems(name, [cell.source for cell in cells if cell.cell_type == "code"], unused)
+    if problems:
+        raise BuildError("\n".join(problems))
+    notebook = nbformat.v4.new_notebook(cells=cells, metadata=METADATA)
+    notebook.nbformat_minor = 5
+    return nbformat.writes(notebook, version=4) + "\n"
+
+
+def build_chapter(lesson: Path, root: Path) -> tuple[str, str]:
+    """The learner's notebook and the solution notebook of a lesson, as text. Raises BuildError with all problems."""
+    cells = read_lesson(lesson)
+    exercises, problems = {}, []
+    for number, cell in enumerate(cells):
+        if {"exercise", "given"} & set(cell.tags):
+            try:
+                exercises[number] = read_exercise(cell, root)
+            except (LookupError, ValueError, SyntaxError) as error:
+                problems.append(f"{cell.where}: {error.args[0]}")
+    to_write = {number: exercise.symbol for number, exercise in exercises.items() if exercise.stub != exercise.source}
+    problems += lesson_problems(cells, to_write)
+    if problems:
+        raise BuildError("\n".join(problems))
+
+    version = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    learner: list[nbformat.NotebookNode] = []
+    solution: list[nbformat.NotebookNode] = []
+    for number, (cell, identity) in enumerate(zip(cells, identities(cells), strict=True)):
+        if cell.kind == "code" and not any(c.kind == "code" for c in cells[:number]):
+            for notebook in (learner, solution):
+                notebook.append(new_cell("code", SETUP.format(course=COURSE, version=version), "course-setup", {}))
+        shown = exercises.get(number) or Exercise("", cell.source, cell.source, {"tags": cell.tags})
+        learner.append(new_cell(cell.kind, shown.stub, identity, shown.metadata))
+        solution.append(new_cell(cell.kind, shown.source, identity, shown.metadata))
+
+    code = [cell for cell in learner if cell.cell_type == "code"]
+    for cell, waits in zip(code, waiting_cells([cell.source for cell in code], set(to_write.values())), strict=True):
+        if waits:
+            cell.metadata["tags"] = sorted({*cell.metadata.get("tags", []), "raises-exception"})
+    name = f"{lesson.stem}.ipynb"
+    return finished(f"chapters/{name}", learner, unused=False), finished(f"solutions/{name}", solution, unused=True)
+
+
+def render(root: Path) -> dict[Path, str]:
+    """Every generated file of the course and its text. Raises BuildError with the problems of all lessons."""
+    files, problems = {}, []
+    lessons = sorted((root / "chapters" / "src").glob("[0-9][0-9]_*.md"))
+    for lesson in lessons:
+        try:
+            texts = build_chapter(lesson, root)
+        except BuildError as error:
+            problems.append(str(error))
+        else:
+            for folder, text in zip(("chapters", "solutions"), texts, strict=True):
+                files[root / folder / f"{lesson.stem}.ipynb"] = text
+    known = {lesson.stem for lesson in lessons}
+    for folder in ("chapters", "solutions"):
+        for path in sorted((root / folder).glob("*.ipynb")):
+            if path.stem not in known:
+                problems.append(f"{folder}/{path.name}: generated from no lesson; delete it or restore its source")
+    if problems:
+        raise BuildError("\n".join(problems))
+    return files
+
+
+def build(root: Path) -> list[Path]:
+    """Bring the generated notebooks up to date; returns the files that changed. Nothing is written after an error."""
+    changes = {p: t for p, t in render(root).items() if not p.is_file() or p.read_bytes() != t.encode("utf-8")}
+    for path, text in changes.items():
+        path.write_bytes(text.encode("utf-8"))
+    return list(changes)

@@ -1,0 +1,300 @@
+"""The command `course`: open the chapters, check what you wrote, run the solutions, build the notebooks.
+
+Exit codes: 0 all is well; 1 an exercise is wrong or not written, a cell failed, a lesson has problems; 2 the command
+cannot be carried out as it was given (no such chapter, a broken notebook), which one sentence explains.
+"""
+
+import argparse
+import contextlib
+import io
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+from course_utils.notebook import (
+    CourseError,
+    chapters_folder,
+    checkout,
+    exercise,
+    load_notebook,
+    read_notebook,
+    verify_solutions,
+    work_folder,
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    args, rest = parse(argv)
+    try:
+        if args.command == "lab":
+            return lab(args.port, args.no_browser, rest)
+        if args.command == "check":
+            return check(args.chapter, args.notebook)
+        if args.command == "run":
+            return run(args.chapter, args.html)
+        return {"status": status, "build": build, "models": models}[args.command]()
+    except CourseError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nStopped.", file=sys.stderr)
+        return 130
+
+
+def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """The arguments, and those that `lab` hands on to JupyterLab."""
+    parser = argparse.ArgumentParser(
+        prog="course", description="Circuits from Scratch.", epilog=(__doc__ or "").split("\n\n")[1]
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    add = commands.add_parser("lab", help="open your chapters in JupyterLab (further arguments go to it)")
+    add.add_argument("--port", type=int, help="the port to serve on")
+    add.add_argument("--no-browser", action="store_true", help="print the address, but open no browser")
+    add = commands.add_parser("check", help="check the exercises of a chapter")
+    add.add_argument("chapter", metavar="NN", help="a chapter's number, such as 02")
+    add.add_argument("--notebook", type=Path, help="the notebook to check, instead of the one in work/")
+    commands.add_parser("status", help="which exercises are done")
+    add = commands.add_parser("run", help="run a chapter with the solutions in place")
+    add.add_argument("chapter", metavar="NN", help="a chapter's number, such as 02")
+    add.add_argument("--html", type=Path, metavar="OUT", help="write what came out to this file")
+    commands.add_parser("build", help="build the notebooks from chapters/src and solutions (for authors)")
+    commands.add_parser("models", help="the models that ship with the course")
+    args, rest = parser.parse_known_args(argv)
+    if rest and args.command != "lab":
+        parser.error(f"unknown arguments: {' '.join(rest)}")
+    return args, rest
+
+
+def find_chapter(folder: Path, chapter: str) -> Path:
+    """The notebook of a chapter in a folder; `2`, `02` and `02_transformer` name the same one."""
+    known = {path.stem[:2]: path for path in sorted(folder.glob("[0-9][0-9]_*.ipynb"))}
+    number = re.match(r"\d+", chapter)
+    path = known.get(number[0].zfill(2)) if number else None
+    if path is None:
+        raise CourseError(f"There is no chapter {chapter}; there are: {', '.join(known) or 'none at all'}.")
+    return path
+
+
+# --- lab ------------------------------------------------------------------------------------------------------------
+
+
+def lab(port: int | None, no_browser: bool, rest: list[str]) -> int:
+    """Put the missing chapters into the work folder, start JupyterLab there and print its address."""
+    work = fill_work_folder()
+    command = [sys.executable, "-m", "jupyterlab", "--ServerApp.answer_yes=True", "--log-level=WARN"]
+    command += [f"--port={port}"] * (port is not None) + ["--no-browser"] * no_browser + rest
+    server = subprocess.Popen(command, cwd=work)
+    try:
+        address = wait_for_address(server)
+        if address:
+            print(f"Your chapters are in {work}\nJupyterLab: {address}   (Ctrl-C stops it)", flush=True)
+        return server.wait()
+    except KeyboardInterrupt:  # Jupyter got it too
+        server.wait()
+        return 0
+    finally:
+        server.terminate()
+
+
+def fill_work_folder() -> Path:
+    """Copy the chapters that are not yet in the work folder; what is there stays as it is."""
+    chapters = sorted(chapters_folder().glob("[0-9][0-9]_*.ipynb"))
+    if not chapters:
+        raise CourseError(f"There are no chapters in {chapters_folder()}: install the course again, or `course build`.")
+    work = work_folder()
+    work.mkdir(exist_ok=True)
+    for path in chapters:
+        if not (work / path.name).exists():
+            shutil.copyfile(path, work / path.name)
+            print(f"new in {work.name}/: {path.name}")
+    return work
+
+
+def wait_for_address(server: subprocess.Popen) -> str | None:
+    """The address of JupyterLab with its token, as soon as it serves; None if it stops instead."""
+    from jupyter_server.serverapp import list_running_servers
+
+    while server.poll() is None:
+        for info in list_running_servers():
+            if info["pid"] == server.pid:
+                return info["url"] + "lab" + (f"?token={info['token']}" if info["token"] else "")
+        time.sleep(0.2)
+    return None
+
+
+# --- check and status -----------------------------------------------------------------------------------------------
+
+
+class Verdict(NamedTuple):
+    """What came of one exercise."""
+
+    state: str  # "correct", "wrong" or "not written yet"
+    message: str
+
+
+def judge(path: Path, chapter: str) -> Iterator[Verdict]:
+    """Check every exercise of a chapter in a notebook. Raises CourseError when the notebook is another one."""
+    from course_utils.checks import CheckFailed, NotWritten, find_checks
+    from course_utils.checks import check as check_one
+
+    symbols = find_checks().get(chapter, {})
+    module = load_notebook(path, symbols)
+    if symbols and not any(symbol in module.__broken__ or hasattr(module, symbol) for symbol in symbols):
+        raise CourseError(
+            f"{path} holds no exercise of chapter {chapter}: is it another chapter's, or another course's?"
+        )
+    for symbol in symbols:
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                check_one(exercise(module, symbol), symbol)
+        except NotWritten as error:
+            yield Verdict("not written yet", str(error))
+        except (CheckFailed, CourseError) as error:
+            yield Verdict("wrong", str(error))
+        else:
+            yield Verdict("correct", f"{symbol}: correct")
+
+
+def check(chapter: str, notebook: Path | None) -> int:
+    """Say what is right and what is not, one exercise after the other; 0 when all are correct, otherwise 1."""
+    number = find_chapter(chapters_folder(), chapter).stem[:2]
+    path = notebook or learners_notebook(number)
+    states = []
+    for verdict in judge(path, number):
+        print(verdict.message, flush=True)
+        states.append(verdict.state)
+    counts = ", ".join(f"{states.count(s)} {s}" for s in ("correct", "wrong", "not written yet"))
+    print(f"\n{path.name}: {counts}, of {len(states)}.")
+    return int(set(states) != {"correct"})
+
+
+def learners_notebook(chapter: str) -> Path:
+    """The learner's copy of a chapter; the newest if there are several."""
+    paths = sorted(work_folder().glob(f"{chapter}_*.ipynb"))
+    if not paths:
+        raise CourseError(
+            f"There is no notebook of chapter {chapter} in {work_folder()}: `course lab` puts it there, "
+            "`--notebook PATH` names another."
+        )
+    return paths[0]
+
+
+def status() -> int:
+    """Print a table of the exercises done, chapter by chapter."""
+    print(f"{'chapter':<24} {'correct':>8} {'wrong':>8} {'not written':>12}")
+    for path in sorted(chapters_folder().glob("[0-9][0-9]_*.ipynb")):
+        title = path.stem.replace("_", " ")
+        try:
+            states = [verdict.state for verdict in judge(learners_notebook(path.stem[:2]), path.stem[:2])]
+        except CourseError as error:
+            print(f"{title:<24} {error}")
+            continue
+        correct = f"{states.count('correct')}/{len(states)}"
+        print(f"{title:<24} {correct:>8} {states.count('wrong'):>8} {states.count('not written yet'):>12}")
+    return 0
+
+
+# --- run ------------------------------------------------------------------------------------------------------------
+
+
+def run(chapter: str, html: Path | None) -> int:
+    """Run a solution notebook in a folder of its own, with a line for each cell; the notebook itself stays as it is."""
+    from nbclient.exceptions import CellExecutionError, DeadKernelError
+
+    verify_solutions()
+    spec = find_spec("solutions")
+    assert spec is not None and spec.origin is not None  # verified above
+    path = find_chapter(Path(spec.origin).parent, chapter)
+    if html is not None and not html.resolve().parent.is_dir():
+        raise CourseError(f"The folder of {html} does not exist: make it first, or name another place.")
+    notebook = read_notebook(path)
+    start = time.perf_counter()
+    try:
+        execute(notebook, {"PLOTLY_RENDERER": "plotly_mimetype+notebook"} if html else {})
+    except CellExecutionError as error:
+        print(f"{path.name}: a cell failed.\n{error}", file=sys.stderr)
+        return 1
+    except DeadKernelError:
+        print(f"{path.name}: the kernel died; most often there is too little memory.", file=sys.stderr)
+        return 1
+    print(f"{path.name}: all cells ran in {time.perf_counter() - start:.0f} s.")
+    if html is not None:
+        from nbconvert import HTMLExporter
+
+        html.write_text(HTMLExporter().from_notebook_node(notebook)[0], encoding="utf-8")
+        print(f"Written: {html}")
+    return 0
+
+
+def execute(notebook, environment: dict[str, str]) -> None:  # type: ignore[no-untyped-def]
+    """Run all cells in place, in an empty folder, printing a line after each.
+
+    The packages of this course come first on the kernel's path, whatever else is called `solutions`.
+    """
+    from nbclient import NotebookClient
+
+    total = sum(cell.cell_type == "code" for cell in notebook.cells)
+    number, began = 0, time.perf_counter()
+
+    def report(cell, cell_index, execute_reply) -> None:  # type: ignore[no-untyped-def]
+        nonlocal number, began
+        number, seconds, began = number + 1, time.perf_counter() - began, time.perf_counter()
+        first = next((line for line in cell.source.splitlines() if line and not line.startswith("#")), "")
+        print(f"[{number:>3}/{total}] {seconds:6.1f} s  {first[:80]}", flush=True)
+
+    here = str(Path(__file__).resolve().parent.parent)
+    path = os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])])
+    with tempfile.TemporaryDirectory() as folder:
+        client = NotebookClient(
+            notebook,
+            timeout=None,
+            kernel_name="python3",
+            resources={"metadata": {"path": folder}},
+            on_cell_executed=report,
+        )
+        client.execute(env={**os.environ, "PYTHONPATH": path, **environment})
+
+
+# --- build and models -----------------------------------------------------------------------------------------------
+
+
+def build() -> int:
+    """Build the notebooks of the checkout around the current folder."""
+    root = checkout()
+    if root is None:
+        raise CourseError("`course build` needs the lessons: run it inside a checkout of the repository.")
+    from course_utils.build import BuildError
+    from course_utils.build import build as build_all
+
+    try:
+        changed = build_all(root)
+    except BuildError as error:
+        print(error, file=sys.stderr)
+        return 1
+    for path in changed:
+        print(f"built {path.relative_to(root)}")
+    if not changed:
+        print("Everything is up to date.")
+    return 0
+
+
+def models() -> int:
+    """Print the models that ship, with the first sentence of each card."""
+    for card in sorted((Path(__file__).parent / "models").glob("*/card.md")):
+        prose = [line for line in card.read_text(encoding="utf-8").splitlines() if re.match(r"\w", line)]
+        size = sum(path.stat().st_size for path in card.parent.glob("*.safetensors")) / 1e6
+        print(f"{card.parent.name:<20} {size:6.1f} MB  {prose[0] if prose else ''}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,118 @@
+"""Read a lesson, and say what would disappoint a learner in its prose, its exercises or the notebooks built from it."""
+
+import ast
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from course_utils.notebook import plain_python
+
+FENCED = re.compile(r"^(`{3,}|~{3,}).*?^\1", re.MULTILINE | re.DOTALL)
+MYST = {
+    "a directive": re.compile(r"^\s*(`{3,}|~{3,}|:{3,})\s*\{[^}]*\}|^\s*:{3,}\s*\w*\s*$", re.MULTILINE),
+    "a role": re.compile(r"\{[\w:.-]+\}`[^`]+`"),
+    "a target": re.compile(r"^\([\w:.-]+\)=\s*$", re.MULTILINE),
+    "a comment": re.compile(r"^% ", re.MULTILINE),
+}
+
+
+class LessonCell(NamedTuple):
+    """A cell of a lesson; `where` is its file and line."""
+
+    kind: str  # "code" or "markdown"
+    source: str
+    tags: list[str]
+    options: Mapping[str, Any]
+    where: str
+
+
+def read_lesson(path: Path) -> list[LessonCell]:
+    """Read a lesson through jupytext (MyST), with the line on which each cell's text begins."""
+    import jupytext
+
+    text = path.read_text(encoding="utf-8")
+    cells, position = [], 0
+    for cell in jupytext.reads(text, fmt="md:myst").cells:
+        position = max(position, text.find(cell.source, position))
+        line = text.count("\n", 0, position) + 1
+        options = dict(cell.metadata)
+        tags = options.pop("tags", [])
+        cells.append(LessonCell(cell.cell_type, cell.source, tags, options, f"chapters/src/{path.name}:{line}"))
+    return cells
+
+
+def lesson_problems(cells: list[LessonCell], exercises: Mapping[int, str]) -> list[str]:
+    """What is wrong with the prose and the order of cells; `exercises` maps cell numbers to the symbol asked for."""
+    problems = prose_problems(cell for cell in cells if cell.kind == "markdown")
+    code = [number for number, cell in enumerate(cells) if cell.kind == "code"]
+    if not code or "setup" not in cells[code[0]].tags:
+        problems.append(
+            f"{cells[code[0]].where if code else 'the lesson'}: the first code cell must carry the tag `setup`"
+        )
+    for number in code:
+        where = cells[number].where
+        if cells[number].source.lstrip().startswith("%%"):
+            problems.append(f"{where}: a cell magic hides its code from the builder; use statements or a line magic")
+            continue
+        try:
+            ast.parse(plain_python(cells[number].source))
+        except SyntaxError as error:
+            problems.append(f"{where}: {error.msg}")
+    for number, symbol in exercises.items():
+        following = next((cells[n].source for n in code if n > number), "")
+        if not is_check(following, symbol):
+            problems.append(f"{cells[number].where}: the code cell after the exercise must hold `check({symbol})`")
+    seen: set[str] = set()
+    for number, symbol in exercises.items():
+        if symbol in seen:
+            problems.append(f"{cells[number].where}: {symbol} has been an exercise before")
+        seen.add(symbol)
+    return problems
+
+
+def is_check(source: str, symbol: str) -> bool:
+    """Whether the cell calls check(symbol)."""
+    try:
+        calls = [node for node in ast.walk(ast.parse(plain_python(source))) if isinstance(node, ast.Call)]
+    except SyntaxError:
+        return False
+    return any(ast.unparse(c.func) == "check" and c.args and ast.unparse(c.args[0]) == symbol for c in calls)
+
+
+def prose_problems(cells: Iterable[LessonCell]) -> list[str]:
+    """MyST syntax, which Jupyter and Colab show as it stands, and headings that skip a level."""
+    problems, level = [], 0
+    for cell in cells:
+        for kind, pattern in MYST.items():
+            for match in pattern.finditer(cell.source if kind == "a directive" else FENCED.sub("", cell.source)):
+                problems.append(f"{cell.where}: {kind} of MyST does not render in Jupyter: {match[0].strip()}")
+        for marks, title in re.findall(r"^(#{1,6})\s+(.*)$", FENCED.sub("", cell.source), re.MULTILINE):
+            if len(marks) > level + 1 or (len(marks) == 1 and level):
+                wanted = "a lesson has one title" if len(marks) == 1 else f"expected at most {'#' * (level + 1)}"
+                problems.append(f"{cell.where}: heading `{marks} {title}` is out of order; {wanted}")
+            level = len(marks)
+    return problems
+
+
+def name_problems(notebook: str, cells: list[str], unused: bool = True) -> list[str]:
+    """What pyflakes says about the code cells of a notebook read one after the other.
+
+    Without `unused` nothing is said about imports that nobody reads yet: in a learner's notebook they wait for the
+    learner's code.
+    """
+    from pyflakes import checker, messages  # type: ignore[import-untyped]
+
+    waiting = () if unused else (messages.UnusedImport, messages.RedefinedWhileUnused)
+    # jaxtyping's shapes are no code, whatever pyflakes makes of them.
+    ignored = (messages.ForwardAnnotationSyntaxError, *waiting)
+    code, starts = "", []
+    for cell in cells:
+        starts.append(code.count("\n"))
+        code += plain_python(cell).rstrip("\n") + "\n"
+    found = checker.Checker(ast.parse(code), filename=notebook, builtins={"get_ipython", "display"})
+    problems = []
+    for message in sorted((m for m in found.messages if not isinstance(m, ignored)), key=lambda m: m.lineno):
+        number = sum(start < message.lineno for start in starts)
+        problems.append(f"{notebook}: code cell {number}: {message.message % message.message_args}")
+    return problems
