@@ -1,0 +1,1 @@
+"""The generators that make the course's data."""

@@ -1,0 +1,140 @@
+"""Train a transformer on tales: what the recipes have in common.
+
+Every batch is drawn from the seed and its own number, so a run that was killed goes on from its last checkpoint as if
+nothing had happened, and the same seed on the same kind of machine gives the same weights.
+"""
+
+import argparse
+import json
+import math
+import os
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from course_utils.config import TransformerConfig
+from course_utils.data import tales
+from solutions.ch02_transformer import Transformer, init_weights
+from solutions.recipes.evaluation import behaviour, nats_per_story
+
+HELD_OUT_SEED = 1_000_003  # stories for evaluation; training seeds are below a million
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the weights, besides the data and the code."""
+
+    name: str
+    cfg: TransformerConfig
+    steps: int
+    batch: int = 16
+    peak_lr: float = 2e-3
+    warmup: int = 300
+    weight_decay: float = 0.01
+    init_std: float = 0.05
+    clip: float = 1.0
+    seed: int = 0
+
+
+def training_batch(tokenizer: Any, recipe: Recipe, step: int) -> Tensor:
+    """Rows of n_ctx + 1 tokens: whole stories one after another, each begun by the end-of-text token, the last cut."""
+    stories = tales.stream(seed=recipe.seed * 100_000_000 + step)
+    length = recipe.cfg.n_ctx + 1
+    rows: list[list[int]] = []
+    while len(rows) < recipe.batch:
+        row: list[int] = []
+        while len(row) < length:
+            row += [tokenizer.bos_token_id, *tokenizer.encode(next(stories).text)]
+        rows.append(row[:length])
+    return torch.tensor(rows)
+
+
+def learning_rate(recipe: Recipe, step: int) -> float:
+    """Rise linearly for `warmup` steps, then fall along half a cosine to a fiftieth of the peak."""
+    if step < recipe.warmup:
+        return recipe.peak_lr * (step + 1) / recipe.warmup
+    progress = (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)
+    return recipe.peak_lr * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def training_loss(model: nn.Module, tokens: Tensor) -> Tensor:
+    """The mean cross-entropy of each next token, in nats."""
+    logits = model(tokens[:, :-1])
+    return nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+
+
+def optimizer_for(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """AdamW; only the matrices inside the blocks decay, as embeddings of rare tokens and biases would be forgotten."""
+    inside = [p for name, p in model.named_parameters() if name.startswith("blocks") and ".W_" in name]
+    outside = [p for name, p in model.named_parameters() if not (name.startswith("blocks") and ".W_" in name)]
+    groups = [{"params": inside, "weight_decay": recipe.weight_decay}, {"params": outside, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=recipe.peak_lr, betas=(0.9, 0.98))
+
+
+def save_atomically(path: Path, state: dict[str, Any]) -> None:
+    """Write beside the old checkpoint and swap: a kill in between leaves the old one whole."""
+    partial = path.with_suffix(".partial")
+    torch.save(state, partial)
+    os.replace(partial, path)
+
+
+def train(recipe: Recipe, tokenizer: Any, out: Path, device: str = "cpu", log_every: int = 500) -> tuple[Transformer, list[dict]]:
+    """Train, or go on with training, and return the model with its history.
+
+    The history holds, every `log_every` steps, the tokens seen, the training loss (nats per token) and the held-out
+    loss in nats per story beside the grammar's entropy, which no model can beat.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    checkpoint = out / "checkpoint.pt"
+    model = Transformer(recipe.cfg)
+    init_weights(model, recipe.init_std, torch.Generator().manual_seed(recipe.seed))
+    model.to(device)
+    optimizer = optimizer_for(model, recipe)
+    history: list[dict] = []
+    first, seconds = 0, 0.0
+    if checkpoint.exists():
+        state = torch.load(checkpoint, map_location=device, weights_only=True)
+        if state["recipe"] != repr(recipe):
+            raise SystemExit(f"{checkpoint} belongs to another recipe; choose another --out or delete it.")
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        history, first, seconds = state["history"], state["step"], state["seconds"]
+    entropy = tales.GRAMMAR.entropy()
+    began = time.perf_counter() - seconds
+    recent: list[Tensor] = []
+    bar = tqdm(range(first, recipe.steps), initial=first, total=recipe.steps, desc=recipe.name, mininterval=5)
+    for step in bar:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(recipe, step)
+        loss = training_loss(model, training_batch(tokenizer, recipe, step).to(device))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+        optimizer.step()
+        recent.append(loss.detach())
+        if (step + 1) % log_every == 0 or step + 1 == recipe.steps:
+            held_out = nats_per_story(model, tokenizer, HELD_OUT_SEED, n=400)
+            entry = {
+                "step": step + 1,
+                "tokens": (step + 1) * recipe.batch * recipe.cfg.n_ctx,
+                "train_loss": round(torch.stack(recent).mean().item(), 4),
+                "held_out_nats_per_story": round(held_out, 3),
+                "grammar_entropy_per_story": round(entropy, 3),
+                **{name: round(value, 4) for name, value in behaviour(model, tokenizer, HELD_OUT_SEED, n=200).items()},
+            }
+            recent = []
+            history.append(entry)
+            bar.write(json.dumps(entry))
+            seconds = time.perf_counter() - began
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "history": history}
+            save_atomically(checkpoint, {**state, "step": step + 1, "seconds": seconds, "recipe": repr(recipe)})
+    model.eval()
+    return model, history
