@@ -138,6 +138,14 @@ def test_command_works_from_any_folder(environment: Path, tmp_path: Path) -> Non
     assert "02" in status.stdout
 
 
+def test_learners_copies_come_out_of_the_wheel(environment: Path, tmp_path: Path) -> None:
+    code = "from course_utils.cli import fill_work_folder; print(fill_work_folder())"
+    answer = run(environment / "python", "-c", code, cwd=tmp_path)
+    assert answer.returncode == 0, answer.stderr
+    copies = {path.name: path.read_bytes() for path in (tmp_path / "work").iterdir()}
+    assert copies == {path.name: path.read_bytes() for path in (ROOT / "chapters").glob("*.ipynb")}
+
+
 FOREIGN = "print('somebody else')\n"
 
 
