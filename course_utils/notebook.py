@@ -89,21 +89,28 @@ def hidden_names(magic: ast.Call) -> Names:
 def read_notebook(path: Path) -> nbformat.NotebookNode:
     """Read a notebook file, or say in one sentence why that is not possible."""
     try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        json.loads(text)
     except FileNotFoundError:
         raise CourseError(f"There is no file {path}.") from None
     except (OSError, ValueError) as error:
         raise CourseError(f"{path} cannot be read as a notebook ({error}); restore it or fetch a new copy.") from None
     try:
-        return nbformat.convert(nbformat.from_dict(data), 4)
-    except Exception:
-        raise CourseError(f"{path} is JSON but not a Jupyter notebook; restore it or fetch a new copy.") from None
+        notebook = nbformat.from_dict(nbformat.reads(text, as_version=4))
+        if all(isinstance(cell.source, str) for cell in notebook.cells):
+            return notebook
+    except Exception:  # nbformat fails in many ways on JSON that is no notebook
+        pass
+    raise CourseError(f"{path} is JSON but not a Jupyter notebook; restore it or fetch a new copy.")
 
 
 class Statement(NamedTuple):
+    """A top-level statement of a code cell; for a cell that is no Python, an empty one with the error."""
+
     cell: int
     node: ast.stmt
     names: Names
+    error: Exception | None = None
 
 
 def load_notebook(path: Path, wanted: Iterable[str] = ()) -> types.ModuleType:
@@ -124,14 +131,20 @@ def load_notebook(path: Path, wanted: Iterable[str] = ()) -> types.ModuleType:
     space: dict[str, Any] = {"__cell_errors__": {}, "__broken__": {}, "__reads__": {}, "__notebook__": path.name}
     module.__dict__.update(space)
     sys.modules[module.__name__] = module  # dataclasses and pickle look a class's module up by name
-    for statement in kept(list(statements(path, module)), set(wanted)):
+    for statement in kept(list(statements(path)), set(wanted)):
         for name in statement.names.bound:
             module.__reads__[name] = statement.names.read
         tree = ast.Module(body=[statement.node], type_ignores=[])
         try:
+            if statement.error:
+                raise statement.error
             exec(compile(tree, cell_name(path, statement.cell), "exec", dont_inherit=True), module.__dict__)
         except (Exception, SystemExit) as error:
-            note_error(module, statement.cell, error, statement.node.lineno, statement.names.bound)
+            line = error.lineno if isinstance(error, SyntaxError) else statement.node.lineno
+            what = error.msg if isinstance(error, SyntaxError) else error
+            where = f"code cell {statement.cell} of {path.name}, line {line}"
+            module.__cell_errors__.setdefault(statement.cell, f"{where}: {type(error).__name__}: {what}")
+            module.__broken__.update(dict.fromkeys(statement.names.bound, statement.cell))
         else:
             for name in statement.names.bound:
                 module.__broken__.pop(name, None)
@@ -143,8 +156,8 @@ def cell_name(path: Path, number: int) -> str:
     return f"{path.name} code cell {number}"
 
 
-def statements(path: Path, module: types.ModuleType) -> Iterator[Statement]:
-    """The top-level statements of all code cells; cells that are no Python are noted in the module."""
+def statements(path: Path) -> Iterator[Statement]:
+    """The top-level statements of all code cells."""
     cells = [cell.source for cell in read_notebook(path).cells if cell.cell_type == "code"]
     for number, source in enumerate(cells, start=1):
         try:
@@ -152,7 +165,7 @@ def statements(path: Path, module: types.ModuleType) -> Iterator[Statement]:
             tree = ast.parse(code, cell_name(path, number))
         except (SyntaxError, ValueError) as error:
             lost = set(re.findall(r"^(?:async def|def|class)\s+(\w+)|^(\w+)\s*=", source, re.MULTILINE))
-            note_error(module, number, error, getattr(error, "lineno", None), {a or b for a, b in lost})
+            yield Statement(number, ast.Pass(lineno=1), Names(set(), {a or b for a, b in lost}), error)
             continue
         # The fourth field is any path; mtime None keeps the entry when linecache looks for changed files.
         linecache.cache[cell_name(path, number)] = (len(code), None, code.splitlines(True), cell_name(path, number))
@@ -160,24 +173,17 @@ def statements(path: Path, module: types.ModuleType) -> Iterator[Statement]:
             yield Statement(number, node, names(ast.unparse(node)))
 
 
-def note_error(module: types.ModuleType, cell: int, error: BaseException, line: int | None, lost: set[str]) -> None:
-    """Record the first error of a cell, and the names which it cost."""
-    where = f"code cell {cell} of {module.__notebook__}" + (f", line {line}" if line else "")
-    what = error.msg if isinstance(error, SyntaxError) else error
-    module.__cell_errors__.setdefault(cell, f"{where}: {type(error).__name__}: {what}")
-    module.__broken__.update(dict.fromkeys(lost, cell))
-
-
 def kept(candidates: list[Statement], wanted: set[str]) -> list[Statement]:
     """The definitions, and the assignments they need, in the order of the notebook."""
-    functions = {node.name for _, node, _ in candidates if isinstance(node, FUNCTIONS)}
+    functions = {s.node.name for s in candidates if isinstance(s.node, FUNCTIONS)}
+    always = (*DEFINITIONS, ast.Pass)  # Pass: a broken cell, or nothing
 
     def plain(node: ast.AST) -> bool:
         called = {n.func.id for n in ast.walk(node) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
         return not called & functions
 
     def may_stay(node: ast.stmt, bound: set[str]) -> bool:
-        if isinstance(node, DEFINITIONS):
+        if isinstance(node, always):
             return True
         if isinstance(node, (ast.Assign, ast.AnnAssign)):
             return bool(bound & wanted) or plain(node)
@@ -193,7 +199,7 @@ def kept(candidates: list[Statement], wanted: set[str]) -> list[Statement]:
         new = {
             i: statement
             for i, statement in possible.items()
-            if i not in chosen and (isinstance(statement.node, DEFINITIONS) or statement.names.bound & needed)
+            if i not in chosen and (isinstance(statement.node, always) or statement.names.bound & needed)
         }
         if not new:
             return [candidates[i] for i in sorted(chosen)]

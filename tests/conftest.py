@@ -1,0 +1,139 @@
+"""`pytest --notebook PATH` checks a learner's notebook with the tests that check the reference solutions."""
+
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+SOLUTIONS = '''"""Solutions of a small chapter."""
+
+import torch
+from torch import Tensor, nn
+
+SCALE = 2.0
+
+
+def double(x: Tensor) -> Tensor:
+    """Twice x."""
+    # The secret is here.
+    return SCALE * x
+
+
+class Shift(nn.Module):
+    """Adds a learned number."""
+
+    def __init__(self) -> None:  # given
+        super().__init__()
+        self.by = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x plus the number, and twice that."""
+        return double(x + self.by)
+
+
+class Note:
+    """Something to read."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+'''
+
+LESSON = """\
+---
+kernelspec:
+  display_name: Some kernel
+  language: python
+  name: some_kernel
+---
+
+# A small chapter
+
+Prose with $x^2$.
+
+```{code-cell} python
+:tags: [setup]
+import torch
+from torch import Tensor, nn
+
+from course_utils.checks import check
+```
+
+## Doubling
+
+```{code-cell} python
+:tags: [given]
+from solutions.ch07_toy import SCALE
+```
+
+```{code-cell} python
+:tags: [exercise]
+:difficulty: 2
+:minutes: 10
+from solutions.ch07_toy import double
+```
+
+```{code-cell} python
+check(double)
+```
+
+```{code-cell} python
+x = torch.ones(3)
+print(x.sum())
+```
+
+```{code-cell} python
+doubled = double(x)
+doubled
+```
+
+## Shifting
+
+```{code-cell} python
+:tags: [given]
+from solutions.ch07_toy import Note
+```
+
+```{code-cell} python
+:tags: [exercise]
+:difficulty: 3
+:minutes: 15
+from solutions.ch07_toy import Shift
+```
+
+```{code-cell} python
+check(Shift)
+```
+
+```{code-cell} python
+shift = Shift()
+note = Note("made")
+```
+
+```{code-cell} python
+shifted = shift(x)
+```
+
+```{code-cell} python
+print(shifted.shape, doubled.shape)
+```
+
+```{code-cell} python
+print(Note("an end").text)
+```
+"""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--notebook", type=Path, help="check this notebook instead of the reference solutions")
+
+
+@pytest.fixture
+def small_course(tmp_path: Path) -> Path:
+    """The root of a course with one chapter of two exercises, not built yet."""
+    for folder in ("chapters/src", "solutions", "course_utils"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "pyproject.toml").write_text('[project]\nname = "circuits-from-scratch"\nversion = "1.2.3"\n')
+    (tmp_path / "solutions/ch07_toy.py").write_text(SOLUTIONS)
+    (tmp_path / "chapters/src/07_toy.md").write_text(LESSON)
+    return tmp_path
