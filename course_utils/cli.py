@@ -210,12 +210,12 @@ def run(chapter: str, html: Path | None) -> int:
     """Run a solution notebook in a folder of its own, with a line for each cell; the notebook itself stays as it is."""
     from nbclient.exceptions import CellExecutionError, DeadKernelError
 
+    if html is not None and not html.resolve().parent.is_dir():
+        raise CourseError(f"The folder of {html} does not exist: make it first, or name another place.")
     verify_solutions()
     spec = find_spec("solutions")
     assert spec is not None and spec.origin is not None  # verified above
     path = find_chapter(Path(spec.origin).parent, chapter)
-    if html is not None and not html.resolve().parent.is_dir():
-        raise CourseError(f"The folder of {html} does not exist: make it first, or name another place.")
     notebook = read_notebook(path)
     start = time.perf_counter()
     try:

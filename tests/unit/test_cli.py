@@ -1,0 +1,224 @@
+"""The command `course`: what it prints, what it leaves alone, and its exit codes."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import nbformat
+import pytest
+import torch
+
+from course_utils import checks, cli
+from course_utils.build import build
+from course_utils.cli import main
+
+ROOT = Path(cli.__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def course(small_course: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A small course, built, that is the current folder and has checks."""
+    build(small_course)
+
+    def check_double(fn: object) -> None:
+        checks.compare("double", fn(torch.arange(3.0)), torch.tensor([0.0, 2.0, 4.0]), "pos")
+
+    def check_shift(cls: type) -> None:
+        checks.compare("Shift", cls()(torch.ones(1)), torch.full((1,), 4.0), "pos")
+
+    check_shift.__name__ = "check_Shift"
+    found = {"07": {"double": check_double, "Shift": check_shift}}
+    monkeypatch.setattr(checks, "find_checks", lambda: found)
+    monkeypatch.setattr(checks.core, "find_checks", lambda: found)
+    monkeypatch.setattr(cli, "chapters_folder", lambda: small_course / "chapters")
+    monkeypatch.chdir(small_course)
+    return small_course
+
+
+def outcome(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str]:
+    code = main(list(argv))
+    captured = capsys.readouterr()
+    return code, captured.out + captured.err
+
+
+def write(path: Path, old: str, new: str) -> None:
+    """Put another answer into a learner's notebook."""
+    notebook = nbformat.read(path, as_version=4)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.source = cell.source.replace(old, new)
+    nbformat.write(notebook, path)
+
+
+def test_check_and_status(course: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert outcome(capsys, "status") == (
+        0,
+        "chapter                   correct    wrong  not written\n"
+        f"07 toy                   There is no notebook of chapter 07 in {course}/work: "
+        "`course lab` puts it there, `--notebook PATH` names another.\n",
+    )
+    cli.fill_work_folder()
+    capsys.readouterr()
+    path = course / "work/07_toy.ipynb"
+    code, text = outcome(capsys, "check", "7")
+    assert code == 1
+    assert text.splitlines() == [
+        "double: not written yet.",
+        "Shift: not written yet.",
+        "",
+        "07_toy.ipynb: 0 correct, 0 wrong, 2 not written yet, of 2.",
+    ]
+    write(path, 'raise NotImplementedError("double")', "return x")
+    code, text = outcome(capsys, "check", "07")
+    assert code == 1 and text.startswith("double: 2 of 3 values are wrong.\n  first at [pos=1]: expected 2, got 1\n")
+    assert outcome(capsys, "status")[1].splitlines()[1].split() == "07 toy 0/2 1 1".split()
+    write(path, "return x", "return 2 * x")
+    write(path, 'raise NotImplementedError("Shift.forward")', "return double(x + self.by)")
+    assert outcome(capsys, "check", "07_toy") == (
+        0,
+        "double: correct\nShift: correct\n\n07_toy.ipynb: 2 correct, 0 wrong, 0 not written yet, of 2.\n",
+    )
+    assert outcome(capsys, "check", "07", "--notebook", str(course / "chapters/07_toy.ipynb"))[0] == 1
+    write(path, "return 2 * x", "return 2 * ")
+    code, text = outcome(capsys, "check", "07")
+    assert code == 1 and re.match(
+        r"double: code cell 4 of 07_toy\.ipynb, line \d+: SyntaxError: invalid syntax\n", text
+    )
+
+
+def test_work_is_never_overwritten(course: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cli.fill_work_folder()
+    assert capsys.readouterr().out == "new in work/: 07_toy.ipynb\n"
+    (course / "work/07_toy.ipynb").write_text("mine")
+    cli.fill_work_folder()
+    assert capsys.readouterr().out == "" and (course / "work/07_toy.ipynb").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["check", "08"], "There is no chapter 08; there are: 07."),
+        (["check", "x"], "There is no chapter x; there are: 07."),
+        (["check", "07"], "There is no notebook of chapter 07 in .*work"),
+        (["check", "07", "--notebook", "nowhere.ipynb"], "There is no file nowhere.ipynb"),
+        (["check", "07", "--notebook", "broken.ipynb"], "broken.ipynb cannot be read as a notebook"),
+        (["check", "07", "--notebook", "list.ipynb"], "list.ipynb is JSON but not a Jupyter notebook"),
+        (["check", "07", "--notebook", "other.ipynb"], "other.ipynb holds no exercise of chapter 07"),
+        (["run", "08"], "There is no chapter 08"),
+        (["run", "02", "--html", "no/such/folder.html"], "The folder of no/such/folder.html does not exist"),
+    ],
+)
+def test_what_cannot_be_done_is_one_sentence(
+    course: Path, capsys: pytest.CaptureFixture[str], argv: list[str], words: str
+) -> None:
+    (course / "broken.ipynb").write_text('{"cells": [')
+    (course / "list.ipynb").write_text("[]")
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("x = 1")]), course / "other.ipynb")
+    before = {path: path.read_bytes() for path in course.rglob("*") if path.is_file()}
+    code, text = outcome(capsys, *argv)
+    assert code == 2 and re.match(words, text), text
+    assert text.count("\n") == 1 and "Traceback" not in text
+    assert before == {path: path.read_bytes() for path in course.rglob("*") if path.is_file()}
+
+
+def test_unknown_arguments_are_refused_by_all_but_lab(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as error:
+        main(["status", "--fast"])
+    assert error.value.code == 2 and "unknown arguments: --fast" in capsys.readouterr().err
+    assert cli.parse(["lab", "--port", "1", "--LabApp.x=2"])[1] == ["--LabApp.x=2"]
+
+
+def test_build(course: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert outcome(capsys, "build") == (0, "Everything is up to date.\n")
+    source = course / "chapters/src/07_toy.md"
+    source.write_text(source.read_text().replace("Prose", "Other prose"))
+    assert outcome(capsys, "build") == (0, "built chapters/07_toy.ipynb\nbuilt solutions/07_toy.ipynb\n")
+    source.write_text(source.read_text().replace("## Doubling", "#### Doubling"))
+    code, text = outcome(capsys, "build")
+    assert code == 1 and "chapters/src/07_toy.md:20: heading" in text
+    monkeypatch.chdir("/")
+    assert outcome(capsys, "build")[0] == 2
+
+
+def test_run(course: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A line per cell, in an empty folder, beside somebody else's `solutions`; a failing cell is exit code 1."""
+    path = course / "solutions/02_small.ipynb"
+    cells = [
+        "# nothing here\nimport os; os.listdir('.')",
+        "import solutions; print(solutions.__course__)",
+        "import plotly.graph_objects as go\ngo.Figure(go.Scatter(y=[1, 2]))",
+    ]
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells]), path)
+    before = path.read_bytes()
+    (course / "solutions/__init__.py").write_text("__course__ = 'circuits-from-scratch'")
+    monkeypatch.setattr(
+        cli, "find_spec", lambda name: type("Spec", (), {"origin": str(course / "solutions/__init__.py")})
+    )
+    code, text = outcome(capsys, "run", "2", "--html", "out.html")
+    assert code == 0, text
+    assert re.match(r"\[  1/3\] +\d+\.\d s  import os; os\.listdir\('\.'\)\n\[  2/3\]", text)
+    assert "02_small.ipynb: all cells ran in" in text and path.read_bytes() == before
+    html = (course / "out.html").read_text()
+    assert "circuits-from-scratch" in html and "[]" in html
+    assert "Plotly.newPlot" in html and len(html) > 4_000_000, "plotly itself is inside, for a page without network"
+
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1 / 0")]), path)
+    code, text = outcome(capsys, "run", "2")
+    assert code == 1 and "02_small.ipynb: a cell failed." in text and "division by zero" in text
+
+
+def test_models(capsys: pytest.CaptureFixture[str]) -> None:
+    code, text = outcome(capsys, "models")
+    names = {path.parent.name for path in (ROOT / "course_utils/models").glob("*/card.md")}
+    assert code == 0 and {line.split()[0] for line in text.splitlines()} == names
+
+
+def test_ctrl_c_is_no_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "status", interrupted)
+    assert outcome(capsys, "status") == (130, "\nStopped.\n")
+
+
+@pytest.mark.slow
+def test_lab_serves_and_stops(tmp_path: Path) -> None:
+    """JupyterLab answers at the printed address, shows the chapter, and Ctrl-C ends it quietly."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "course_utils.cli", "lab", "--no-browser", "--port", str(port)]
+    if os.geteuid() == 0:  # JupyterLab asks for it in containers
+        command.append("--allow-root")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JUPYTER_RUNTIME_DIR": str(tmp_path / "runtime")}
+    server = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    assert server.stdout is not None
+    try:
+        lines = []
+        for line in server.stdout:
+            lines.append(line)
+            if "JupyterLab: " in line:
+                break
+        address = re.search(r"http://\S+", lines[-1])
+        assert address, "".join(lines)
+        assert b"JupyterLab" in urllib.request.urlopen(address[0], timeout=30).read()
+        chapters = {path.name for path in (ROOT / "chapters").glob("*.ipynb")}
+        assert {path.name for path in (tmp_path / "work").iterdir()} >= chapters
+        os.killpg(server.pid, signal.SIGINT)
+        rest = server.communicate(timeout=30)[0]
+        assert server.returncode == 0 and "Traceback" not in rest, rest
+    finally:
+        server.kill()
