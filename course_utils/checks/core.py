@@ -91,7 +91,9 @@ def run_check(check_fn: CheckFn, obj: object) -> None:
         part = _failing_part(check_fn, obj)
         if part is None:
             raise
-        raise CheckFailed(f"{failure}\n  {name} uses `{part}`, which does not pass its own check: begin there.") from None
+        raise CheckFailed(
+            f"{failure}\n  {name} uses `{part}`, which does not pass its own check: begin there."
+        ) from None
 
 
 def _run(check_fn: CheckFn, obj: object, name: str) -> None:
@@ -118,7 +120,9 @@ def refuse_foreign(name: str, obj: object) -> None:
         source = package or type(obj).__module__
         own = getattr(obj, "__name__", type(obj).__name__)
         where = f" of {source}" if source != "builtins" else ""
-        raise CheckFailed(f"{name}: this is `{own}`{where}, not something you wrote.\n  Next: write your own; it may call it.")
+        raise CheckFailed(
+            f"{name}: this is `{own}`{where}, not something you wrote.\n  Next: write your own; it may call it."
+        )
 
 
 def _exercise_name(obj: object, name: str | None, known: list[str]) -> str:
@@ -143,7 +147,7 @@ def _exercise_name(obj: object, name: str | None, known: list[str]) -> str:
     nearest = ", ".join(get_close_matches(str(wanted), known, n=3, cutoff=0.0))
     raise CheckFailed(
         f"check: there is no exercise named {wanted!r}; the nearest are {nearest}.\n"
-        f'  Next: give it that name, or say which one you mean, as check({own_name or "..."}, name="{nearest.split(",")[0]}").'
+        f'  Next: give it that name, or say which you mean: check({own_name or "..."}, name="{nearest.split(",")[0]}").'
     )
 
 
@@ -237,7 +241,9 @@ def _functions_of(obj: object) -> list[FunctionType]:
     members = [m for base in obj.__mro__ for m in vars(base).values()] if isinstance(obj, type) else [obj]
     unwrapped = [inspect.unwrap(member) for member in members if callable(member)]
     return [
-        member for member in unwrapped if isinstance(member, FunctionType) and not _is_library(member.__code__.co_filename)
+        member
+        for member in unwrapped
+        if isinstance(member, FunctionType) and not _is_library(member.__code__.co_filename)
     ]
 
 
@@ -268,7 +274,9 @@ def compare(
     if actual is None:
         raise CheckFailed(f"{name}: returned None.\n  Next: end the function with `return ...`.")
     if not isinstance(actual, Tensor):
-        raise CheckFailed(f"{name}: expected a Tensor, got a {type(actual).__name__}.\n  Next: return the tensor itself.")
+        raise CheckFailed(
+            f"{name}: expected a Tensor, got a {type(actual).__name__}.\n  Next: return the tensor itself."
+        )
     if actual.shape != expected.shape:
         raise CheckFailed(_shape_message(name, actual, expected, words))
     for what in ("dtype", "device"):
@@ -276,7 +284,7 @@ def compare(
         if getattr(actual, what) != getattr(expected, what):
             raise CheckFailed(
                 f"{name}: expected {what} {want}, got {got}.\n"
-                f"  Next: look for a tensor or a conversion in which you chose the {what}; it should follow the input's."
+                f"  Next: look for a tensor or a conversion that chooses the {what} itself; it should follow the input's."
             )
     actual, expected = actual.detach(), expected.detach()
     wrong = ~torch.isclose(actual.double(), expected.double(), rtol=rtol, atol=atol)
@@ -332,7 +340,9 @@ def _value_message(
     if actual.is_floating_point() and actual.isnan().any() and not expected.isnan().any():
         lines.append("  Next: find the step that gives NaN (not a number), such as 0/0 or inf - inf.")
     else:
-        lines.append("  Next: work out this one value by hand from the statement, and compare each step with your code.")
+        lines.append(
+            "  Next: work out this one value by hand from the statement, and compare each step with your code."
+        )
     return "\n".join(lines)
 
 
@@ -364,7 +374,7 @@ def unchanged(name: str, **inputs: Tensor) -> Iterator[None]:
         if not same or not torch.equal(tensor.detach(), before[label]):
             raise CheckFailed(
                 f"{name}: it changed `{label}` in place.\n"
-                f"  Next: make a new tensor; methods whose name ends in _, `{label}[...] = ` and `{label} += ` write into it."
+                f"  Next: make a new tensor; `{label}[...] = `, `{label} += ` and methods named ..._() write into it."
             )
 
 

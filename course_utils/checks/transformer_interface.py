@@ -1,0 +1,101 @@
+"""The interface of the course's `Transformer`: what its parameters and hook points are called, and their shapes.
+
+Whoever writes the class in another way keeps to this; checks, saved weights and later chapters rely on nothing else.
+"""
+
+from course_utils.config import TransformerConfig
+
+Shapes = dict[str, tuple[int, ...]]
+
+# The axes that each hook point's tensor has; `hook_scale` keeps its last axis, of size 1.
+HOOK_AXES = {
+    "hook_embed": "batch pos d_model",
+    "hook_pos_embed": "batch pos d_model",
+    "hook_scale": "batch pos one",
+    "hook_normalized": "batch pos d_model",
+    "hook_q": "batch pos head d_head",
+    "hook_k": "batch pos head d_head",
+    "hook_v": "batch pos head d_head",
+    "hook_attn_scores": "batch head query key",
+    "hook_pattern": "batch head query key",
+    "hook_z": "batch pos head d_head",
+    "hook_result": "batch pos head d_model",
+    "hook_pre": "batch pos d_mlp",
+    "hook_post": "batch pos d_mlp",
+    "hook_resid_pre": "batch pos d_model",
+    "hook_attn_out": "batch pos d_model",
+    "hook_resid_mid": "batch pos d_model",
+    "hook_mlp_out": "batch pos d_model",
+    "hook_resid_post": "batch pos d_model",
+}
+
+NORM_HOOKS = ("hook_scale", "hook_normalized")
+ATTENTION_HOOKS = (
+    "hook_q",
+    "hook_k",
+    "hook_v",
+    "hook_attn_scores",
+    "hook_pattern",
+    "hook_z",
+    "hook_result",  # on request: seen only by those who ask for it by name
+)
+MLP_HOOKS = ("hook_pre", "hook_post")
+
+
+def _inside(owner: str, shapes: Shapes) -> Shapes:
+    return {f"{owner}.{name}": shape for name, shape in shapes.items()}
+
+
+def norm_parameters(cfg: TransformerConfig) -> Shapes:
+    """`w` and `b` of a LayerNorm; nothing where the model does without."""
+    return {"w": (cfg.d_model,), "b": (cfg.d_model,)} if cfg.normalization == "LN" else {}
+
+
+def attention_parameters(cfg: TransformerConfig) -> Shapes:
+    """One matrix and one bias per head, for queries, keys and values; `W_O` per head, and one `b_O`."""
+    n_heads, d_model, d_head = cfg.n_heads, cfg.d_model, cfg.d_head
+    shapes: Shapes = {f"W_{letter}": (n_heads, d_model, d_head) for letter in "QKV"}
+    shapes |= {f"b_{letter}": (n_heads, d_head) for letter in "QKV"}
+    return shapes | {"W_O": (n_heads, d_head, d_model), "b_O": (d_model,)}
+
+
+def mlp_parameters(cfg: TransformerConfig) -> Shapes:
+    """Up to d_mlp and back."""
+    d_model, d_mlp = cfg.d_model, cfg.d_mlp
+    return {"W_in": (d_model, d_mlp), "b_in": (d_mlp,), "W_out": (d_mlp, d_model), "b_out": (d_model,)}
+
+
+def block_parameters(cfg: TransformerConfig) -> Shapes:
+    """Attention and MLP, each with the normalisation in front of it; with `attn_only` the first pair alone."""
+    shapes = _inside("ln1", norm_parameters(cfg)) | _inside("attn", attention_parameters(cfg))
+    if not cfg.attn_only:
+        shapes |= _inside("ln2", norm_parameters(cfg)) | _inside("mlp", mlp_parameters(cfg))
+    return shapes
+
+
+def transformer_parameters(cfg: TransformerConfig) -> Shapes:
+    """Every entry of the state dict, such as `blocks.0.attn.W_Q`, with its shape."""
+    shapes: Shapes = {"embed.W_E": (cfg.d_vocab, cfg.d_model), "pos_embed.W_pos": (cfg.n_ctx, cfg.d_model)}
+    for layer in range(cfg.n_layers):
+        shapes |= _inside(f"blocks.{layer}", block_parameters(cfg))
+    shapes |= _inside("ln_final", norm_parameters(cfg))
+    return shapes | {"unembed.W_U": (cfg.d_model, cfg.d_vocab), "unembed.b_U": (cfg.d_vocab,)}
+
+
+def block_hooks(cfg: TransformerConfig) -> list[str]:
+    """The hook points of one block, in the order in which they see their tensors."""
+    norm = NORM_HOOKS if cfg.normalization == "LN" else ()
+    names = ["hook_resid_pre", *(f"ln1.{hook}" for hook in norm), *(f"attn.{hook}" for hook in ATTENTION_HOOKS)]
+    names += ["hook_attn_out"]
+    if not cfg.attn_only:
+        names += ["hook_resid_mid", *(f"ln2.{hook}" for hook in norm), *(f"mlp.{hook}" for hook in MLP_HOOKS)]
+        names += ["hook_mlp_out"]
+    return [*names, "hook_resid_post"]
+
+
+def transformer_hooks(cfg: TransformerConfig) -> list[str]:
+    """The hook points of the whole model by full name, in the order in which they see their tensors."""
+    names = ["hook_embed", "hook_pos_embed"]
+    for layer in range(cfg.n_layers):
+        names += [f"blocks.{layer}.{hook}" for hook in block_hooks(cfg)]
+    return names + [f"ln_final.{hook}" for hook in NORM_HOOKS if cfg.normalization == "LN"]
