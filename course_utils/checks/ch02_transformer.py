@@ -8,6 +8,7 @@ all different; every parameter is random, biases included.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 from course_utils.checks import by_loops
 from course_utils.checks.core import CheckFailed, compare, follows_input, unchanged
 from course_utils.checks.modules import (
+    Oracle,
     Toy,
     ToyEmbed,
     ToyPosEmbed,
@@ -47,6 +49,11 @@ CFG = TransformerConfig(d_vocab=13, n_ctx=9, n_layers=2, n_heads=3, d_model=7, d
 RESID = "batch pos d_model"
 LOGITS = "batch d_vocab"
 INF = torch.inf
+
+
+def _always(answer: dict[str, Tensor]) -> Oracle:
+    """An oracle for modules in which nothing is replaced."""
+    return lambda replaced: answer
 
 
 # ------------------------------------------------------------------------------------------------------- the layers
@@ -86,7 +93,7 @@ def check_LayerNorm(cls: Any) -> None:
             "LayerNorm",
             module,
             (resid,),
-            lambda replaced, resid=resid: by_loops.layer_norm(weights, resid, eps, replaced),
+            partial(by_loops.layer_norm, weights, resid, eps),
             RESID,
             NORM_HOOKS,
             mistakes,
@@ -102,9 +109,9 @@ def check_Embed(cls: Any) -> None:
         mistakes = {
             "every row of the batch gets the embeddings of the first row's tokens.": expected[:1].expand_as(expected),
             "the embeddings are scaled by sqrt(d_model); GPT-2 does not.": expected * 7**0.5,
-            "row t + 1 is read for token t.": lambda tokens=tokens: table.roll(-1, 0)[tokens],
+            "row t + 1 is read for token t.": table.roll(-1, 0)[tokens],
         }
-        check_module("Embed", module, (tokens,), lambda _, e=expected: {"output": e}, RESID, (), mistakes)
+        check_module("Embed", module, (tokens,), _always({"output": expected}), RESID, (), mistakes)
 
 
 def check_PosEmbed(cls: Any) -> None:
@@ -121,9 +128,9 @@ def check_PosEmbed(cls: Any) -> None:
             "positions are counted from 1.": table.roll(-1, 0)[offset : offset + 5].expand(2, 5, 7),
         }
         inputs = (tokens, offset) if offset else (tokens,)  # 0 is what it should be without being told
-        check_module("PosEmbed", module, inputs, lambda _, e=expected: {"output": e}, RESID, (), mistakes)
+        check_module("PosEmbed", module, inputs, _always({"output": expected}), RESID, (), mistakes)
     expected = table.expand(1, 9, 7)
-    check_module("PosEmbed", module, (tokens.new_zeros(1, 9),), lambda _: {"output": expected}, RESID)
+    check_module("PosEmbed", module, (tokens.new_zeros(1, 9),), _always({"output": expected}), RESID)
 
 
 def check_attention_scores(fn: Callable[..., Any]) -> None:
@@ -210,7 +217,7 @@ def check_Attention(cls: Any) -> None:
             "Attention",
             module,
             (resid,),
-            lambda replaced, resid=resid: by_loops.attention(weights, resid, replaced),
+            partial(by_loops.attention, weights, resid),
             RESID,
             ATTENTION_HOOKS,
             _attention_mistakes(weights, resid),
@@ -263,7 +270,7 @@ def _attention_mistakes(weights: Mapping[str, Tensor], resid: Tensor) -> dict[st
     }
 
 
-def _check_unasked_result(module: nn.Module) -> None:
+def _check_unasked_result(module: Any) -> None:
     calls: list[int] = []
     handle = module.hook_result.register_forward_pre_hook(lambda *_: calls.append(1))
     with torch.no_grad():
@@ -276,7 +283,7 @@ def _check_unasked_result(module: nn.Module) -> None:
         )
 
 
-def _check_attention_cache(cls: type, module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+def _check_attention_cache(cls: type, module: Any, weights: Mapping[str, Tensor]) -> None:
     """Read positions 0 to 2, then 3 and 4: what comes out is what all five give at once."""
     name = "Attention with a key-value cache"
     layer = module.layer = 1
@@ -384,7 +391,7 @@ def check_MLP(cls: Any) -> None:
                 "MLP",
                 module,
                 (resid,),
-                lambda replaced, resid=resid, weights=weights, act=act: by_loops.mlp(weights, resid, act, replaced),
+                partial(by_loops.mlp, weights, resid, act),
                 RESID,
                 MLP_HOOKS,
                 mistakes,
@@ -408,7 +415,7 @@ def check_TransformerBlock(cls: Any) -> None:
             "TransformerBlock with its real parts",
             module,
             (resid,),
-            lambda _, cfg=cfg, weights=weights, resid=resid: by_loops.block(weights, cfg, resid),
+            _always(by_loops.block(weights, cfg, resid)),
             RESID,
             wanted,
             replace=False,
@@ -495,7 +502,7 @@ def check_Unembed(cls: Any) -> None:
             "the log-softmax is taken; logits come before it.": logits.log_softmax(-1),
             "the vectors are normalised first; `ln_final` does that.": F.layer_norm(resid, (7,)) @ W_U + b_U,
         }
-        check_module("Unembed", module, (resid,), lambda _, e=logits: {"output": e}, "batch pos d_vocab", (), mistakes)
+        check_module("Unembed", module, (resid,), _always({"output": logits}), "batch pos d_vocab", (), mistakes)
 
 
 def check_Transformer(cls: Any) -> None:
@@ -507,12 +514,11 @@ def check_Transformer(cls: Any) -> None:
         module = construct("Transformer", cls, cfg, transformer_parameters(cfg), wanted)
         weights = weights_of(module)
         for tokens in (torch.tensor([[3, 0, 12, 3, 7], [8, 1, 5, 11, 2]]), torch.tensor([[4, 12, 6]])):
-            expected = by_loops.transformer(weights, cfg, tokens)
             check_module(
                 "Transformer with its real parts",
                 module,
                 (tokens,),
-                lambda _, expected=expected: expected,
+                _always(by_loops.transformer(weights, cfg, tokens)),
                 "batch pos d_vocab",
                 wanted,
                 replace=False,
@@ -571,7 +577,7 @@ def _check_transformer_wiring(cls: Any) -> None:
     _check_transformer_offset(cls, module, tokens, early=rest(resid), expected=rest(embedded + P[3:8]))
 
 
-def _check_transformer_offset(cls: Any, module: nn.Module, tokens: Tensor, early: Tensor, expected: Tensor) -> None:
+def _check_transformer_offset(cls: Any, module: Any, tokens: Tensor, early: Tensor, expected: Tensor) -> None:
     """With three positions in a cache the next token stands at position 3, and every block is given the cache."""
     cache = make_cache(cls, CFG, batch=2)
     for layer in range(CFG.n_layers):
@@ -633,8 +639,8 @@ def _fresh_model(fn: Callable[..., Any], cfg: TransformerConfig) -> nn.Module:
     return model
 
 
-def _bare_model(cfg: TransformerConfig) -> nn.Module:
-    model = nn.Module()
+def _bare_model(cfg: TransformerConfig) -> Any:
+    model: Any = nn.Module()
     model.cfg = cfg
     model.blocks = nn.ModuleList(nn.Module() for _ in range(cfg.n_layers))
     for name, shape in transformer_parameters(cfg).items():
@@ -673,8 +679,8 @@ def _check_normal(name: str, values: Tensor, want: float, std: float, n_layers: 
     within = (values.abs() < want).double().mean().item()  # normal: 0.683; uniform: 0.577
     if abs(within - 0.683) > 6 * 0.465 / math.sqrt(values.numel()) or values.abs().max() < 2.2 * want:
         raise CheckFailed(
-            f"init_weights: the mean and the deviation of `{name}` are right, but {within:.0%} of its numbers are within one "
-            f"deviation of 0 (of a normal distribution 68% are), the largest {values.abs().max() / want:.2g} deviations away.\n"
+            f"init_weights: mean and deviation of `{name}` are right, but {within:.0%} of its numbers are within one "
+            f"deviation of 0 (of a normal distribution 68% are), the largest is {values.abs().max() / want:.2g} away.\n"
             "  Next: draw from a normal distribution."
         )
 
@@ -879,7 +885,7 @@ def check_greedy(fn: Callable[..., Any]) -> None:
     logits[0, 12], logits[2, 0] = 4.0, 3.5
     logits[1] -= 9.0
     for rows in (logits, logits[1:2]):
-        expected = torch.tensor([max(range(13), key=lambda token, row=row: row[token].item()) for row in rows])
+        expected = torch.tensor([max(range(13), key=row.tolist().__getitem__) for row in rows])
         mistakes = {
             "the smallest logit is taken.": rows.argmin(-1),
             "every row gets the first row's token.": expected[:1].expand_as(expected),
@@ -892,10 +898,10 @@ def check_greedy(fn: Callable[..., Any]) -> None:
     follows_input("greedy", fn, (logits,), "batch")
 
 
-def _expect_value_error(name: str, given: str, call: Callable[[], Any]) -> None:
+def _expect_value_error(name: str, given: str, fn: Callable[..., Any], *arguments: Any) -> None:
     """The statement promises a ValueError for this."""
     try:
-        returned = call()
+        returned = fn(*arguments)
     except ValueError:
         return
     what = "None" if returned is None else f"a {type(returned).__name__}"
@@ -921,7 +927,7 @@ def check_apply_temperature(fn: Callable[..., Any]) -> None:
         compare(f"apply_temperature with temperature {temperature}", actual, expected, LOGITS, mistakes)
     follows_input("apply_temperature", fn, (logits, 0.4), LOGITS)
     for bad in (0.0, -0.5):
-        _expect_value_error("apply_temperature", f"temperature {bad}", lambda bad=bad: fn(logits, bad))
+        _expect_value_error("apply_temperature", f"temperature {bad}", fn, logits, bad)
 
 
 def check_apply_frequency_penalty(fn: Callable[..., Any]) -> None:
@@ -965,7 +971,7 @@ def _kept(logits: Tensor, chosen: Sequence[Sequence[int]]) -> Tensor:
 
 def _ranked(logits: Tensor) -> list[list[int]]:
     """Each row's tokens, the likeliest first."""
-    return [sorted(range(len(row)), key=lambda token, row=row: -row[token]) for row in logits.tolist()]
+    return [sorted(range(len(row)), key=row.__getitem__, reverse=True) for row in logits.tolist()]
 
 
 def check_keep_top_k(fn: Callable[..., Any]) -> None:
@@ -997,7 +1003,7 @@ def check_keep_top_k(fn: Callable[..., Any]) -> None:
         compare(f"keep_top_k with k = {k}", actual, expected, LOGITS, mistakes)
     follows_input("keep_top_k", fn, (logits, 4), LOGITS)
     for bad in (0, -2):
-        _expect_value_error("keep_top_k", f"k = {bad}", lambda bad=bad: fn(logits, bad))
+        _expect_value_error("keep_top_k", f"k = {bad}", fn, logits, bad)
 
 
 def _nucleus(probabilities: Sequence[float], ranked: Sequence[int], p: float, at_least: int = 1) -> Sequence[int]:
@@ -1068,7 +1074,7 @@ def check_keep_top_p(fn: Callable[..., Any]) -> None:
         compare(f"keep_top_p with p = {p}{at}", actual, expected, LOGITS, mistakes)
     follows_input("keep_top_p", fn, (logits, 0.6), LOGITS)
     for bad in (0.0, -0.1, 1.5):
-        _expect_value_error("keep_top_p", f"p = {bad}", lambda bad=bad: fn(logits, bad))
+        _expect_value_error("keep_top_p", f"p = {bad}", fn, logits, bad)
 
 
 def _sorted_nucleus(logits: Tensor, sizes: Sequence[int]) -> Tensor:
@@ -1222,7 +1228,7 @@ def _check_greedy_run(fn: Callable[..., Any], prompt: Tensor, n_new: int) -> Non
         if step == n_steps:
             raise CheckFailed(
                 f"generate: `pick` was called more than {n_steps} times (n_new = {n_new}, n_ctx = {CFG.n_ctx}, and a "
-                f"prompt of {prompt.shape[1]} positions).\n  Next: count the steps, and stop when the sequence is n_ctx long."
+                f"prompt of {prompt.shape[1]} positions).\n  Next: count the steps, and stop when n_ctx is reached."
             )
         mistakes = {
             "these are the logits at the first position; take the last.": wanted[step][:, 0],

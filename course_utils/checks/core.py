@@ -284,7 +284,7 @@ def compare(
         if getattr(actual, what) != getattr(expected, what):
             raise CheckFailed(
                 f"{name}: expected {what} {want}, got {got}.\n"
-                f"  Next: look for a tensor or a conversion that chooses the {what} itself; it should follow the input's."
+                f"  Next: look for a tensor or a conversion with a {what} of its own; it should follow the input's."
             )
     actual, expected = actual.detach(), expected.detach()
     wrong = ~torch.isclose(actual.double(), expected.double(), rtol=rtol, atol=atol)

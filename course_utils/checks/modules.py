@@ -22,7 +22,7 @@ def noise(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
 
 def construct(
     name: str, cls: Any, cfg: TransformerConfig, parameters: Mapping[str, tuple[int, ...]], hook_names: Sequence[str]
-) -> nn.Module:
+) -> Any:
     """An object of the learner's class with the promised parameters, all random, and the promised hook points."""
     keep = "Next: keep the `__init__` that was given (the statement holds it)."
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
@@ -83,7 +83,7 @@ def watch(
             attribute = hook.split(".")[-1]
             raise CheckFailed(
                 f"{name}: `{hook}` saw nothing, although it was watched.\n"
-                f"  Next: pass the tensor through it, and go on with what comes back: `tensor = self.{attribute}(tensor)`."
+                f"  Next: pass the tensor through it, and use what comes back: `tensor = self.{attribute}(tensor)`."
             )
         if seen[hook].shape != before[hook].shape or not torch.equal(seen[hook], before[hook]):
             raise CheckFailed(
