@@ -22,7 +22,7 @@ HookFn = Callable[[Tensor, "HookPoint"], Tensor | None]
 Names = str | Iterable[str] | Callable[[str], bool]
 
 LARGE = 1e9  # bytes: a cache beyond this is announced
-WORTH_A_LOOK = 1e8  # bytes: a cache beyond this is measured in advance, which costs milliseconds
+WORTH_A_LOOK = 5e8  # bytes: a cache beyond this is measured in advance, by a run that takes some ten milliseconds
 
 
 class HookPoint(nn.Module):
@@ -90,7 +90,7 @@ class HookPoint(nn.Module):
         return "on_request=True" if self.on_request else ""
 
 
-class UnknownName(KeyError):  # noqa: N818
+class UnknownName(KeyError):
     """A name that no hook point or cached activation has; the message holds the nearest ones."""
 
     def __str__(self) -> str:  # KeyError would show the message in quotes

@@ -1,0 +1,286 @@
+"""Trained weights for a transformer, whoever wrote its class: models that ship with the course, and GPT-2 from the hub.
+
+A shipped model is a folder in `course_utils/models` that holds `model.safetensors`, `config.json` (the fields of
+`TransformerConfig`), `card.md` (front matter with the weights' SHA-256, then prose), `history.json` (how training went)
+and, unless the card names another model's, a tokenizer. Nothing here ever unpickles a file.
+"""
+
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from course_utils.config import TransformerConfig
+
+MODELS = Path(__file__).parent / "models"
+WEIGHTS = "model.safetensors"
+HUB = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2")
+
+StateDict = Mapping[str, Tensor]
+Convert = Callable[[dict[str, Tensor], TransformerConfig], StateDict]
+
+
+class PretrainedError(RuntimeError):
+    """Weights that cannot be loaded; the message says why and what to do, so notebooks show no traceback."""
+
+    def _render_traceback_(self) -> list[str]:  # IPython calls this instead of printing frames
+        return [str(self)]
+
+
+def load_pretrained(
+    ModelClass: Callable[[TransformerConfig], nn.Module],
+    name: str,
+    device: torch.device | str | None = None,
+    convert: Convert | None = None,
+) -> Any:
+    """A `ModelClass(cfg)` with trained weights, in evaluation mode, with its `tokenizer` and `cfg` as attributes.
+
+    `name` is a shipped model ("tales"), a GPT-2 on the Hugging Face hub ("gpt2"; from the local cache if it is there),
+    or a folder that `GPT2LMHeadModel.save_pretrained` wrote. For the last two `convert(state_dict, cfg)` renames the
+    weights; without it, the `convert_gpt2_weights` that stands beside `ModelClass` does.
+    Raises PretrainedError for an unknown name, a damaged file, weights that do not fit, and for a hub model that is
+    neither cached nor within reach.
+    """
+    if name in _shipped_names():
+        cfg, weights = _read_shipped(name)
+        tokenizer = shipped_tokenizer(name)
+    else:
+        cfg, weights, tokenizer = _read_gpt2(name, ModelClass, convert)
+    model: Any = ModelClass(cfg)
+    _fit(model, weights, name)
+    model.cfg, model.tokenizer = cfg, tokenizer
+    return model.to(device).eval()
+
+
+# --- models that ship ---------------------------------------------------------------------------------------------
+
+
+def shipped_models() -> list[dict[str, str]]:
+    """The front matter of every shipped model's card, sorted by name; `name` is always there."""
+    return [_card(name) for name in _shipped_names()]
+
+
+def shipped_tokenizer(name: str) -> Any:
+    """The Hugging Face tokenizer of a shipped model; None for a model that has none."""
+    owner = _card(_known(name)).get("tokenizer", name)
+    if not (MODELS / owner / "tokenizer.json").exists():
+        return None
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast.from_pretrained(MODELS / owner)
+
+
+def load_history(name: str) -> Any:
+    """How the training of a shipped model went, as its recipe recorded it."""
+    return json.loads((MODELS / _known(name) / "history.json").read_text(encoding="utf-8"))
+
+
+def save_shipped(
+    model: Any, tokenizer: Any, name: str, card: Mapping[str, object], prose: str, history: object
+) -> Path:
+    """Write a trained model (a module with a `cfg`) as a shipped one, and return its folder: what the recipes end with.
+
+    `card` becomes the front matter: one short value per key, to which `name` and `sha256` are added. With a tokenizer
+    of None the card may name the model that has it: `{"tokenizer": "tales"}`.
+    """
+    from safetensors.torch import save_file
+
+    folder = MODELS / name
+    folder.mkdir(parents=True, exist_ok=True)
+    # clone: safetensors refuses tensors that share memory, and keeps their order
+    weights = {key: value.detach().cpu().clone().contiguous() for key, value in model.state_dict().items()}
+    save_file(weights, folder / WEIGHTS)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    _write(folder / "config.json", json.dumps(asdict(model.cfg), indent=2))
+    _write(folder / "history.json", json.dumps(history))
+    front = {"name": name, **card, "sha256": _sha256(folder / WEIGHTS)}
+    lines = [f"{key}: {value}" for key, value in front.items()]
+    if any("\n" in line for line in lines):
+        raise ValueError("save_shipped: every value in the card must fit on one line; longer text belongs in `prose`.")
+    _write(folder / "card.md", "\n".join(["---", *lines, "---", "", prose.strip()]))
+    return folder
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text + "\n", encoding="utf-8", newline="\n")
+
+
+def _shipped_names() -> list[str]:
+    return sorted(card.parent.name for card in MODELS.glob("*/card.md"))
+
+
+def _known(name: str) -> str:
+    if name not in _shipped_names():
+        raise _unknown(name)
+    return name
+
+
+def _unknown(name: str) -> PretrainedError:
+    known = [*_shipped_names(), *HUB]
+    nearest = ", ".join(get_close_matches(name, known, n=3, cutoff=0.0))
+    return PretrainedError(
+        f"There is no model {name!r}. The nearest are: {nearest}; "
+        "a folder written by GPT2LMHeadModel.save_pretrained will do too."
+    )
+
+
+def _card(name: str) -> dict[str, str]:
+    """The `key: value` lines between the two `---` at the top of a model card."""
+    _, front, _ = (MODELS / name / "card.md").read_text(encoding="utf-8").split("---\n", 2)
+    pairs = (line.split(":", 1) for line in front.splitlines() if line.strip())
+    return {key.strip(): value.strip() for key, value in pairs}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_shipped(name: str) -> tuple[TransformerConfig, StateDict]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    path = MODELS / name / WEIGHTS
+    repair = "Get the file again: `git restore` in a clone, else reinstall the course."
+    if not path.exists():
+        raise PretrainedError(f"{name}: {WEIGHTS} is missing. {repair}")
+    content = path.read_bytes()  # read once, so that what was verified is what gets loaded
+    if hashlib.sha256(content).hexdigest() != _card(name).get("sha256"):
+        raise PretrainedError(f"{name}: {WEIGHTS} is damaged or was changed, its SHA-256 is not the card's. {repair}")
+    try:
+        weights = load(content)
+    except SafetensorError as error:
+        raise PretrainedError(f"{name}: {WEIGHTS} is no safetensors file ({error}). {repair}") from None
+    values = json.loads((MODELS / name / "config.json").read_text(encoding="utf-8"))
+    surplus = values.keys() - {field.name for field in fields(TransformerConfig)}
+    if surplus:
+        raise PretrainedError(f"{name}: config.json has fields that this course does not know: {sorted(surplus)}.")
+    return TransformerConfig(**values), weights
+
+
+# --- GPT-2 through transformers -----------------------------------------------------------------------------------
+
+
+def _converter_beside(ModelClass: object) -> Convert:
+    """The `convert_gpt2_weights` of the module, or of the notebook, in which the class is defined."""
+    module = sys.modules.get(getattr(ModelClass, "__module__", ""))
+    convert = getattr(module, "convert_gpt2_weights", None)
+    if convert is None:
+        raise PretrainedError(
+            f"GPT-2's weights have other names than yours: write convert_gpt2_weights(state_dict, cfg) where "
+            f"{getattr(ModelClass, '__name__', ModelClass)} is defined (chapter 02), or hand one in as convert=..."
+        )
+    return convert
+
+
+def _read_gpt2(name: str, ModelClass: object, convert: Convert | None) -> tuple[TransformerConfig, StateDict, Any]:
+    is_folder = Path(name).is_dir()
+    if not is_folder and name.startswith((".", "/", "~")):
+        raise PretrainedError(f"There is no folder {name}.")
+    if not is_folder and name not in HUB and "/" not in name:
+        raise _unknown(name)
+    convert = convert or _converter_beside(ModelClass)
+    from safetensors import SafetensorError
+    from transformers import AutoConfig, AutoTokenizer, GPT2LMHeadModel
+
+    try:
+        hf_cfg = AutoConfig.from_pretrained(name)
+        if hf_cfg.model_type != "gpt2":
+            raise PretrainedError(f"{name} is a {hf_cfg.model_type} model; this course loads GPT-2 and its own.")
+        cfg = _gpt2_config(hf_cfg, name)
+        hf_model, report = GPT2LMHeadModel.from_pretrained(
+            name, use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(name) if not is_folder or _has_tokenizer(Path(name)) else None
+    except SafetensorError as error:
+        raise PretrainedError(f"{name}: the weights are damaged ({error}); download them again.") from None
+    except (OSError, ValueError, RuntimeError) as error:
+        if isinstance(error, PretrainedError):
+            raise
+        raise _out_of_reach(name, is_folder, error) from None
+    complaints = []
+    for what in ("missing", "unexpected", "mismatched"):
+        keys = {
+            key if isinstance(key, str) else key[0] for key in report[f"{what}_keys"]
+        }  # mismatched: with the shapes
+        keys = {
+            key for key in keys if not key.endswith((".attn.bias", ".attn.masked_bias"))
+        }  # old files store the mask
+        if keys:
+            complaints.append(f"{what}: {_some(keys)}")
+    if complaints:
+        raise PretrainedError(
+            f"{name}: the weights do not fit its config.json ({'; '.join(complaints)}); download them again."
+        )
+    return cfg, convert(hf_model.float().state_dict(), cfg), tokenizer
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / file).exists() for file in ("tokenizer.json", "vocab.json"))
+
+
+def _out_of_reach(name: str, is_folder: bool, error: Exception) -> PretrainedError:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if is_folder:
+        return PretrainedError(
+            f"{name} cannot be read ({reason}); it must hold config.json and {WEIGHTS}, as "
+            "GPT2LMHeadModel.save_pretrained writes them (older .bin files are pickles and are never opened)."
+        )
+    return PretrainedError(
+        f"{name} is not in the local cache and could not be downloaded ({reason}): connect to the internet once, "
+        f"hand in a local folder instead of the name, or use a model that ships: {', '.join(_shipped_names())}."
+    )
+
+
+def _gpt2_config(hf_cfg: Any, name: str) -> TransformerConfig:
+    """The same shape in our words; refuses the variants of GPT-2 that our transformer does not compute."""
+    if hf_cfg.activation_function not in ("gelu_new", "relu"):
+        raise PretrainedError(f"{name} uses the activation {hf_cfg.activation_function!r}; ours are gelu_new and relu.")
+    if hf_cfg.scale_attn_by_inverse_layer_idx or not hf_cfg.scale_attn_weights:
+        raise PretrainedError(f"{name} scales its attention scores unlike GPT-2, which our transformer does not.")
+    return TransformerConfig(
+        d_vocab=hf_cfg.vocab_size,
+        n_ctx=hf_cfg.n_positions,
+        n_layers=hf_cfg.n_layer,
+        n_heads=hf_cfg.n_head,
+        d_model=hf_cfg.n_embd,
+        d_head=hf_cfg.n_embd // hf_cfg.n_head,
+        d_mlp=hf_cfg.n_inner or 4 * hf_cfg.n_embd,
+        act=hf_cfg.activation_function,
+        layer_norm_eps=hf_cfg.layer_norm_epsilon,
+    )
+
+
+# --- fitting weights into a model ---------------------------------------------------------------------------------
+
+
+def _fit(model: nn.Module, weights: StateDict, name: str) -> None:
+    """Copy the weights into the model; every one must have its place and shape, and every place its weight."""
+    ours = model.state_dict()
+    complaints = []
+    if missing := ours.keys() - weights.keys():
+        complaints.append(f"no weights for {_some(missing)}")
+    if surplus := weights.keys() - ours.keys():
+        complaints.append(f"no place for {_some(surplus)}")
+    for key in ours.keys() & weights.keys():
+        if ours[key].shape != weights[key].shape:
+            complaints.append(f"{key} has shape {tuple(ours[key].shape)}, its weights {tuple(weights[key].shape)}")
+    if complaints:
+        raise PretrainedError(
+            f"The weights of {name} do not fit this {type(model).__name__}: {'; '.join(complaints[:3])}. "
+            "Compare its parameters with the table of names and shapes in chapter 02."
+        )
+    model.load_state_dict(dict(weights))
+
+
+def _some(keys: set[str]) -> str:
+    shown = ", ".join(sorted(keys)[:3])
+    return shown if len(keys) <= 3 else f"{shown} and {len(keys) - 3} more"

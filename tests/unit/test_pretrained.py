@@ -1,0 +1,292 @@
+"""Loading weights: a shipped model made for the test, and a tiny random GPT-2 on disk."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from course_utils import pretrained
+from course_utils.config import TransformerConfig
+from course_utils.pretrained import (
+    PretrainedError,
+    load_history,
+    load_pretrained,
+    save_shipped,
+    shipped_models,
+    shipped_tokenizer,
+)
+
+CFG = TransformerConfig(d_vocab=11, n_ctx=6, n_layers=1, n_heads=1, d_model=4, d_head=4, attn_only=True)
+
+
+class Bigram(nn.Module):
+    """The smallest thing that has a cfg and weights."""
+
+    def __init__(self, cfg: TransformerConfig) -> None:
+        super().__init__()
+        self.W_E = nn.Parameter(torch.randn(cfg.d_vocab, cfg.d_model))
+        self.W_U = nn.Parameter(torch.randn(cfg.d_model, cfg.d_vocab))
+        self.cfg = cfg
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.W_E[tokens] @ self.W_U
+
+
+class Biased(Bigram):
+    def __init__(self, cfg: TransformerConfig) -> None:
+        super().__init__(cfg)
+        self.b_U = nn.Parameter(torch.zeros(cfg.d_vocab))
+
+
+class Wider(Bigram):
+    def __init__(self, cfg: TransformerConfig) -> None:
+        super().__init__(cfg)
+        self.W_E = nn.Parameter(torch.randn(cfg.d_vocab, cfg.d_model + 1))
+
+
+class OnlyEmbeds(nn.Module):
+    def __init__(self, cfg: TransformerConfig) -> None:
+        super().__init__()
+        self.W_E = nn.Parameter(torch.randn(cfg.d_vocab, cfg.d_model))
+
+
+def word_tokenizer():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"<eos>": 0, "once": 1, "upon": 2}, unk_token="<eos>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", unk_token="<eos>")
+
+
+@pytest.fixture
+def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bigram:
+    """A folder of models with `pair`, which owns a tokenizer, and `pair-2`, which borrows it."""
+    monkeypatch.setattr(pretrained, "MODELS", tmp_path)
+    torch.manual_seed(0)
+    model = Bigram(CFG)
+    save_shipped(
+        model, word_tokenizer(), "pair", {"licence": "MIT", "what": "for: tests"}, "Prose.", {"loss": [3.0, 2.5]}
+    )
+    save_shipped(Bigram(CFG), None, "pair-2", {"tokenizer": "pair"}, "More prose.", [])
+    return model
+
+
+def test_a_shipped_model_comes_back_the_same(shipped: Bigram) -> None:
+    model = load_pretrained(Bigram, "pair", device="cpu")
+    tokens = torch.tensor([[1, 2, 0]])
+    assert torch.equal(model(tokens), shipped(tokens))
+    assert model.cfg == CFG and not model.training
+    assert model.tokenizer("once upon").input_ids == [1, 2] and model.tokenizer.eos_token == "<eos>"
+    assert load_history("pair") == {"loss": [3.0, 2.5]}
+    assert load_pretrained(Bigram, "pair-2").tokenizer.get_vocab() == shipped_tokenizer("pair").get_vocab()
+
+
+def test_cards(shipped: Bigram) -> None:
+    pair, second = shipped_models()
+    assert pair["name"] == "pair" and pair["what"] == "for: tests" and len(pair["sha256"]) == 64
+    assert second["tokenizer"] == "pair"
+    card = (pretrained.MODELS / "pair" / "card.md").read_text()
+    assert card.startswith("---\nname: pair\n") and card.endswith("---\n\nProse.\n")
+    with pytest.raises(ValueError, match="one line"):
+        save_shipped(shipped, None, "pair", {"what": "two\nlines"}, "", [])
+
+
+def test_tied_and_transposed_weights_can_be_saved(shipped: Bigram) -> None:
+    shipped.W_U = nn.Parameter(shipped.W_E.detach().T)
+    save_shipped(shipped, None, "tied", {}, "", [])
+    assert torch.equal(load_pretrained(Bigram, "tied").W_U, shipped.W_E.T)
+
+
+def test_the_real_models_are_intact() -> None:
+    for card in shipped_models():
+        assert pretrained._sha256(pretrained.MODELS / card["name"] / pretrained.WEIGHTS) == card["sha256"]
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "empty", "missing"])
+def test_damaged_weights_are_refused(shipped: Bigram, damage: str) -> None:
+    path = pretrained.MODELS / "pair" / pretrained.WEIGHTS
+    content = path.read_bytes()
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(
+            {"truncate": content[:-8], "flip": content[:-1] + bytes([content[-1] ^ 1]), "empty": b""}[damage]
+        )
+    with pytest.raises(PretrainedError, match=r"pair: model.safetensors is (missing|damaged).*Get the file again"):
+        load_pretrained(Bigram, "pair")
+
+
+def test_something_else_under_a_right_checksum_is_refused(shipped: Bigram) -> None:
+    folder = pretrained.MODELS / "pair"
+    before = pretrained._sha256(folder / pretrained.WEIGHTS)
+    torch.save({"W_E": torch.zeros(11, 4)}, folder / pretrained.WEIGHTS)  # a pickle
+    card = (folder / "card.md").read_text().replace(before, pretrained._sha256(folder / pretrained.WEIGHTS))
+    (folder / "card.md").write_text(card)
+    with pytest.raises(PretrainedError, match="is no safetensors file"):
+        load_pretrained(Bigram, "pair")
+
+
+def test_weights_that_do_not_fit_are_refused(shipped: Bigram) -> None:
+    with pytest.raises(PretrainedError, match="do not fit this Biased: no weights for b_U"):
+        load_pretrained(Biased, "pair")
+    with pytest.raises(PretrainedError, match=r"Wider: W_E has shape \(11, 5\), its weights \(11, 4\)"):
+        load_pretrained(Wider, "pair")
+    with pytest.raises(PretrainedError, match="OnlyEmbeds: no place for W_U"):
+        load_pretrained(OnlyEmbeds, "pair")
+    config = pretrained.MODELS / "pair" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"n_experts": 8}))
+    with pytest.raises(PretrainedError, match=r"does not know.*n_experts"):
+        load_pretrained(Bigram, "pair")
+
+
+def test_an_unknown_name_is_told_the_nearest(shipped: Bigram) -> None:
+    for attempt in (lambda: load_pretrained(Bigram, "pair-3"), lambda: load_history("pair3")):
+        with pytest.raises(PretrainedError, match=r"There is no model 'pair-?3'\. The nearest are: pair(-2)?, pair"):
+            attempt()
+    with pytest.raises(PretrainedError, match=r"There is no folder \./pair"):
+        load_pretrained(Bigram, "./pair")
+
+
+# --- GPT-2 --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def gpt2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A GPT-2 with two layers and sizes that all differ, in which no parameter is 0 or 1 by default."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=31, n_positions=13, n_layer=2, n_head=3, n_embd=12, n_inner=20, bos_token_id=0, eos_token_id=0
+    )
+    model = GPT2LMHeadModel(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    folder = tmp_path_factory.mktemp("gpt2")
+    model.save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def damaged(gpt2_folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(gpt2_folder, tmp_path / "copy"))
+
+
+def test_gpt2_has_the_logits_of_transformers(gpt2_folder: Path) -> None:
+    from transformers import GPT2LMHeadModel
+
+    from solutions.ch02_transformer import Transformer
+
+    model = load_pretrained(Transformer, str(gpt2_folder))
+    tokens = torch.randint(31, (2, 13), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = GPT2LMHeadModel.from_pretrained(gpt2_folder).eval()(tokens).logits
+        torch.testing.assert_close(model(tokens), expected, rtol=1e-4, atol=1e-4)
+    assert expected.std() > 0.1  # otherwise agreement would say nothing
+    assert model.cfg.d_mlp == 20 and model.cfg.d_head == 4 and not model.training
+    assert model.tokenizer("once upon").input_ids == [1, 2]
+
+
+def test_the_converter_comes_from_beside_the_class_or_by_hand(
+    gpt2_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from solutions import ch02_transformer as solution
+
+    class Mine(solution.Transformer):
+        """A class in a module, this one, that has no converter yet."""
+
+    with pytest.raises(PretrainedError, match=r"write convert_gpt2_weights\(state_dict, cfg\) where Mine is defined"):
+        load_pretrained(Mine, str(gpt2_folder))
+    load_pretrained(Mine, str(gpt2_folder), convert=solution.convert_gpt2_weights)
+    monkeypatch.setattr(sys.modules[__name__], "convert_gpt2_weights", solution.convert_gpt2_weights, raising=False)
+    load_pretrained(Mine, str(gpt2_folder))
+    with pytest.raises(PretrainedError, match=r"no weights for blocks\.0\.attn\.W_K"):
+        load_pretrained(Mine, str(gpt2_folder), convert=lambda weights, cfg: {})
+
+
+def edit_weights(folder: Path, edit) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / pretrained.WEIGHTS)
+    edit(weights)
+    save_file(weights, folder / pretrained.WEIGHTS, metadata={"format": "pt"})
+
+
+def edit_config(folder: Path, **changes: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_the_layout_of_the_hub_s_own_gpt2_is_understood(gpt2_folder: Path, damaged: Path) -> None:
+    """Its file has no `transformer.` in front of the names, no output matrix (it is tied), and stores the masks."""
+    from safetensors.torch import load_file, save_file
+
+    from solutions.ch02_transformer import Transformer
+
+    weights = load_file(damaged / pretrained.WEIGHTS)
+    old = {name.removeprefix("transformer."): weight for name, weight in weights.items() if "lm_head" not in name}
+    old |= {f"h.{layer}.attn.bias": torch.ones(13, 13).tril()[None, None] for layer in range(2)}
+    save_file(old, damaged / pretrained.WEIGHTS, metadata={"format": "pt"})
+    expected = load_pretrained(Transformer, str(gpt2_folder)).state_dict()
+    actual = load_pretrained(Transformer, str(damaged)).state_dict()
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-40]), "are damaged"),
+        (lambda f: (f / "model.safetensors").unlink(), "cannot be read"),
+        (lambda f: (f / "config.json").unlink(), "cannot be read"),
+        (lambda f: edit_weights(f, lambda w: w.pop("transformer.h.1.ln_1.bias")), "missing: transformer.h.1.ln_1"),
+        (lambda f: edit_weights(f, lambda w: w.update(extra=torch.zeros(2))), "unexpected: extra"),
+        (lambda f: edit_config(f, n_inner=24), "mismatched: transformer.h.0.mlp"),
+        (lambda f: edit_config(f, activation_function="silu"), "uses the activation 'silu'"),
+        (lambda f: edit_config(f, scale_attn_by_inverse_layer_idx=True), "scales its attention scores"),
+        (lambda f: edit_config(f, model_type="llama"), "is a llama model"),
+    ],
+)
+def test_damaged_gpt2_folders_are_refused(damaged: Path, damage, words: str) -> None:
+    from solutions.ch02_transformer import Transformer
+
+    damage(damaged)
+    with pytest.raises(PretrainedError, match=words) as caught:
+        load_pretrained(Transformer, str(damaged))
+    assert "\n" not in str(caught.value)
+
+
+def test_pickled_weights_are_never_opened(damaged: Path) -> None:
+    from solutions.ch02_transformer import Transformer
+
+    class Bomb:
+        def __reduce__(self):
+            return (os._exit, (1,))
+
+    (damaged / pretrained.WEIGHTS).unlink()
+    torch.save({"transformer.wte.weight": Bomb()}, damaged / "pytorch_model.bin")
+    with pytest.raises(PretrainedError, match="never opened"):
+        load_pretrained(Transformer, str(damaged))
+
+
+def test_offline_without_cache_one_sentence_names_the_ways_out(tmp_path: Path) -> None:
+    script = (
+        "from course_utils.pretrained import load_pretrained, PretrainedError\n"
+        "from solutions.ch02_transformer import Transformer\n"
+        "try: load_pretrained(Transformer, 'gpt2')\n"
+        "except PretrainedError as error: print(error)\n"
+    )
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "HF_HUB_CACHE": str(tmp_path)}
+    run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    message = run.stdout.strip()
+    assert "\n" not in message
+    assert message.startswith("gpt2 is not in the local cache and could not be downloaded")
+    assert "connect to the internet once" in message and "local folder" in message and "a model that ships" in message
