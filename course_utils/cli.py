@@ -91,6 +91,11 @@ def lab(port: int | None, no_browser: bool, rest: list[str]) -> int:
     """Put the missing chapters into the work folder, start JupyterLab there and print its address."""
     work = fill_work_folder()
     command = [sys.executable, "-m", "jupyterlab", "--ServerApp.answer_yes=True", "--log-level=WARN"]
+    # It works without network, and asks nobody for news.
+    command += [
+        "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
+        "--LabApp.extension_manager=readonly",
+    ]
     command += [f"--port={port}"] * (port is not None) + ["--no-browser"] * no_browser + rest
     server = subprocess.Popen(command, cwd=work)
     try:
@@ -230,7 +235,9 @@ def run(chapter: str, html: Path | None) -> int:
     if html is not None:
         from nbconvert import HTMLExporter
 
-        html.write_text(HTMLExporter().from_notebook_node(notebook)[0], encoding="utf-8")
+        html.write_text(
+            HTMLExporter().from_notebook_node(notebook, {"metadata": {"name": path.stem}})[0], encoding="utf-8"
+        )
         print(f"Written: {html}")
     return 0
 
@@ -242,26 +249,28 @@ def execute(notebook, environment: dict[str, str]) -> None:  # type: ignore[no-u
     """
     from nbclient import NotebookClient
 
-    total = sum(cell.cell_type == "code" for cell in notebook.cells)
-    number, began = 0, time.perf_counter()
-
-    def report(cell, cell_index, execute_reply) -> None:  # type: ignore[no-untyped-def]
-        nonlocal number, began
-        number, seconds, began = number + 1, time.perf_counter() - began, time.perf_counter()
-        first = next((line for line in cell.source.splitlines() if line and not line.startswith("#")), "")
-        print(f"[{number:>3}/{total}] {seconds:6.1f} s  {first[:80]}", flush=True)
-
     here = str(Path(__file__).resolve().parent.parent)
     path = os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])])
+    total = sum(cell.cell_type == "code" for cell in notebook.cells)
+    number = 0
     with tempfile.TemporaryDirectory() as folder:
         client = NotebookClient(
             notebook,
             timeout=None,
             kernel_name="python3",
             resources={"metadata": {"path": folder}},
-            on_cell_executed=report,
+            extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
         )
-        client.execute(env={**os.environ, "PYTHONPATH": path, **environment})
+        # Not client.execute(), which catches Ctrl-C in a way of its own.
+        with client.setup_kernel(env={**os.environ, "PYTHONPATH": path, **environment}):
+            for index, cell in enumerate(notebook.cells):
+                if cell.cell_type != "code":
+                    continue
+                number, start = number + 1, time.perf_counter()
+                client.execute_cell(cell, index)
+                seconds = time.perf_counter() - start
+                first = next((line for line in cell.source.splitlines() if line and not line.startswith("#")), "")
+                print(f"[{number:>3}/{total}] {seconds:6.1f} s  {first[:80]}", flush=True)
 
 
 # --- build and models -----------------------------------------------------------------------------------------------
