@@ -199,7 +199,7 @@ def fused_attention(
     return einops.rearrange(z, "batch head pos d_head -> batch pos head d_head")
 
 
-def gelu_new(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+def gelu_new(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     """Let large values pass, stop very negative ones, smoothly: GPT-2's formula for the GELU.
 
     0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))), element by element.
