@@ -297,11 +297,15 @@ def build() -> int:
 
 
 def models() -> int:
-    """Print the models that ship, with the first sentence of each card."""
-    for card in sorted((Path(__file__).parent / "models").glob("*/card.md")):
-        prose = [line for line in card.read_text(encoding="utf-8").splitlines() if re.match(r"\w", line)]
-        size = sum(path.stat().st_size for path in card.parent.glob("*.safetensors")) / 1e6
-        print(f"{card.parent.name:<20} {size:6.1f} MB  {prose[0] if prose else ''}")
+    """Print a table of the models that ship: what their cards say about each."""
+    from course_utils.pretrained import shipped_models
+
+    cards = shipped_models()
+    titles = [key for key in dict.fromkeys(key for card in cards for key in card) if key != "sha256"]
+    rows = [titles, *([card.get(title, "") for title in titles] for card in cards)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows if cards else []:
+        print("  ".join(entry.ljust(width) for entry, width in zip(row, widths, strict=True)).rstrip())
     return 0
 
 

@@ -104,15 +104,24 @@ def name_problems(notebook: str, cells: list[str], unused: bool = True) -> list[
     from pyflakes import checker, messages  # type: ignore[import-untyped]
 
     waiting = () if unused else (messages.UnusedImport, messages.RedefinedWhileUnused)
-    # jaxtyping's shapes are no code, whatever pyflakes makes of them.
-    ignored = (messages.ForwardAnnotationSyntaxError, *waiting)
     code, starts = "", []
     for cell in cells:
         starts.append(code.count("\n"))
         code += plain_python(cell).rstrip("\n") + "\n"
-    found = checker.Checker(ast.parse(code), filename=notebook, builtins={"get_ipython", "display"})
+    tree = without_shapes(ast.parse(code))
+    found = checker.Checker(tree, filename=notebook, builtins={"get_ipython", "display"})
     problems = []
-    for message in sorted((m for m in found.messages if not isinstance(m, ignored)), key=lambda m: m.lineno):
+    for message in sorted((m for m in found.messages if not isinstance(m, waiting)), key=lambda m: m.lineno):
         number = sum(start < message.lineno for start in starts)
         problems.append(f"{notebook}: code cell {number}: {message.message % message.message_args}")
     return problems
+
+
+def without_shapes(tree: ast.Module) -> ast.Module:
+    """The same code with `Float[Tensor, "batch pos"]` as `Float[Tensor]`: shapes are no code, and name no variables."""
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module == "jaxtyping"]
+    kinds = {alias.asname or alias.name for node in imports for alias in node.names}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name) and node.value.id in kinds:
+            node.slice = node.slice.elts[0] if isinstance(node.slice, ast.Tuple) else node.slice
+    return tree

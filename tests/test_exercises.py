@@ -3,8 +3,10 @@
 With `--notebook` an exercise that is not written yet is skipped, and a wrong answer fails.
 """
 
+import functools
 import importlib
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -28,9 +30,14 @@ def reference(chapter: str, symbol: str) -> Any:
     return getattr(importlib.import_module(f"solutions.{file_of(chapter, 'solutions', 'ch{}_*.py').stem}"), symbol)
 
 
+@functools.cache
+def loaded(path: Path, chapter: str) -> ModuleType:
+    return load_notebook(path, find_checks()[chapter])
+
+
 def from_notebook(path: Path, chapter: str, symbol: str) -> Any:
     """What stands in a notebook under that name."""
-    found = exercise(load_notebook(path, find_checks()[chapter]), symbol)
+    found = exercise(loaded(path, chapter), symbol)
     refuse_foreign(symbol, found)
     return found
 
@@ -48,7 +55,7 @@ def test_exercise(chapter: str, symbol: str, request: pytest.FixtureRequest) -> 
             raise
         pytest.skip(str(error))
     except (CheckFailed, CourseError) as error:
-        pytest.fail(str(error), pytrace=False)
+        raise pytest.fail.Exception(str(error), pytrace=False) from None
 
 
 @pytest.mark.parametrize(("chapter", "symbol"), EXERCISES, ids=IDS)

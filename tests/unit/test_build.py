@@ -316,6 +316,17 @@ def test_imports_that_only_the_solution_needs_are_fine(small_course: Path) -> No
     built(small_course)
 
 
+def test_shapes_are_no_names(small_course: Path) -> None:
+    edit(small_course, "import torch\n", "import torch\nfrom jaxtyping import Float\n")
+    edit(
+        small_course,
+        "double(x: Tensor) -> Tensor",
+        'double(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape a+1"]',
+        "solutions/ch07_toy.py",
+    )
+    built(small_course)
+
+
 def test_code_in_prose_is_no_directive(small_course: Path) -> None:
     edit(
         small_course,

@@ -12,12 +12,11 @@ from pathlib import Path
 import nbformat
 import pytest
 import torch
+from conftest import ROOT
 
 from course_utils import checks, cli
 from course_utils.build import build
 from course_utils.cli import main
-
-ROOT = Path(cli.__file__).resolve().parent.parent
 
 
 @pytest.fixture
@@ -172,10 +171,16 @@ def test_run(course: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pyte
     assert code == 1 and "02_small.ipynb: a cell failed." in text and "division by zero" in text
 
 
-def test_models(capsys: pytest.CaptureFixture[str]) -> None:
-    code, text = outcome(capsys, "models")
-    names = {path.parent.name for path in (ROOT / "course_utils/models").glob("*/card.md")}
-    assert code == 0 and {line.split()[0] for line in text.splitlines()} == names
+def test_models(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    cards = [
+        {"name": "tales", "parameters": "1.1M", "sha256": "abc"},
+        {"name": "attn-only-4l", "parameters": "0.6M", "tokenizer": "tales", "sha256": "def"},
+    ]
+    monkeypatch.setattr("course_utils.pretrained.shipped_models", lambda: cards)
+    assert outcome(capsys, "models") == (
+        0,
+        "name          parameters  tokenizer\ntales         1.1M\nattn-only-4l  0.6M        tales\n",
+    )
 
 
 def test_ctrl_c_is_no_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
