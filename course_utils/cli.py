@@ -96,6 +96,8 @@ def lab(port: int | None, no_browser: bool, rest: list[str]) -> int:
         "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
         "--LabApp.extension_manager=readonly",
     ]
+    # In a container one is root, and Jupyter refuses to start; it listens on this machine only, behind a token.
+    command += ["--allow-root"] * (getattr(os, "geteuid", lambda: 1)() == 0)
     command += [f"--port={port}"] * (port is not None) + ["--no-browser"] * no_browser + rest
     server = subprocess.Popen(command, cwd=work)
     try:
