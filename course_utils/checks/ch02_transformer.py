@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from course_utils.checks import by_loops
-from course_utils.checks.core import CheckFailed, compare, follows_input, unchanged
+from course_utils.checks.core import CheckFailed, compare, during, follows_input, unchanged
 from course_utils.checks.modules import (
     Oracle,
     Toy,
@@ -79,8 +79,7 @@ def check_LayerNorm(cls: Any) -> None:
             / (variance * 7 / 6 + eps).sqrt()
             * w
             + b,
-            "eps is left out.": centred / variance.sqrt() * w + b,
-            "eps is 1e-5 whatever the configuration says; use self.eps.": centred / (variance + 1e-5).sqrt() * w + b,
+            "eps is left out, or another one is used than self.eps.": centred / variance.sqrt() * w + b,
             "the root is missing: divide by the deviation, not by the variance.": centred / (variance + eps) * w + b,
             "the mean is not subtracted.": resid / (variance + eps).sqrt() * w + b,
             "`w` and `b` are left out.": over(-1),
@@ -221,6 +220,13 @@ def check_Attention(cls: Any) -> None:
             RESID,
             ATTENTION_HOOKS,
             _attention_mistakes(weights, resid),
+            {
+                # b_K adds the same number to all scores of a query, so that the output does not show it
+                f"hook_{letter.lower()}": {
+                    f"the bias `b_{letter}` is left out.": torch.einsum("bpm,hmd->bphd", resid, weights[f"W_{letter}"])
+                }
+                for letter in "QKV"
+            },
         )
     _check_attention_cache(cls, module, weights)
 
@@ -253,7 +259,7 @@ def _attention_mistakes(weights: Mapping[str, Tensor], resid: Tensor) -> dict[st
         return lambda: _attention_variant({**weights, **zeros}, resid)
 
     return {
-        **{f"the bias `b_{letter}` is left out.": without(f"b_{letter}") for letter in "QKVO"},
+        **{f"the bias `b_{letter}` is left out.": without(f"b_{letter}") for letter in "QVO"},
         "all four biases are left out.": without("b_Q", "b_K", "b_V", "b_O"),
         "`b_O` is added once per head; it belongs to the sum of the heads.": variant(n_biases=3),
         "the scores are not divided by sqrt(d_head).": variant(divisor=1.0),
@@ -304,7 +310,7 @@ def _check_attention_cache(cls: type, module: Any, weights: Mapping[str, Tensor]
     for watched in ((), ("hook_attn_scores", "hook_pattern")):
         handles = [getattr(module, hook).add(lambda activation, hook: None) for hook in watched]
         cache = make_cache(cls, CFG, batch=2)
-        with torch.no_grad():
+        with torch.no_grad(), during("with a key-value cache"):
             start = module(resid[:, :3], cache)
             compare(f"{name} that is empty", start, expected["output"][:, :3], RESID)
             actual = module(resid[:, 3:], cache)
@@ -404,8 +410,9 @@ def _gelu(pre: Tensor) -> Tensor:
 
 def check_TransformerBlock(cls: Any) -> None:
     """First the wiring, with toy parts whose answers are known; then whole blocks with their real parts."""
-    for cfg in (CFG, replace(CFG, attn_only=True)):
-        _check_block_wiring(cls, cfg)
+    _check_block_wiring(cls, CFG)
+    with during("with cfg.attn_only"):
+        _check_block_wiring(cls, replace(CFG, attn_only=True))
     for cfg in (CFG, replace(CFG, attn_only=True), replace(CFG, normalization="none", act="relu")):
         wanted = block_hooks(cfg)
         module = construct("TransformerBlock", cls, cfg, block_parameters(cfg), wanted)
@@ -526,7 +533,7 @@ def check_Transformer(cls: Any) -> None:
         tokens = torch.tensor([[3, 0, 12, 3, 7], [8, 1, 5, 11, 2]])
         expected = by_loops.transformer(weights, cfg, tokens)["output"]
         cache = make_cache(cls, cfg, batch=2)
-        with torch.no_grad():
+        with torch.no_grad(), during("with a key-value cache"):
             steps = [module(tokens[:, :3], cache), module(tokens[:, 3:4], cache), module(tokens[:, 4:], cache)]
         name = "Transformer with its real parts and a key-value cache"
         compare(name, torch.cat(steps, dim=1), expected, "batch pos d_vocab")
@@ -582,7 +589,8 @@ def _check_transformer_offset(cls: Any, module: Any, tokens: Tensor, early: Tens
     cache = make_cache(cls, CFG, batch=2)
     for layer in range(CFG.n_layers):
         cache.append(layer, torch.zeros(2, 3, 3, 4), torch.zeros(2, 3, 3, 4))
-    actual = module(tokens, cache)
+    with during("with a key-value cache"):
+        actual = module(tokens, cache)
     mistakes = {"positions are counted from 0; the first new token stands at `cache.length`.": early}
     name = "Transformer with 3 positions in a key-value cache"
     compare(name, actual, expected, "batch pos d_vocab", mistakes)
@@ -621,8 +629,9 @@ def check_init_weights(fn: Callable[..., Any]) -> None:
         else:
             target = torch.ones_like if symbol == "w" else torch.zeros_like
             what = "a LayerNorm starts with `w` 1" if symbol == "w" else "biases start at 0"
-            other = {f"it is left as it was; {what}.": torch.full_like(values[name], UNTOUCHED)}
-            compare(f"init_weights: `{name}`", values[name], target(values[name]), "element", other)
+            actual = values[name].flatten()
+            other = {f"it is left as it was; {what}.": torch.full_like(actual, UNTOUCHED)}
+            compare(f"init_weights: `{name}`", actual, target(actual), "element", other)
     _check_draws(fn, cfg, std, values)
 
 
@@ -675,7 +684,7 @@ def _check_normal(name: str, values: Tensor, want: float, std: float, n_layers: 
         lines += [f"  That fits if {cause}" for level, cause in causes.items() if abs(got - level) < 6 * error]
         raise CheckFailed("\n".join(lines))
     if abs(mean) > 6 * want / math.sqrt(values.numel()):
-        raise CheckFailed(f"init_weights: `{name}` has mean {mean:.3g}, expected 0 (deviation {want:.3g}).")
+        raise CheckFailed(f"init_weights: `{name}` has mean {mean:.3g}, expected 0.\n  Next: draw around 0.")
     within = (values.abs() < want).double().mean().item()  # normal: 0.683; uniform: 0.577
     if abs(within - 0.683) > 6 * 0.465 / math.sqrt(values.numel()) or values.abs().max() < 2.2 * want:
         raise CheckFailed(
@@ -882,7 +891,7 @@ def _conversion_mistakes(
 def check_greedy(fn: Callable[..., Any]) -> None:
     """Rows whose largest logits stand at both ends and in between, one of them with no positive logit."""
     logits = noise(3, 13, seed=12)
-    logits[0, 12], logits[2, 0] = 4.0, 3.5
+    logits[0, 12], logits[2, 0] = 4.0, 5.0
     logits[1] -= 9.0
     for rows in (logits, logits[1:2]):
         expected = torch.tensor([max(range(13), key=row.tolist().__getitem__) for row in rows])
@@ -1017,7 +1026,7 @@ def _nucleus(probabilities: Sequence[float], ranked: Sequence[int], p: float, at
 
 def check_keep_top_p(fn: Callable[..., Any]) -> None:
     """Rows of different sharpness, in no order, so that each keeps another number of tokens."""
-    logits = noise(3, 13, seed=16) * torch.tensor([[3.0], [1.0], [0.4]]) + torch.tensor([[0.0], [6.0], [-4.0]])
+    logits = noise(3, 13, seed=16) * torch.tensor([[1.0], [3.0], [0.4]]) + torch.tensor([[0.0], [6.0], [-4.0]])
     chances, order = logits.double().softmax(-1), _ranked(logits)
     table = chances.tolist()
     for rows, p, at_least in [
@@ -1058,11 +1067,8 @@ def check_keep_top_p(fn: Callable[..., Any]) -> None:
             "the others are set to 0, which softmax turns into exp(0) = 1; use -inf.": some.where(
                 expected.isfinite(), 0.0
             ),
-            "single tokens with a probability above p are kept; it is the sum that counts.": some.masked_fill(
-                chances[:rows] < p, -INF
-            ),
-            "tokens with a probability above 1 - p are kept; it is the sum that counts.": some.masked_fill(
-                chances[:rows] < 1 - p, -INF
+            "single tokens with a probability above p are kept; it is the sum that counts.": _kept(
+                some, [_with_first(order[row], at_least, [chance >= p for chance in table[row]]) for row in range(rows)]
             ),
             "probabilities are returned; return logits.": expected.softmax(-1),
             "nothing is dropped.": some,
@@ -1075,6 +1081,11 @@ def check_keep_top_p(fn: Callable[..., Any]) -> None:
     follows_input("keep_top_p", fn, (logits, 0.6), LOGITS)
     for bad in (0.0, -0.1, 1.5):
         _expect_value_error("keep_top_p", f"p = {bad}", fn, logits, bad)
+
+
+def _with_first(ranked: Sequence[int], n: int, wanted: Sequence[bool]) -> list[int]:
+    """The wanted tokens, and the first `n` in any case."""
+    return [token for place, token in enumerate(ranked) if place < n or wanted[token]]
 
 
 def _sorted_nucleus(logits: Tensor, sizes: Sequence[int]) -> Tensor:
@@ -1107,7 +1118,10 @@ def check_sample(fn: Callable[..., Any]) -> None:
     else:
         compare("sample", drawn, torch.zeros(2 * n_each, dtype=torch.int64), "batch")
     if torch.equal(generator.get_state(), torch.Generator().manual_seed(1).get_state()):
-        raise CheckFailed("sample: it left `generator` as it was, so the next call would draw the same again.")
+        raise CheckFailed(
+            "sample: it left `generator` as it was, so the next call would draw the same again.\n"
+            "  Next: draw from `generator` itself, not from a copy or another one."
+        )
     if not torch.equal(draw(1)[0], drawn):
         raise CheckFailed(
             "sample: the same seed gave two different draws.\n  Next: draw from `generator` and nothing else."
@@ -1204,10 +1218,10 @@ def check_generate(fn: Callable[..., Any]) -> None:
     _check_greedy_run(fn, prompt, n_new=0)
     _check_greedy_run(fn, prompt, n_new=20)  # n_ctx is 9
     _check_greedy_run(fn, torch.arange(9)[None] + torch.tensor([[0], [2]]), n_new=2)
-    script = torch.tensor([[4, 6, 7, 2, 9, 3], [7, 8, 6, 1, 5, 4]])
+    script = torch.tensor([[4, 6, 7, 2, 9, 3], [7, 8, 1, 6, 5, 4]])
     _check_eos(fn, prompt, script, eos=6)
-    _check_eos(fn, prompt, torch.where(script == 6, 0, script), eos=0)
-    _check_eos(fn, torch.tensor([[6, 1, 6], [8, 1, 6]]), script, eos=6)
+    _check_eos(fn, prompt + 1, torch.where(script == 6, 0, script), eos=0)
+    _check_eos(fn, torch.tensor([[6, 1, 6], [8, 1, 5]]), script, eos=6)
     _check_eos(fn, prompt, torch.tensor([[4, 7, 7, 2, 9, 3], [7, 8, 6, 1, 5, 4]]), eos=6)
     _check_eos(fn, prompt, torch.where(script == 6, 0, script), eos=None)
 
@@ -1249,10 +1263,6 @@ def _check_greedy_run(fn: Callable[..., Any], prompt: Tensor, n_new: int) -> Non
     with unchanged("generate", tokens=prompt):
         actual = fn(model, prompt, n_new, pick)
     mistakes = {"only the new tokens are returned; put the prompt in front.": tokens[:, prompt.shape[1] :]}
-    if len(prompt) > 1:
-        mistakes["every row goes on with the first row's tokens."] = torch.cat(
-            [prompt, tokens[:1, prompt.shape[1] :].expand(len(prompt), -1)], dim=1
-        )
     label = f"generate with n_new = {n_new}, n_ctx = {CFG.n_ctx} and a prompt of {prompt.shape[1]} positions"
     compare(label, actual, tokens, "batch pos", mistakes)
     if not torch.is_grad_enabled():
@@ -1266,19 +1276,9 @@ def _check_greedy_run(fn: Callable[..., Any], prompt: Tensor, n_new: int) -> Non
 
 def _check_eos(fn: Callable[..., Any], prompt: Tensor, script: Tensor, eos: int | None) -> None:
     """Picks from a script, row by row; the loop in plain Python says what should come out."""
-    model = _ToyModel(CFG)
     n_steps = script.shape[1]
-    rows = [list(row) for row in prompt.tolist()]
-    done = [False] * len(rows)
-    forgetful = torch.cat([prompt, script], dim=1)
-    n_used = 0
-    while n_used < n_steps and not all(done):
-        for index, row in enumerate(rows):
-            token = eos if done[index] else int(script[index, n_used])
-            row.append(token)
-            done[index] = token == eos
-        n_used += 1
-    expected = torch.tensor(rows)
+    expected = _scripted(prompt, script, eos, [False] * len(prompt))
+    n_used = expected.shape[1] - prompt.shape[1]
     step = 0
 
     def pick(logits: Tensor) -> Tensor:
@@ -1291,40 +1291,50 @@ def _check_eos(fn: Callable[..., Any], prompt: Tensor, script: Tensor, eos: int 
         return script[:, step - 1].clone()
 
     with unchanged("generate", tokens=prompt):
-        actual = fn(model, prompt, n_steps, pick, eos) if eos is not None else fn(model, prompt, n_steps, pick)
+        actual = fn(_ToyModel(CFG), prompt, n_steps, pick, *([] if eos is None else [eos]))
     label = f"generate with eos = {eos}"
-    compare(label, actual, expected, "batch pos", _eos_mistakes(prompt, script, eos, expected, forgetful))
+    compare(label, actual, expected, "batch pos", _eos_mistakes(prompt, script, eos, expected))
     if step > n_used:
         raise CheckFailed(
             f"{label}: all rows were finished after {n_used} steps, but it went on for {step}.\n  Next: stop there."
         )
 
 
-def _eos_mistakes(
-    prompt: Tensor, script: Tensor, eos: int | None, expected: Tensor, forgetful: Tensor
-) -> dict[str, Tensor]:
+def _scripted(prompt: Tensor, script: Tensor, eos: int | None, finished: Sequence[bool]) -> Tensor:
+    """The definition, row by row: what the script says until eos, then eos, until all rows are finished."""
+    rows, done = [list(row) for row in prompt.tolist()], list(finished)
+    for choices in script.T.tolist():
+        if all(done):
+            break
+        for index, token in enumerate(choices):
+            rows[index].append(eos if done[index] else token)
+            done[index] = rows[index][-1] == eos
+    return torch.tensor(rows)
+
+
+def _eos_mistakes(prompt: Tensor, script: Tensor, eos: int | None, expected: Tensor) -> dict[str, Tensor]:
     if eos is None:
         return {}
+    forgetful, width, start = torch.cat([prompt, script], dim=1), expected.shape[1], prompt.shape[1]
     ends = [int((row == eos).int().argmax()) + 1 if (row == eos).any() else len(row) for row in script]
-    start, width = prompt.shape[1], expected.shape[1]
-    padded = torch.cat([expected, expected.new_full((len(prompt), forgetful.shape[1] - width), eos)], dim=1)
+    filled = expected.clone()
+    for row, end in enumerate(ends):
+        filled[row, start + end :] = 0
     mistakes = {
         "a finished row goes on with what `pick` says; it should go on with eos.": forgetful[:, :width],
-        "generation does not stop when all rows are finished.": padded,
+        "generation does not stop when all rows are finished.": F.pad(
+            expected, (0, forgetful.shape[1] - width), value=eos
+        ),
         "eos is not looked at.": forgetful,
         "generation stops as soon as one row is finished.": expected[:, : start + min(ends)],
         "the last eos is cut off.": expected[:, :-1],
-        "finished rows are filled with 0 instead of eos.": expected.clone(),
+        "finished rows are filled with 0 instead of eos.": filled,
+        "an eos in the prompt finishes the row; only what the row produces counts.": _scripted(
+            prompt, script, eos, (prompt == eos).any(1).tolist()
+        ),
     }
-    filled = mistakes["finished rows are filled with 0 instead of eos."]
-    for row, end in enumerate(ends):
-        filled[row, start + end :] = 0
-    if (prompt == eos).any():
-        stopped = forgetful[:, :width].clone()
-        stopped[:, start:] = torch.where((prompt == eos).any(1)[:, None], eos, stopped[:, start:])
-        mistakes["an eos in the prompt finishes the row; only what the row produces counts."] = stopped[:, : start + 1]
-    return {
-        hint: answer
-        for hint, answer in mistakes.items()
-        if answer.shape != expected.shape or not answer.equal(expected)
-    }
+    return {hint: answer for hint, answer in mistakes.items() if not _equal(answer, expected)}
+
+
+def _equal(first: Tensor, second: Tensor) -> bool:
+    return first.shape == second.shape and torch.equal(first, second)

@@ -104,7 +104,11 @@ def _run(check_fn: CheckFn, obj: object, name: str) -> None:
     except (CheckFailed, NotWritten):
         raise
     except Exception as error:
-        raise _translated(name, error) from None
+        translated = _translated(name, error, obj)
+        if translated is None:
+            error.add_note(f"This is a fault in the check of {name}, not in your code. Please report it.")
+            raise
+        raise translated from None
 
 
 def refuse_foreign(name: str, obj: object) -> None:
@@ -179,8 +183,20 @@ def _own_name(code: CodeType) -> str:
     return code.co_qualname.split("<locals>.")[-1].split(".")[0]
 
 
-def _translated(name: str, error: Exception) -> CheckFailed | NotWritten:
-    """The exception in the words of a learner."""
+@contextmanager
+def during(what: str) -> Iterator[None]:
+    """Say in which case, such as "with cfg.attn_only", an exception in the learner's code came up."""
+    try:
+        yield
+    except (CheckFailed, NotWritten, NotImplementedError):
+        raise
+    except Exception as error:
+        error.add_note(what)
+        raise
+
+
+def _translated(name: str, error: Exception, obj: object) -> CheckFailed | NotWritten | None:
+    """The exception in the words of a learner; None where it is none of theirs."""
     theirs = _learner_frames(error)
     if isinstance(error, NotImplementedError) and theirs and theirs[-1][0] is _frames(error)[-1][0]:
         frame, line = theirs[-1]
@@ -188,14 +204,19 @@ def _translated(name: str, error: Exception) -> CheckFailed | NotWritten:
         if "NotImplementedError" in linecache.getline(frame.f_code.co_filename, line) or str(error).isidentifier():
             stub = _own_name(frame.f_code)
             return NotWritten(f"{name}: not written yet" + ("." if stub == name else f": it needs `{stub}`."))
-    what = f"{type(error).__name__}: {error}".strip().replace("\n", "\n    ").rstrip(": ")
+    case = "".join(f" {note}" for note in getattr(error, "__notes__", ()))
+    what = f"{type(error).__name__}{case}: {error}".strip().replace("\n", "\n    ").rstrip(": ")
     if not theirs:
+        if not isinstance(error, TypeError | NotImplementedError) and isinstance(obj, FunctionType | type):
+            return None
         return CheckFailed(
             f"{name}: calling your code raised {what}\n"
             "  Next: compare the names and the order of its arguments with those in the exercise."
         )
-    where = "\n".join(f"  at {_place(frame, line)}" for frame, line in theirs[-2:])
-    return CheckFailed(f"{name}: your code raised {what}\n{where}")
+    where = "".join(f"\n  at {_place(frame, line)}" for frame, line in theirs[-2:])
+    if isinstance(error, NameError) and error.name:
+        where += f"\n  Next: run the cell that defines `{error.name}`, or look at its spelling."
+    return CheckFailed(f"{name}: your code raised {what}{where}")
 
 
 def _place(frame: FrameType, line: int) -> str:
@@ -278,7 +299,7 @@ def compare(
             f"{name}: expected a Tensor, got a {type(actual).__name__}.\n  Next: return the tensor itself."
         )
     if actual.shape != expected.shape:
-        raise CheckFailed(_shape_message(name, actual, expected, words))
+        raise CheckFailed(_shape_message(name, actual, expected, words, _causes(actual, mistakes)))
     for what in ("dtype", "device"):
         want, got = (str(getattr(tensor, what)).removeprefix("torch.") for tensor in (expected, actual))
         if getattr(actual, what) != getattr(expected, what):
@@ -289,7 +310,13 @@ def compare(
     actual, expected = actual.detach(), expected.detach()
     wrong = ~torch.isclose(actual.double(), expected.double(), rtol=rtol, atol=atol)
     if wrong.any():
-        raise CheckFailed(_value_message(name, actual, expected, wrong, words, mistakes or {}))
+        raise CheckFailed(_value_message(name, actual, expected, wrong, words, mistakes))
+
+
+def _causes(actual: Tensor, mistakes: Mistakes | None) -> list[str]:
+    """A line for each known mistake whose whole answer this is."""
+    answers = {hint: answer if isinstance(answer, Tensor) else answer() for hint, answer in (mistakes or {}).items()}
+    return [f"  This is what you get if {hint}" for hint, answer in answers.items() if _same(actual, answer)]
 
 
 def _same(actual: Tensor, other: Tensor) -> bool:
@@ -298,10 +325,12 @@ def _same(actual: Tensor, other: Tensor) -> bool:
     )
 
 
-def _shape_message(name: str, actual: Tensor, expected: Tensor, words: list[str]) -> str:
+def _shape_message(name: str, actual: Tensor, expected: Tensor, words: list[str], causes: list[str]) -> str:
     sizes = list(expected.shape)
     want = ", ".join(f"{word}={size}" for word, size in zip(words, sizes, strict=True))
     lines = [f"{name}: wrong shape.", f"  expected ({want})", f"  got      {tuple(actual.shape)}"]
+    if causes:
+        return "\n".join(lines + causes)
     got = list(actual.shape)
     if len(set(sizes)) == len(sizes) and sorted(got) == sorted(sizes):
         order = ", ".join(words[sizes.index(size)] for size in got)
@@ -319,7 +348,7 @@ def _shown(value: Tensor) -> str:
 
 
 def _value_message(
-    name: str, actual: Tensor, expected: Tensor, wrong: Tensor, words: list[str], mistakes: Mistakes
+    name: str, actual: Tensor, expected: Tensor, wrong: Tensor, words: list[str], mistakes: Mistakes | None
 ) -> str:
     index = tuple(wrong.nonzero()[0].tolist())
     place = ", ".join(f"{word}={i}" for word, i in zip(words, index, strict=True))
@@ -327,11 +356,7 @@ def _value_message(
     lines = [f"{name}: {count} of {wrong.numel()} {'values is' if count == 1 else 'values are'} wrong."]
     at = f"first at [{place}]: " if words else ""
     lines.append(f"  {at}expected {_shown(expected[index])}, got {_shown(actual[index])}")
-    causes = [
-        f"  This is what you get if {hint}"
-        for hint, answer in mistakes.items()
-        if _same(actual, answer if isinstance(answer, Tensor) else answer())
-    ]
+    causes = _causes(actual, mistakes)
     if causes:
         return "\n".join(lines + causes)
     pattern = _pattern_of_wrong(actual, expected, wrong, words)

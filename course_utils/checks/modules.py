@@ -101,6 +101,7 @@ def check_module(
     axes: str,
     wanted: Sequence[str] = (),
     mistakes: Mistakes | None = None,
+    hook_mistakes: Mapping[str, Mistakes] | None = None,
     replace: bool = True,
     toys: bool = False,
 ) -> None:
@@ -123,7 +124,8 @@ def check_module(
             raise CheckFailed(f"{failure}\n{place}" if place else str(failure)) from None
         output, seen = watch(name, module, inputs, wanted)
         for hook in wanted:
-            compare(f"{name}: what `{hook}` sees", seen[hook], expected[hook], HOOK_AXES[hook.split(".")[-1]])
+            known = (hook_mistakes or {}).get(hook)
+            compare(f"{name}: what `{hook}` sees", seen[hook], expected[hook], HOOK_AXES[hook.split(".")[-1]], known)
         compare(f"{name} while watched", output, expected["output"], axes)
         for seed, hook in enumerate(wanted if replace else ()):
             _check_replacement(name, module, inputs, oracle, axes, hook, seed, expected["output"])

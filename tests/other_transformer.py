@@ -1,0 +1,273 @@
+"""Chapter 02 solved in another style: loops over heads, matmul and views, own helpers; the same interface.
+
+Every check must accept it, and the suites of later chapters run with this `Transformer` too: nothing may depend on how
+the reference is written.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from course_utils.config import TransformerConfig
+from course_utils.hooks import HookPoint
+
+
+class LayerNorm(nn.Module):
+    def __init__(self, cfg: TransformerConfig) -> None:
+        super().__init__()
+        self.epsilon = cfg.layer_norm_eps
+        self.b = nn.Parameter(torch.zeros(cfg.d_model))
+        self.w = nn.Parameter(torch.ones(cfg.d_model))
+        self.hook_normalized = HookPoint()
+        self.hook_scale = HookPoint()
+
+    def forward(self, resid):
+        variance, mean = torch.var_mean(resid, dim=-1, correction=0, keepdim=True)
+        one_over = torch.rsqrt(variance + self.epsilon)
+        scale = self.hook_scale(one_over.reciprocal())
+        return torch.addcmul(self.b, self.hook_normalized((resid - mean) / scale), self.w)
+
+
+class Embed(nn.Module):
+    def __init__(self, cfg: TransformerConfig) -> None:
+        super().__init__()
+        self.W_E = nn.Parameter(torch.empty(cfg.d_vocab, cfg.d_model).normal_())
+
+    def forward(self, tokens):
+        return F.one_hot(tokens, len(self.W_E)).to(self.W_E.dtype) @ self.W_E
+
+
+class PosEmbed(nn.Module):
+    def __init__(self, cfg: TransformerConfig) -> None:
+        super().__init__()
+        self.W_pos = nn.Parameter(torch.empty(cfg.n_ctx, cfg.d_model).normal_())
+
+    def forward(self, tokens, offset=0):
+        positions = torch.arange(tokens.size(1), device=tokens.device) + offset
+        return F.embedding(positions.expand_as(tokens), self.W_pos)
+
+
+def attention_scores(q, k):
+    q, k = q.transpose(1, 2), k.permute(0, 2, 3, 1)
+    return (q * q.size(-1) ** -0.25) @ (k * k.size(-2) ** -0.25)
+
+
+def causal_mask(scores):
+    n_query, n_key = scores.shape[-2:]
+    query = torch.arange(n_key - n_query, n_key, device=scores.device).view(-1, 1)
+    key = torch.arange(n_key, device=scores.device).view(1, -1)
+    return torch.where(key <= query, scores, float("-inf"))
+
+
+class Attention(nn.Module):
+    def __init__(self, cfg: TransformerConfig) -> None:
+        super().__init__()
+        shape = (cfg.n_heads, cfg.d_model, cfg.d_head)
+        for letter in "QKV":
+            self.register_parameter(f"W_{letter}", nn.Parameter(torch.empty(shape).normal_()))
+            self.register_parameter(f"b_{letter}", nn.Parameter(torch.zeros(cfg.n_heads, cfg.d_head)))
+        self.W_O = nn.Parameter(torch.empty(cfg.n_heads, cfg.d_head, cfg.d_model).normal_())
+        self.b_O = nn.Parameter(torch.zeros(cfg.d_model))
+        self.layer = 0
+        for name in ("q", "k", "v", "attn_scores", "pattern", "z"):
+            setattr(self, f"hook_{name}", HookPoint())
+        self.hook_result = HookPoint(on_request=True)
+        self.register_buffer("minus_infinity", torch.tensor(-torch.inf), persistent=False)
+
+    def view(self, letter, resid):
+        heads = zip(getattr(self, f"W_{letter}"), getattr(self, f"b_{letter}"), strict=True)
+        return torch.stack([resid @ W + b for W, b in heads], dim=2)
+
+    def forward(self, resid, cache=None):
+        v, k, q = (getattr(self, f"hook_{letter.lower()}")(self.view(letter, resid)) for letter in "VKQ")
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)
+        n_query, n_key, n_heads = q.size(1), k.size(1), q.size(2)
+        future = torch.arange(n_key, device=q.device) > torch.arange(n_key - n_query, n_key, device=q.device)[:, None]
+        scores = [q[:, :, head] @ k[:, :, head].mT / q.size(-1) ** 0.5 for head in range(n_heads)]
+        scores = torch.stack([torch.where(future, self.minus_infinity, score) for score in scores], dim=1)
+        pattern = self.hook_pattern(torch.exp(self.hook_attn_scores(scores).log_softmax(dim=-1)))
+        z = self.hook_z(torch.stack([pattern[:, head] @ v[:, :, head] for head in range(n_heads)], dim=2))
+        if self.hook_result.is_watched:
+            result = torch.stack([z[:, :, head] @ self.W_O[head] for head in range(n_heads)], dim=2)
+            return self.b_O + self.hook_result(result).sum(2)
+        return z.flatten(start_dim=2) @ self.W_O.flatten(end_dim=1) + self.b_O
+
+
+def gelu_new(x):
+    return F.gelu(x, approximate="tanh")
+
+
+class MLP(nn.Module):
+    def __init__(self, cfg: TransformerConfig) -> None:
+        super().__init__()
+        self.W_in = nn.Parameter(torch.empty(cfg.d_model, cfg.d_mlp).normal_())
+        self.W_out = nn.Parameter(torch.empty(cfg.d_mlp, cfg.d_model).normal_())
+        self.b_in = nn.Parameter(torch.zeros(cfg.d_mlp))
+        self.b_out = nn.Parameter(torch.zeros(cfg.d_model))
+        self.relu = cfg.act == "relu"
+        self.hook_pre, self.hook_post = HookPoint(), HookPoint()
+
+    def forward(self, resid):
+        neurons = self.hook_pre(F.linear(resid, self.W_in.mT, self.b_in))
+        neurons = self.hook_post(neurons.clamp(min=0) if self.relu else gelu_new(neurons))
+        return F.linear(neurons, self.W_out.mT, self.b_out)
+
+
+class TransformerBlock(nn.Module):
+    def __init__(self, cfg: TransformerConfig) -> None:
+        super().__init__()
+
+        def norm():
+            return LayerNorm(cfg) if cfg.normalization == "LN" else nn.Identity()
+
+        self.attn, self.ln1 = Attention(cfg), norm()
+        hooks = ["resid_pre", "attn_out", "resid_post"]
+        if not cfg.attn_only:
+            self.mlp, self.ln2 = MLP(cfg), norm()
+            hooks += ["resid_mid", "mlp_out"]
+        for name in hooks:
+            setattr(self, f"hook_{name}", HookPoint())
+
+    def forward(self, resid, cache=None):
+        resid = self.hook_resid_pre(resid)
+        resid = resid + self.hook_attn_out(self.attn(self.ln1(resid), cache=cache))
+        if hasattr(self, "mlp"):
+            resid = self.hook_resid_mid(resid)
+            resid = resid + self.hook_mlp_out(self.mlp(self.ln2(resid)))
+        return self.hook_resid_post(resid)
+
+
+class Unembed(nn.Module):
+    def __init__(self, cfg: TransformerConfig) -> None:
+        super().__init__()
+        self.b_U = nn.Parameter(torch.zeros(cfg.d_vocab))
+        self.W_U = nn.Parameter(torch.empty(cfg.d_model, cfg.d_vocab).normal_())
+
+    def forward(self, resid):
+        flat = torch.addmm(self.b_U, resid.flatten(end_dim=1), self.W_U)
+        return flat.view(*resid.shape[:2], -1)
+
+
+class Transformer(nn.Module):
+    def __init__(self, cfg: TransformerConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.unembed = Unembed(cfg)
+        self.ln_final = LayerNorm(cfg) if cfg.normalization == "LN" else nn.Identity()
+        self.blocks = nn.ModuleList()
+        for layer in range(cfg.n_layers):
+            self.blocks.append(TransformerBlock(cfg))
+            self.blocks[layer].attn.layer = layer
+        self.pos_embed, self.embed = PosEmbed(cfg), Embed(cfg)
+        self.hook_embed, self.hook_pos_embed = HookPoint(), HookPoint()
+
+    def forward(self, tokens, cache=None):
+        start = cache.length if cache is not None else 0
+        positions = self.hook_pos_embed(self.pos_embed(tokens, offset=start))
+        stream = positions + self.hook_embed(self.embed(tokens))
+        for layer in range(len(self.blocks)):
+            stream = self.blocks[layer](stream, cache=cache)
+        return self.unembed(self.ln_final(stream))
+
+
+def init_weights(model, std, generator):
+    for name, parameter in model.named_parameters():
+        last = name.rpartition(".")[2]
+        if last.startswith("W"):
+            into_stream = last in {"W_O", "W_out"}
+            drawn = torch.randn(parameter.shape, generator=generator) * std
+            parameter.data.copy_(drawn / (2 * model.cfg.n_layers) ** 0.5 if into_stream else drawn)
+        else:
+            nn.init.constant_(parameter, float(last == "w"))
+
+
+def convert_gpt2_weights(state_dict, cfg):
+    ours = {"unembed.b_U": torch.zeros_like(state_dict["lm_head.weight"][:, 0])}
+    simple = {
+        "wte.weight": "embed.W_E",
+        "wpe.weight": "pos_embed.W_pos",
+        "ln_f.weight": "ln_final.w",
+        "ln_f.bias": "ln_final.b",
+        "ln_1.weight": "ln1.w",
+        "ln_1.bias": "ln1.b",
+        "ln_2.weight": "ln2.w",
+        "ln_2.bias": "ln2.b",
+        "mlp.c_fc.weight": "mlp.W_in",
+        "mlp.c_fc.bias": "mlp.b_in",
+        "mlp.c_proj.weight": "mlp.W_out",
+        "mlp.c_proj.bias": "mlp.b_out",
+        "attn.c_proj.bias": "attn.b_O",
+    }
+    for name, weight in state_dict.items():
+        name = name.replace("transformer.", "")
+        prefix = ""
+        if name.startswith("h."):
+            _, layer, name = name.split(".", 2)
+            prefix = f"blocks.{layer}."
+        if name == "lm_head.weight":
+            ours["unembed.W_U"] = weight.t().contiguous()
+        elif name in simple:
+            ours[prefix + simple[name]] = weight
+        elif name == "attn.c_proj.weight":
+            ours[f"{prefix}attn.W_O"] = weight.view(cfg.n_heads, cfg.d_head, cfg.d_model)
+        elif name in ("attn.c_attn.weight", "attn.c_attn.bias"):
+            kind = "W" if name.endswith("weight") else "b"
+            for letter, third in zip("QKV", weight.split(cfg.n_heads * cfg.d_head, dim=-1), strict=True):
+                heads = third.split(cfg.d_head, dim=-1)
+                ours[f"{prefix}attn.{kind}_{letter}"] = torch.stack(heads)
+    return ours
+
+
+def greedy(logits):
+    return logits.max(dim=1).indices
+
+
+def apply_temperature(logits, temperature):
+    if not temperature > 0:
+        raise ValueError("a temperature is positive")
+    return logits * (1 / temperature)
+
+
+def apply_frequency_penalty(logits, tokens, penalty):
+    rows = [torch.bincount(row, minlength=logits.size(1)) for row in tokens]
+    return logits - penalty * torch.stack(rows).to(logits)
+
+
+def keep_top_k(logits, k):
+    if k <= 0:
+        raise ValueError("keep at least one")
+    smallest_kept = logits.sort(dim=1, descending=True).values[:, min(k, logits.size(1)) - 1]
+    return logits.masked_fill(logits < smallest_kept[:, None], float("-inf"))
+
+
+def keep_top_p(logits, p, min_tokens_to_keep=1):
+    if p <= 0 or p > 1:
+        raise ValueError("p is a probability")
+    out = torch.full_like(logits, float("-inf"))
+    for row in range(logits.size(0)):
+        probabilities, total = torch.softmax(logits[row], 0), 0.0
+        for n_kept, token in enumerate(probabilities.argsort(descending=True)):
+            if total >= p and n_kept >= min_tokens_to_keep:
+                break
+            out[row, token] = logits[row, token]
+            total += probabilities[token].item()
+    return out
+
+
+def sample(logits, generator):
+    uniform = torch.rand(logits.shape, generator=generator, device=logits.device, dtype=logits.dtype)
+    return (logits - (-uniform.log()).log()).argmax(dim=-1)  # the Gumbel-max trick
+
+
+def generate(model, tokens, n_new, pick, eos=None):
+    with torch.no_grad():
+        running = torch.ones(len(tokens), dtype=torch.bool, device=tokens.device)
+        while n_new > 0 and tokens.size(1) < model.cfg.n_ctx and running.any():
+            choice = pick(model(tokens)[:, -1, :])
+            if eos is not None:
+                choice = torch.where(running, choice, torch.full_like(choice, eos))
+                running &= choice != eos
+            tokens = torch.hstack([tokens, choice.unsqueeze(1)])
+            n_new -= 1
+    return tokens
