@@ -4,8 +4,8 @@ A message names the thing, gives one concrete place, claims a cause only on evid
 holds the solution or a traceback.
 """
 
-import builtins
 import copy
+import functools
 import importlib
 import inspect
 import linecache
@@ -113,6 +113,7 @@ def _run(check_fn: CheckFn, obj: object, name: str) -> None:
 
 def refuse_foreign(name: str, obj: object) -> None:
     """Raise CheckFailed for an object that somebody else wrote: the reference solution, this package, a library."""
+    obj = obj.func if isinstance(obj, functools.partial) else obj
     module = getattr(obj, "__module__", None) or ""
     package = module.split(".")[0]
     if package == "solutions":
@@ -120,7 +121,7 @@ def refuse_foreign(name: str, obj: object) -> None:
             f"{name}: this is the reference solution, imported from {module}.\n"
             "  Next: run the cell in which you wrote your own, and check that."
         )
-    if inspect.isbuiltin(obj) or _is_library(getattr(sys.modules.get(module), "__file__", None)):
+    if inspect.isbuiltin(obj) or _is_library_module(module):
         source = package or type(obj).__module__
         own = getattr(obj, "__name__", type(obj).__name__)
         where = f" of {source}" if source != "builtins" else ""
@@ -168,6 +169,12 @@ def _is_library(filename: str | None) -> bool:
     path = Path(filename).resolve()
     installed = {"site-packages", "dist-packages"} & set(path.parts)
     return bool(installed) or path.is_relative_to(COURSE) or path.is_relative_to(STANDARD_LIBRARY)
+
+
+def _is_library_module(name: str) -> bool:
+    if name == "__main__":  # its file is whatever was started: a kernel, pytest, ...
+        return False
+    return name in sys.builtin_module_names or _is_library(getattr(sys.modules.get(name), "__file__", None))
 
 
 def _frames(error: BaseException) -> list[tuple[FrameType, int]]:
@@ -250,11 +257,10 @@ def _used_definitions(obj: object) -> dict[str, Any]:
         for function in _functions_of(waiting.pop()):
             for name in _names_in(function.__code__):
                 value = function.__globals__.get(name)
-                if name not in found and isinstance(value, FunctionType | type):
-                    source = sys.modules.get(value.__module__)
-                    if not hasattr(builtins, name) and not _is_library(getattr(source, "__file__", None)):
-                        found[name] = value
-                        waiting.append(value)
+                theirs = isinstance(value, FunctionType | type) and not _is_library_module(value.__module__)
+                if theirs and name not in found:
+                    found[name] = value
+                    waiting.append(value)
     return found
 
 
@@ -308,6 +314,8 @@ def compare(
                 f"  Next: look for a tensor or a conversion with a {what} of its own; it should follow the input's."
             )
     actual, expected = actual.detach(), expected.detach()
+    if not expected.is_floating_point():
+        rtol = atol = 0.0
     wrong = ~torch.isclose(actual.double(), expected.double(), rtol=rtol, atol=atol)
     if wrong.any():
         raise CheckFailed(_value_message(name, actual, expected, wrong, words, mistakes))
