@@ -245,7 +245,7 @@ def run(chapter: str, html: Path | None) -> int:
 
 
 def execute(notebook, environment: dict[str, str]) -> None:  # type: ignore[no-untyped-def]
-    """Run all cells in place, in an empty folder, printing a line after each.
+    """Run all cells in place, in an empty folder, printing a line for each.
 
     The packages of this course come first on the kernel's path, whatever else is called `solutions`.
     """
@@ -269,10 +269,12 @@ def execute(notebook, environment: dict[str, str]) -> None:  # type: ignore[no-u
                 if cell.cell_type != "code":
                     continue
                 number, start = number + 1, time.perf_counter()
-                client.execute_cell(cell, index)
-                seconds = time.perf_counter() - start
                 first = next((line for line in cell.source.splitlines() if line and not line.startswith("#")), "")
-                print(f"[{number:>3}/{total}] {seconds:6.1f} s  {first[:80]}", flush=True)
+                print(f"[{number:>3}/{total}] {first[:70]:<70}", end="", flush=True)
+                try:
+                    client.execute_cell(cell, index)
+                finally:
+                    print(f" {time.perf_counter() - start:6.1f} s", flush=True)
 
 
 # --- build and models -----------------------------------------------------------------------------------------------

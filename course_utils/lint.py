@@ -56,7 +56,9 @@ def lesson_problems(cells: list[LessonCell], exercises: Mapping[int, str]) -> li
             problems.append(f"{where}: a cell magic hides its code from the builder; use statements or a line magic")
             continue
         try:
-            ast.parse(plain_python(cells[number].source))
+            compile(
+                plain_python(cells[number].source), where, "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True
+            )
         except SyntaxError as error:
             problems.append(f"{where}: {error.msg}")
     for number, symbol in exercises.items():

@@ -163,6 +163,7 @@ def statements(path: Path) -> Iterator[Statement]:
         try:
             code = plain_python(source)
             tree = ast.parse(code, cell_name(path, number))
+            compile(tree, cell_name(path, number), "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
         except (SyntaxError, ValueError) as error:
             lost = set(re.findall(r"^(?:async def|def|class)\s+(\w+)|^(\w+)\s*=", source, re.MULTILINE))
             yield Statement(number, ast.Pass(lineno=1), Names(set(), {a or b for a, b in lost}), error)

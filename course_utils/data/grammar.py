@@ -16,7 +16,7 @@ import math
 import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 Pool = Mapping[str, Mapping[str, str]]  # an entry's word -> its forms
@@ -89,7 +89,7 @@ class Grammar:
     Raises ValueError, naming the rule, for an unknown rule, pool or form.
     """
 
-    def __init__(self, rules: Mapping[str, Sequence[tuple[float, str]]], pools: Mapping[str, Pool], start: str) -> None:
+    def __init__(self, rules: Mapping[str, Sequence[tuple[float | int, str]]], pools: Mapping[str, Pool], start: str) -> None:
         self.start, self.pools = start, pools
         self.rules: dict[str, list[tuple[Part, ...]]] = {}
         self.cumulative: dict[str, list[float]] = {}
@@ -141,7 +141,9 @@ class Grammar:
                     free = self._free(part.pool, bound.values())
                     bound[part.var] = (part.pool, rng.choice(free))
                     log_probability -= math.log(len(free))
-                piece = self._written(part, *bound[part.var])
+                pool, piece = bound[part.var]
+                if part.form:
+                    piece = self.pools[pool][piece][part.form]
                 if part.mark:
                     marks.append(Mark(part.mark, length, length + len(piece)))
             pieces.append(piece)
@@ -157,71 +159,44 @@ class Grammar:
     def _words(self) -> dict[str, list[str]]:
         return {name: list(pool) for name, pool in self.pools.items()}
 
-    def _written(self, slot: Slot, pool: str, word: str) -> str:
-        return word if slot.form is None else self.pools[pool][word][slot.form]
-
     # -- reading ---------------------------------------------------------------------------------------------------
 
-    def parses(self, text: str, start: str | None = None, prefix: bool = False) -> Iterator[Derivation]:
+    def parses(self, text: str, start: str | None = None) -> Iterator[Derivation]:
         """Every way in which the grammar could have written `text`; one at most, if the grammar is unambiguous.
 
-        With `prefix`, every way in which a text of the grammar could begin with `text`; marks may then lie beyond it.
+        Depth first, with a stack of unfinished readings: what is still to come, the place reached, and the truth so far.
         """
-        beginning: list[tuple[tuple[Part, ...], Derivation]] = [((Rule(start or self.start),), Derivation())]
-        while beginning:
-            parts, done = beginning.pop()
-            if prefix and len(done.text) >= len(text):
-                yield done
-                continue
+        Bindings = tuple[tuple[str, str, str], ...]
+        unfinished: list[tuple[tuple[Part, ...], int, float, Bindings, tuple[Mark, ...], tuple[tuple[str, int], ...]]]
+        unfinished = [((Rule(start or self.start),), 0, 0.0, (), (), ())]
+        while unfinished:
+            parts, place, log_p, bindings, marks, choices = unfinished.pop()
             if not parts:
-                if len(done.text) == len(text):
-                    yield done
+                if place == len(text):
+                    yield Derivation(text, log_p, bindings, marks, choices)
                 continue
             part, rest = parts[0], parts[1:]
-            if isinstance(part, Rule):
+            if isinstance(part, str):
+                if text.startswith(part, place):
+                    unfinished.append((rest, place + len(part), log_p, bindings, marks, choices))
+            elif isinstance(part, Rule):
                 for number, alternative in enumerate(self.rules[part.name]):
-                    beginning.append(
-                        (
-                            alternative + rest,
-                            replace(
-                                done,
-                                log_probability=done.log_probability + self.log_weights[part.name][number],
-                                choices=(*done.choices, (part.name, number)),
-                            ),
-                        )
-                    )
+                    if not alternative or not isinstance(alternative[0], str) or text.startswith(alternative[0], place):
+                        weight, choice = self.log_weights[part.name][number], (part.name, number)
+                        unfinished.append((alternative + rest, place, log_p + weight, bindings, marks, (*choices, choice)))
             else:
-                beginning.extend((rest, step) for step in self._read(part, text, done, prefix))
-
-    def _read(self, part: str | Slot, text: str, done: Derivation, prefix: bool) -> Iterator[Derivation]:
-        """The ways to read one literal or slot at the point that `done` has reached."""
-        start = len(done.text)
-
-        def fits(piece: str) -> bool:
-            return text.startswith(piece, start) or (prefix and piece.startswith(text[start:]))
-
-        if isinstance(part, str):
-            if fits(part):
-                yield replace(done, text=done.text + part)
-            return
-        if part.pool:
-            free = self._free(part.pool, [(pool, word) for _, pool, word in done.bindings])
-            log_probability = done.log_probability - math.log(len(free))
-            options = [(part.pool, word, (*done.bindings, (part.var, part.pool, word))) for word in free]
-        else:
-            pool, word = next((pool, word) for var, pool, word in done.bindings if var == part.var)
-            log_probability, options = done.log_probability, [(pool, word, done.bindings)]
-        for pool, word, bindings in options:
-            piece = self._written(part, pool, word)
-            if fits(piece):
-                mark = (Mark(part.mark, start, start + len(piece)),) if part.mark else ()
-                yield replace(
-                    done,
-                    text=done.text + piece,
-                    log_probability=log_probability,
-                    bindings=bindings,
-                    marks=(*done.marks, *mark),
-                )
+                if part.pool:
+                    free = self._free(part.pool, [(pool, word) for _, pool, word in bindings])
+                    log_p -= math.log(len(free))
+                    options = [(part.pool, word, (*bindings, (part.var, part.pool, word))) for word in free]
+                else:
+                    options = [(pool, word, bindings) for var, pool, word in bindings if var == part.var]
+                for pool, word, bound in options:
+                    piece = word if part.form is None else self.pools[pool][word][part.form]
+                    if text.startswith(piece, place):
+                        end = place + len(piece)
+                        mark = (Mark(part.mark, place, end),) if part.mark else ()
+                        unfinished.append((rest, end, log_p, bound, (*marks, *mark), choices))
 
     def parse(self, text: str, start: str | None = None) -> Derivation | None:
         """The ground truth of a text, or None where the grammar could not have written it."""

@@ -52,7 +52,7 @@ POOLS: dict[str, Pool] = {
     "noun": {word: SINGULAR for word in SINGULAR_NOUNS} | {word + "s": PLURAL for word in SINGULAR_NOUNS},
 }
 
-Alternatives = list[tuple[float, str]]
+Alternatives = list[tuple[float | int, str]]
 
 
 def even(text: str, before: str = "") -> Alternatives:

@@ -160,7 +160,7 @@ def test_run(course: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pyte
     )
     code, text = outcome(capsys, "run", "2", "--html", "out.html")
     assert code == 0, text
-    assert re.match(r"\[  1/3\] +\d+\.\d s  import os; os\.listdir\('\.'\)\n\[  2/3\]", text)
+    assert re.match(r"\[  1/3\] import os; os\.listdir\('\.'\) +\d+\.\d s\n\[  2/3\]", text)
     assert "02_small.ipynb: all cells ran in" in text and path.read_bytes() == before
     html = (course / "out.html").read_text()
     assert "circuits-from-scratch" in html and "[]" in html

@@ -102,10 +102,14 @@ def test_a_broken_cell_costs_only_what_it_defines(tmp_path: Path) -> None:
         "def twice()\n    return 2",
         "def again(:",
         "def again():\n    return 3",
+        "def same(a, a):\n    return a",
+        "def before():\n    return 1\nreturn before()",
+        "import asyncio\nawait asyncio.sleep(0)",
     )
     module = load_notebook(path)
     assert (module.good(), module.fine(), module.again()) == (1, 2, 3)
-    assert list(module.__cell_errors__) == [2, 3, 5, 6]
+    assert list(module.__cell_errors__) == [2, 3, 5, 6, 8, 9]
+    assert module.__cell_errors__[8].endswith("SyntaxError: duplicate argument 'a' in function definition")
     with pytest.raises(CourseError, match=r"^bad: code cell 2 of 03_x.ipynb, line 1: SyntaxError: "):
         exercise(module, "bad")
     with pytest.raises(CourseError, match="twice: code cell 5"):
