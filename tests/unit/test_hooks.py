@@ -380,3 +380,56 @@ def test_a_small_cache_and_one_that_cannot_be_measured_say_nothing(model: Toy, m
         with hooks(model, {"hook_embed": lambda a, h: None}):
             monkeypatch.setattr(Mixer, "forward", lambda self, resid: resid * float(resid.detach().sum()))
             run_with_cache(model, TOKENS, names="*.hook_resid_pre")
+
+
+# --- the course's own model ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def transformer() -> nn.Module:
+    from course_utils.config import TransformerConfig
+    from solutions.ch02_transformer import Transformer
+
+    torch.manual_seed(0)
+    cfg = TransformerConfig(d_vocab=11, n_ctx=7, n_layers=2, n_heads=3, d_model=8, d_head=5, d_mlp=13)
+    model = Transformer(cfg)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.3)
+    return model
+
+
+def test_the_transformer_has_every_name_and_the_same_output_when_watched(transformer: nn.Module) -> None:
+    tokens = torch.tensor([[1, 2, 3, 4, 5], [10, 9, 8, 7, 6]])
+    output, cache = run_with_cache(transformer, tokens)
+    torch.testing.assert_close(output, transformer(tokens), rtol=1e-5, atol=1e-5)  # fused against explicit attention
+    _, results = run_with_cache(transformer, tokens, names="*.hook_result")
+    torch.testing.assert_close(
+        results.stack("result").sum(3)[1] + transformer.blocks[1].attn.b_O, cache["attn_out", 1], rtol=1e-5, atol=1e-5
+    )
+    places = (
+        "resid_pre ln1.scale ln1.normalized q k v attn_scores pattern z attn_out resid_mid pre post mlp_out resid_post"
+    )
+    shapes = {place: tuple(cache[place, -1].shape) for place in places.split()}
+    assert shapes["pattern"] == (2, 3, 5, 5) and shapes["z"] == (2, 5, 3, 5) and shapes["ln1.scale"] == (2, 5, 1)
+    assert cache.stack("resid_post").shape == (2, 2, 5, 8) and cache["embed"].shape == cache["pos_embed"].shape
+    assert cache["ln_final.normalized"].shape == (2, 5, 8)
+
+
+def test_gradients_of_the_transformer_s_activations(transformer: nn.Module) -> None:
+    tokens = torch.tensor([[1, 2, 3, 4, 5]])
+    output, cache = run_with_cache(transformer, tokens)
+    output[0, -1, 3].backward()
+    assert all(cache.grad(name).shape == cache[name].shape for name in cache)
+    assert cache.grad(("pattern", 0)).abs().sum() > 0
+
+
+def test_the_announced_size_of_a_transformer_s_cache_is_exact(
+    transformer: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hooks_module, "WORTH_A_LOOK", 1000)
+    announced = []
+    monkeypatch.setattr(hooks_module, "_announce_large", announced.append)
+    output, cache = run_with_cache(transformer, torch.tensor([[1, 2, 3, 4, 5]]))
+    assert announced == [pytest.approx(cache.size_mb())]
+    torch.testing.assert_close(output, transformer(torch.tensor([[1, 2, 3, 4, 5]])), rtol=1e-5, atol=1e-5)
