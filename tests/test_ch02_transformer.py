@@ -282,7 +282,7 @@ mistake("Attention", "the first wrong tensor is at `hook_attn_scores` (`hook_v` 
 mistake("Attention", "the first wrong tensor is at `hook_attn_scores` (`hook_v` is right)", surprise=True)(
     attention(score=lambda q, k: attention_scores(k, q).mT * 0.9)
 )
-mistake("Attention", "got nan", surprise=True)(
+mistake("Attention", "the diagonal is masked too, which leaves the first query nothing")(
     attention(mask=lambda scores: scores.masked_fill(later(scores, 0), -INF))
 )
 
@@ -311,7 +311,7 @@ def gelu(x: Any, cubic: float = 0.044715, root: float = math.sqrt(2 / math.pi), 
     return half * x * (1 + torch.tanh(root * (x + cubic * x**3)))
 
 
-mistake("gelu_new", "this is the exact GELU", lambda x: F.gelu(x))
+mistake("gelu_new", "it is the exact GELU", lambda x: F.gelu(x))
 mistake("gelu_new", "x sigmoid(1.702 x)", lambda x: x * torch.sigmoid(1.702 * x))
 mistake("gelu_new", "the factor 0.5 is left out", lambda x: gelu(x, half=1.0))
 mistake("gelu_new", "the cubic term is left out", lambda x: gelu(x, cubic=0.0))
@@ -568,9 +568,7 @@ def _(model: Any, std: float, generator: Any) -> None:
 # -------------------------------------------------------------------------------------------- convert_gpt2_weights
 
 
-def converted(
-    words: str, change: Callable[[dict[str, Any], dict[str, Any], Any], None], surprise: bool = False
-) -> None:
+def converted(words: str, change: Callable[[dict[str, Any], dict[str, Any], Any], Any], surprise: bool = False) -> None:
     """The right dict, then changed: `change(ours, theirs, cfg)`."""
 
     def convert(state_dict: Any, cfg: Any) -> Any:
@@ -615,7 +613,7 @@ converted(
     "lm_head is reshaped; it needs transposing",
     lambda ours, theirs, cfg: ours.update({"unembed.W_U": theirs["lm_head.weight"].reshape(12, 13)}),
 )
-converted("has no entry `unembed.b_U`", lambda ours, theirs, cfg: ours.pop("unembed.b_U") and None, surprise=False)
+converted("has no entry `unembed.b_U`", lambda ours, theirs, cfg: ours.__delitem__("unembed.b_U"), surprise=False)
 converted(
     "our Transformer does not know, `blocks.0.attn.mask`",
     lambda ours, theirs, cfg: ours.update({"blocks.0.attn.mask": theirs["transformer.h.0.attn.bias"]}),
@@ -635,10 +633,8 @@ converted(
     ),
     surprise=True,
 )
-converted("added or removed entries", lambda ours, theirs, cfg: theirs.popitem() and None, surprise=True)
-converted(
-    "`transformer.wte.weight` in place", lambda ours, theirs, cfg: theirs["transformer.wte.weight"].zero_() * 0 and None
-)
+converted("added or removed entries", lambda ours, theirs, cfg: theirs.pop("transformer.ln_f.bias"), surprise=True)
+converted("`transformer.wte.weight` in place", lambda ours, theirs, cfg: theirs["transformer.wte.weight"].zero_())
 
 
 # --------------------------------------------------------------------------------------------------- drawing tokens
@@ -860,7 +856,7 @@ def generation(words: str, surprise: bool = False, **wrong: Any) -> None:
     mistake("generate", words, generate, surprise)
 
 
-generation("logits at the first position", position=0)
+generation("the logits at the first position", position=0)
 generation("hand the longer sequence to the model", stale=True)
 generation("the softmax is taken", softmax=True)
 generation("gradients are recorded", gradients=True)

@@ -156,7 +156,7 @@ def check_attention_scores(fn: Callable[..., Any]) -> None:
         }
         with unchanged("attention_scores", q=q, k=k):
             actual = fn(q, k)
-        compare("attention_scores", actual, dots / 2, axes, mistakes)
+        compare("attention_scores", actual, dots / 2, axes, mistakes, inputs={"q·k": dots})
         follows_input("attention_scores", fn, (q, k), axes)
 
 
@@ -201,7 +201,7 @@ def check_causal_mask(fn: Callable[..., Any]) -> None:
             mistakes[hint] = original.masked_fill(future, finite)
         with unchanged("causal_mask", scores=scores):
             actual = fn(scores)
-        compare("causal_mask", actual, _masked_by_loop(original), axes, mistakes)
+        compare("causal_mask", actual, _masked_by_loop(original), axes, mistakes, inputs={"score": original})
     follows_input("causal_mask", fn, (scores,), axes)
 
 
@@ -266,6 +266,7 @@ def _attention_mistakes(weights: Mapping[str, Tensor], resid: Tensor) -> dict[st
         "the scores are divided by sqrt(d_model); use d_head.": variant(divisor=7**0.5),
         "nothing is masked: positions look into the future.": variant(visible=ones),
         "past and future are swapped.": variant(visible=ones.triu()),
+        "the diagonal is masked too, which leaves the first query nothing to look at.": variant(visible=ones.tril(-1)),
         "the mask comes after the softmax: the weights of a query no longer sum to 1.": variant(
             mask_after_softmax=True
         ),
@@ -333,14 +334,14 @@ def _cached_variant(weights: Mapping[str, Tensor], resid: Tensor, visible: Tenso
 
 def check_gelu_new(fn: Callable[..., Any]) -> None:
     """Against torch's own, in one and three dimensions; then far from 0, where careless formulas overflow."""
-    for inputs, axes in [(torch.linspace(-6, 6, 110).reshape(2, 5, 11), "batch pos d_mlp"), (noise(13), "element")]:
+    for inputs, axes in [(torch.linspace(-4, 4, 110).reshape(2, 5, 11), "batch pos d_mlp"), (noise(13), "element")]:
         cube = 0.044715 * inputs**3
         root = math.sqrt(2 / math.pi)
         mistakes = {
-            "this is the exact GELU (with erf); GPT-2 uses the formula with tanh.": F.gelu(inputs),
-            "this is x sigmoid(1.702 x), a rougher approximation.": inputs * torch.sigmoid(1.702 * inputs),
-            "this is x sigmoid(x), another function (SiLU).": F.silu(inputs),
-            "this is the ReLU.": F.relu(inputs),
+            "it is the exact GELU (with erf); GPT-2 uses the formula with tanh.": F.gelu(inputs),
+            "it is x sigmoid(1.702 x), a rougher approximation.": inputs * torch.sigmoid(1.702 * inputs),
+            "it is x sigmoid(x), another function (SiLU).": F.silu(inputs),
+            "it is the ReLU.": F.relu(inputs),
             "the factor 0.5 is left out.": inputs * (1 + torch.tanh(root * (inputs + cube))),
             "the 1 + is left out.": 0.5 * inputs * torch.tanh(root * (inputs + cube)),
             "the factor x in front is left out.": 0.5 * (1 + torch.tanh(root * (inputs + cube))),
@@ -360,7 +361,7 @@ def check_gelu_new(fn: Callable[..., Any]) -> None:
         }
         with unchanged("gelu_new", x=inputs):
             actual = fn(inputs)
-        compare("gelu_new", actual, F.gelu(inputs, approximate="tanh"), axes, mistakes, rtol=1e-5, atol=2e-6)
+        compare("gelu_new", actual, F.gelu(inputs, approximate="tanh"), axes, mistakes, rtol=1e-5, inputs={"x": inputs})
         follows_input("gelu_new", fn, (inputs,), axes)
     far = torch.tensor([-1000.0, -100.0, 0.0, 100.0, 1000.0])
     compare("gelu_new far from 0", fn(far), F.relu(far), "element")
@@ -670,9 +671,6 @@ def _check_normal(name: str, values: Tensor, want: float, std: float, n_layers: 
     if abs(got - want) > 6 * error:
         lines = [f"init_weights: `{name}` has standard deviation {got:.3g}, expected {want:.3g}."]
         causes = {
-            0.0: "it holds one number everywhere; it should be drawn at random."
-            if values.unique().numel() == 1
-            else "all of its numbers are nearly the same.",
             std: "it is drawn like the others; what writes into the residual stream gets std / sqrt(2 n_layers).",
             std / math.sqrt(n_layers): "only the blocks are counted; each adds to the stream twice, so 2 n_layers.",
             std / (2 * n_layers): "it is divided by 2 n_layers; divide by the root of that.",
@@ -681,6 +679,8 @@ def _check_normal(name: str, values: Tensor, want: float, std: float, n_layers: 
             math.sqrt(std): "`std` is taken for a variance; it is the deviation itself.",
             1.0: "`std` is not used.",
         }
+        if values.unique().numel() == 1:
+            causes = {got: "it holds one number everywhere; it should be drawn at random."}
         lines += [f"  That fits if {cause}" for level, cause in causes.items() if abs(got - level) < 6 * error]
         raise CheckFailed("\n".join(lines))
     if abs(mean) > 6 * want / math.sqrt(values.numel()):
@@ -933,7 +933,14 @@ def check_apply_temperature(fn: Callable[..., Any]) -> None:
         }
         with unchanged("apply_temperature", logits=logits):
             actual = fn(logits, temperature)
-        compare(f"apply_temperature with temperature {temperature}", actual, expected, LOGITS, mistakes)
+        compare(
+            f"apply_temperature with temperature {temperature}",
+            actual,
+            expected,
+            LOGITS,
+            mistakes,
+            inputs={"logit": logits},
+        )
     follows_input("apply_temperature", fn, (logits, 0.4), LOGITS)
     for bad in (0.0, -0.5):
         _expect_value_error("apply_temperature", f"temperature {bad}", fn, logits, bad)
@@ -965,7 +972,8 @@ def check_apply_frequency_penalty(fn: Callable[..., Any]) -> None:
         }
         with unchanged(name, logits=rows, tokens=tokens):
             actual = fn(rows, tokens, penalty)
-        compare(f"{name} with penalty {penalty}", actual, expected, LOGITS, mistakes)
+        given = {"logit": rows, "count": counts}
+        compare(f"{name} with penalty {penalty}", actual, expected, LOGITS, mistakes, inputs=given)
     follows_input(name, fn, (logits, history, 0.7), LOGITS)
 
 
@@ -1009,7 +1017,7 @@ def check_keep_top_k(fn: Callable[..., Any]) -> None:
         }
         with unchanged("keep_top_k", logits=logits):
             actual = fn(logits, k)
-        compare(f"keep_top_k with k = {k}", actual, expected, LOGITS, mistakes)
+        compare(f"keep_top_k with k = {k}", actual, expected, LOGITS, mistakes, inputs={"logit": logits})
     follows_input("keep_top_k", fn, (logits, 4), LOGITS)
     for bad in (0, -2):
         _expect_value_error("keep_top_k", f"k = {bad}", fn, logits, bad)
@@ -1077,7 +1085,8 @@ def check_keep_top_p(fn: Callable[..., Any]) -> None:
         with unchanged("keep_top_p", logits=some):
             actual = fn(*arguments)
         at = f" and min_tokens_to_keep = {at_least}" if at_least > 1 else ""
-        compare(f"keep_top_p with p = {p}{at}", actual, expected, LOGITS, mistakes)
+        given = {"logit": some, "probability": chances[:rows]}
+        compare(f"keep_top_p with p = {p}{at}", actual, expected, LOGITS, mistakes, inputs=given)
     follows_input("keep_top_p", fn, (logits, 0.6), LOGITS)
     for bad in (0.0, -0.1, 1.5):
         _expect_value_error("keep_top_p", f"p = {bad}", fn, logits, bad)
@@ -1096,9 +1105,9 @@ def _sorted_nucleus(logits: Tensor, sizes: Sequence[int]) -> Tensor:
 
 
 def check_sample(fn: Callable[..., Any]) -> None:
-    """Seeded frequencies over a thousand rows of two kinds, and where the random numbers come from."""
+    """Seeded frequencies over two thousand rows of two kinds, and where the random numbers come from."""
     chances = torch.tensor([[0.06, 0.5, 0.0, 0.15, 0.29], [0.45, 0.0, 0.3, 0.05, 0.2]])
-    n_each = 500
+    n_each = 1000
     # softmax does not mind an added constant, but exp alone overflows at this one
     logits = (chances.log() + torch.tensor([[0.0], [200.0]])).repeat(n_each, 1)
 
@@ -1128,7 +1137,7 @@ def check_sample(fn: Callable[..., Any]) -> None:
         )
     if torch.equal(draw(2)[0], drawn):
         raise CheckFailed(
-            "sample: two seeds gave the same 1000 draws.\n  Next: draw from `generator`, without seeding it."
+            "sample: two seeds gave the same 2000 draws.\n  Next: draw from `generator`, without seeding it."
         )
     compare("sample from one row", fn(torch.tensor([[-INF, 3.0, -INF]]), generator), torch.tensor([1]), "batch")
 
@@ -1245,10 +1254,10 @@ def _check_greedy_run(fn: Callable[..., Any], prompt: Tensor, n_new: int) -> Non
                 f"prompt of {prompt.shape[1]} positions).\n  Next: count the steps, and stop when n_ctx is reached."
             )
         mistakes = {
-            "these are the logits at the first position; take the last.": wanted[step][:, 0],
-            "these are the logits of the prompt's last position again: hand the longer sequence to the model.": wanted[
-                0
-            ][:, -1],
+            "it gets the logits at the first position; take the last.": wanted[step][:, 0],
+            "it gets the logits after the prompt again and again; hand the longer sequence to the model.": wanted[0][
+                :, -1
+            ],
             "the softmax is taken; `pick` wants logits.": wanted[step][:, -1].softmax(-1),
         }
         compare(f"generate: what `pick` gets in step {step}", logits, wanted[step][:, -1].detach(), LOGITS, mistakes)

@@ -214,7 +214,8 @@ def _translated(name: str, error: Exception, obj: object) -> CheckFailed | NotWr
     case = "".join(f" {note}" for note in getattr(error, "__notes__", ()))
     what = f"{type(error).__name__}{case}: {error}".strip().replace("\n", "\n    ").rstrip(": ")
     if not theirs:
-        if not isinstance(error, TypeError | NotImplementedError) and isinstance(obj, FunctionType | type):
+        cannot_call = isinstance(error, TypeError) and re.search(r"\(\) (missing|takes|got) ", str(error))
+        if not cannot_call and not isinstance(error, NotImplementedError) and isinstance(obj, FunctionType | type):
             return None
         return CheckFailed(
             f"{name}: calling your code raised {what}\n"
@@ -290,12 +291,14 @@ def compare(
     mistakes: Mistakes | None = None,
     rtol: float = 1e-4,
     atol: float = 1e-5,
+    inputs: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Raise CheckFailed unless `actual` is the tensor `expected`, in shape, dtype, device and values.
 
     `axes` names the axes, such as "batch pos d_model". `mistakes` maps a hint, the rest of the sentence "This is what
     you get if ...", to the answer which that mistake gives, or to a function that works it out: it is printed only
-    where the whole answer equals it.
+    where the whole answer equals it. `inputs` are tensors of the same shape whose value at the wrong place is worth
+    knowing, by name.
     """
     words = axes.split()
     if actual is None:
@@ -318,7 +321,7 @@ def compare(
         rtol = atol = 0.0
     wrong = ~torch.isclose(actual.double(), expected.double(), rtol=rtol, atol=atol)
     if wrong.any():
-        raise CheckFailed(_value_message(name, actual, expected, wrong, words, mistakes))
+        raise CheckFailed(_value_message(name, actual, expected, wrong, words, mistakes, inputs or {}))
 
 
 def _causes(actual: Tensor, mistakes: Mistakes | None) -> list[str]:
@@ -356,14 +359,24 @@ def _shown(value: Tensor) -> str:
 
 
 def _value_message(
-    name: str, actual: Tensor, expected: Tensor, wrong: Tensor, words: list[str], mistakes: Mistakes | None
+    name: str,
+    actual: Tensor,
+    expected: Tensor,
+    wrong: Tensor,
+    words: list[str],
+    mistakes: Mistakes | None,
+    inputs: Mapping[str, Tensor],
 ) -> str:
     index = tuple(wrong.nonzero()[0].tolist())
     place = ", ".join(f"{word}={i}" for word, i in zip(words, index, strict=True))
     count = int(wrong.sum())
     lines = [f"{name}: {count} of {wrong.numel()} {'values is' if count == 1 else 'values are'} wrong."]
     at = f"first at [{place}]: " if words else ""
-    lines.append(f"  {at}expected {_shown(expected[index])}, got {_shown(actual[index])}")
+    given = ", ".join(f"{label} {_shown(tensor[index])}" for label, tensor in inputs.items())
+    lines.append(
+        f"  {at}expected {_shown(expected[index])}, got {_shown(actual[index])}"
+        + (f" (there: {given})" if given else "")
+    )
     causes = _causes(actual, mistakes)
     if causes:
         return "\n".join(lines + causes)
@@ -374,7 +387,7 @@ def _value_message(
         lines.append("  Next: find the step that gives NaN (not a number), such as 0/0 or inf - inf.")
     else:
         lines.append(
-            "  Next: work out this one value by hand from the statement, and compare each step with your code."
+            "  Next: make a small input of your own, work out one value by hand, and print what each step gives."
         )
     return "\n".join(lines)
 
@@ -386,9 +399,11 @@ def _pattern_of_wrong(actual: Tensor, expected: Tensor, wrong: Tensor, words: li
         hit = wrong.sum(dim=others).bool() if others else wrong
         if len(hit) > 1 and int(hit.sum()) == 1:
             return f"All of the wrong values are at {word}={hit.int().argmax()}."
-        if len(hit) > 2 and int(hit.sum()) == len(hit) - 1:
-            return f"None of them is at {word}={hit.int().argmin()}."
+        if len(hit) > 2 and hit[1:].all() and not hit[0]:
+            return f"None of them is at {word}=0."
     if wrong.all() and wrong.numel() > 2 and actual.is_floating_point() and actual.isfinite().all():
+        if not actual.any():
+            return "Every value is 0."
         ratio, shift = actual / expected, actual - expected
         if expected.isfinite().all() and expected.all() and torch.allclose(ratio, ratio.flatten()[0], rtol=1e-3):
             return f"Every value is {_shown(ratio.flatten()[0])} times the right one."
@@ -397,14 +412,18 @@ def _pattern_of_wrong(actual: Tensor, expected: Tensor, wrong: Tensor, words: li
     return None
 
 
+def identical(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors hold the very same values; NaN is the same as NaN."""
+    return first.shape == second.shape and torch.allclose(first, second, rtol=0.0, atol=0.0, equal_nan=True)
+
+
 @contextmanager
 def unchanged(name: str, **inputs: Tensor) -> Iterator[None]:
     """Raise CheckFailed if one of these tensors is another one after the block than before it."""
     before = {label: tensor.detach().clone() for label, tensor in inputs.items()}
     yield
     for label, tensor in inputs.items():
-        same = tensor.shape == before[label].shape and tensor.dtype == before[label].dtype
-        if not same or not torch.equal(tensor.detach(), before[label]):
+        if tensor.dtype != before[label].dtype or not identical(tensor.detach(), before[label]):
             raise CheckFailed(
                 f"{name}: it changed `{label}` in place.\n"
                 f"  Next: make a new tensor; `{label}[...] = `, `{label} += ` and methods named ..._() write into it."

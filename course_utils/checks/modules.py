@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from course_utils.checks.core import CheckFailed, Mistakes, compare, follows_input, unchanged
+from course_utils.checks.core import CheckFailed, Mistakes, compare, follows_input, identical, unchanged
 from course_utils.checks.transformer_interface import HOOK_AXES
 from course_utils.config import TransformerConfig
 from course_utils.hooks import HookPoint, hook_points, hooks
@@ -85,10 +85,10 @@ def watch(
                 f"{name}: `{hook}` saw nothing, although it was watched.\n"
                 f"  Next: pass the tensor through it, and use what comes back: `tensor = self.{attribute}(tensor)`."
             )
-        if seen[hook].shape != before[hook].shape or not torch.equal(seen[hook], before[hook]):
+        if not identical(seen[hook], before[hook]):
             raise CheckFailed(
                 f"{name}: what `{hook}` saw was changed in place afterwards, so a cache would hold wrong values.\n"
-                "  Next: write `new = old + ...` instead of `old += ...`."
+                "  Next: make a new tensor instead of writing into that one, as `old += ...` and ..._() methods do."
             )
     return output, seen
 
@@ -121,7 +121,9 @@ def check_module(
             compare(name, actual, expected["output"], axes, mistakes)
         except CheckFailed as failure:
             place = _first_wrong(name, module, inputs, expected, wanted)
-            raise CheckFailed(f"{failure}\n{place}" if place else str(failure)) from None
+            lines = str(failure).splitlines()
+            before_advice = len(lines) - lines[-1].startswith("  Next:")
+            raise CheckFailed("\n".join([*lines[:before_advice], *place, *lines[before_advice:]])) from None
         output, seen = watch(name, module, inputs, wanted)
         for hook in wanted:
             known = (hook_mistakes or {}).get(hook)
@@ -136,8 +138,8 @@ def check_module(
 
 def _first_wrong(
     name: str, module: nn.Module, inputs: tuple[Any, ...], expected: Mapping[str, Tensor], wanted: Sequence[str]
-) -> str | None:
-    """Where, on the way to a wrong output, the first wrong tensor is seen."""
+) -> list[str]:
+    """Where, on the way to a wrong output, the first wrong tensor is seen: one line, or none."""
     try:
         _, seen = watch(name, module, inputs, wanted)
         for position, hook in enumerate(wanted):
@@ -145,12 +147,12 @@ def _first_wrong(
                 compare(name, seen[hook], expected[hook], HOOK_AXES[hook.split(".")[-1]])
             except CheckFailed:
                 before = f" (`{wanted[position - 1]}` is right)" if position else ""
-                return f"  On the way, the first wrong tensor is at `{hook}`{before}."
+                return [f"  On the way, the first wrong tensor is at `{hook}`{before}."]
     except Exception:  # the output is wrong all the same; this was only to say more about it
-        return None
-    return (
-        f"  What the hook points see is right, up to `{wanted[-1]}`; look at what comes after it." if wanted else None
-    )
+        return []
+    if not wanted:
+        return []
+    return [f"  What the hook points see is right, up to `{wanted[-1]}`; look at what comes after it."]
 
 
 def _check_replacement(
