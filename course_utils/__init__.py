@@ -1,5 +1,6 @@
 """Helpers of the course Circuits from Scratch; each module is imported by name, so this package alone is cheap."""
 
+import warnings
 from typing import Any
 
 
@@ -8,3 +9,5 @@ def load_ipython_extension(shell: Any) -> None:
     from course_utils.unwritten import show_unwritten_kindly
 
     show_unwritten_kindly(shell)
+    # tqdm, which comes with other packages, would like a progress bar made of widgets; plain text serves as well.
+    warnings.filterwarnings("ignore", message="IProgress not found")
