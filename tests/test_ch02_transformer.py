@@ -8,12 +8,14 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import einops
 import other_transformer as other
 import pytest
 import torch
+from mutation import mutants
 from torch import nn
 from torch.nn import functional as F
 
@@ -168,7 +170,7 @@ mistake("attention_scores", "the softmax is taken already", lambda q, k: attenti
 mistake("attention_scores", "masked already", lambda q, k: causal_mask(attention_scores(q, k)))
 mistake(
     "attention_scores",
-    "Every value is 0.8944 times the right one",
+    "Every value is 1.095 times the right one",
     lambda q, k: dots(q, k) / q.shape[1] ** 0.5,
     surprise=True,
 )
@@ -1001,3 +1003,33 @@ def test_a_full_cache_says_so() -> None:
     ours(torch.zeros(1, 17, dtype=torch.long), cache)
     with pytest.raises(ValueError, match="18 positions do not fit into n_ctx = 17; start a new cache"):
         cache.append(0, torch.zeros(1, 1, 4, 5), torch.zeros(1, 1, 4, 5))
+
+
+# Changes after which the reference still does what its statement says.
+STILL_RIGHT = {
+    "-1 -> 1",  # of two axes, the last; of four, [-2:] is [2:]
+    "-2 -> 2",
+    "symbol == 'w' -> symbol >= 'w'",
+    "True -> False",  # zip(strict=True) of equal lengths
+    "zip('QKV', weights, biases, strict=True) -> zip('QKV', weights, biases)",
+    "logits.topk(min(k, logits.shape[-1]), dim=-1) -> logits.topk(min(k, logits.shape[-1]))",
+    "logits.sort(dim=-1, descending=True) -> logits.sort(descending=True)",
+    "sum_before >= p -> sum_before > p",  # they differ where rounding decides
+    "torch.zeros_like(dropped) -> dropped",  # all of it is overwritten
+    "finished | (new == eos) -> new == eos",  # what is finished goes on with eos
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("exercise", CHECKS)
+def test_small_changes_of_the_reference_are_refused(exercise: str) -> None:
+    """One operator, number, comparison or argument at a time. Only what needs a GPU to be seen is let off."""
+    survivors = []
+    for change, module in mutants(Path(ref.__file__), exercise):
+        try:
+            run_check(CHECKS[exercise], getattr(module, exercise))
+        except CheckFailed:
+            continue
+        if "device=" not in change or torch.cuda.is_available():
+            survivors.append(change)
+    assert set(survivors) <= STILL_RIGHT

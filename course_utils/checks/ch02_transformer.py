@@ -6,7 +6,7 @@ all different; every parameter is random, biases included.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -17,6 +17,18 @@ from torch.nn import functional as F
 
 from course_utils.checks import by_loops
 from course_utils.checks.core import CheckFailed, compare, during, follows_input, unchanged
+from course_utils.checks.drawing import (
+    ToyModel,
+    eos_mistakes,
+    judge_frequencies,
+    kept,
+    nucleus,
+    ranked,
+    scripted,
+    sorted_nucleus,
+    with_first,
+)
+from course_utils.checks.gpt2_weights import CONVERTED_AXES, conversion_mistakes, converted_by_columns, gpt2_state_dict
 from course_utils.checks.modules import (
     Oracle,
     Toy,
@@ -44,8 +56,8 @@ from course_utils.checks.transformer_interface import (
 )
 from course_utils.config import TransformerConfig
 
-# d_model is not n_heads * d_head, so that no answer can mix the two up.
-CFG = TransformerConfig(d_vocab=13, n_ctx=9, n_layers=2, n_heads=3, d_model=7, d_head=4, d_mlp=11)
+# d_model is not n_heads * d_head, so that no answer can mix the two up; d_head is not 4, where root and half agree.
+CFG = TransformerConfig(d_vocab=13, n_ctx=9, n_layers=2, n_heads=3, d_model=7, d_head=6, d_mlp=11)
 RESID = "batch pos d_model"
 LOGITS = "batch d_vocab"
 INF = torch.inf
@@ -135,28 +147,29 @@ def check_PosEmbed(cls: Any) -> None:
 def check_attention_scores(fn: Callable[..., Any]) -> None:
     """Every pair of vectors, one by one; fewer queries than keys."""
     axes = "batch head query key"
-    for n_batch, n_query, n_key in [(2, 5, 6), (1, 4, 4)]:
-        q, k = noise(n_batch, n_query, 3, 4, seed=1), noise(n_batch, n_key, 3, 4, seed=2)
+    for n_batch, n_query, n_key in [(2, 5, 8), (1, 4, 4)]:
+        q, k = noise(n_batch, n_query, 3, 6, seed=1), noise(n_batch, n_key, 3, 6, seed=2)
         dots = torch.empty(n_batch, 3, n_query, n_key)
         for row in range(n_batch):
             for head in range(3):
                 for query in range(n_query):
                     for key in range(n_key):
                         dots[row, head, query, key] = torch.dot(q[row, query, head], k[row, key, head])
+        right = dots / 6**0.5
         future = torch.ones(n_query, n_key, dtype=torch.bool).triu(n_key - n_query + 1)
         mistakes = {
             "the division by sqrt(d_head) is left out.": dots,
-            "the dot product is divided by d_head; divide by its root.": dots / 4,
-            "the dot product is multiplied by sqrt(d_head); divide by it.": dots * 2,
+            "the dot product is divided by d_head; divide by its root.": dots / 6,
+            "the dot product is multiplied by sqrt(d_head); divide by it.": dots * 6**0.5,
             "the division is by the root of the number of heads; d_head is the last axis.": dots / 3**0.5,
             "the division is by the root of the number of keys.": dots / n_key**0.5,
-            "the division is by sqrt(n_heads d_head); each head has vectors of size d_head.": dots / 12**0.5,
-            "the future is masked already; that is the next exercise.": (dots / 2).masked_fill(future, -INF),
-            "the softmax is taken already; that comes after the mask.": (dots / 2).softmax(-1),
+            "the division is by sqrt(n_heads d_head); each head has vectors of size d_head.": dots / 18**0.5,
+            "the future is masked already; that is the next exercise.": right.masked_fill(future, -INF),
+            "the softmax is taken already; that comes after the mask.": right.softmax(-1),
         }
         with unchanged("attention_scores", q=q, k=k):
             actual = fn(q, k)
-        compare("attention_scores", actual, dots / 2, axes, mistakes, inputs={"q·k": dots})
+        compare("attention_scores", actual, right, axes, mistakes, inputs={"q·k": dots})
         follows_input("attention_scores", fn, (q, k), axes)
 
 
@@ -239,7 +252,7 @@ def _attention_variant(weights: Mapping[str, Tensor], resid: Tensor, **wrong: An
     )
     n_pos = resid.shape[1]
     visible = wrong.get("visible", torch.ones(n_pos, n_pos, dtype=torch.bool).tril())
-    scores = q @ k.transpose(2, 3) / wrong.get("divisor", 2.0)
+    scores = q @ k.transpose(2, 3) / wrong.get("divisor", 6**0.5)
     if wrong.get("mask_after_softmax"):
         pattern = scores.softmax(-1) * visible
     else:
@@ -589,7 +602,7 @@ def _check_transformer_offset(cls: Any, module: Any, tokens: Tensor, early: Tens
     """With three positions in a cache the next token stands at position 3, and every block is given the cache."""
     cache = make_cache(cls, CFG, batch=2)
     for layer in range(CFG.n_layers):
-        cache.append(layer, torch.zeros(2, 3, 3, 4), torch.zeros(2, 3, 3, 4))
+        cache.append(layer, torch.zeros(2, 3, 3, 6), torch.zeros(2, 3, 3, 6))
     with during("with a key-value cache"):
         actual = module(tokens, cache)
     mistakes = {"positions are counted from 0; the first new token stands at `cache.length`.": early}
@@ -725,7 +738,7 @@ def _check_draws(fn: Callable[..., Any], cfg: TransformerConfig, std: float, val
 def check_convert_gpt2_weights(fn: Callable[..., Any]) -> None:
     """Every entry, put together column by column from a state dict with GPT-2's names."""
     cfg = TransformerConfig(d_vocab=13, n_ctx=9, n_layers=2, n_heads=3, d_model=12, d_head=4, d_mlp=11)
-    theirs = _gpt2_state_dict(cfg)
+    theirs = gpt2_state_dict(cfg)
     with unchanged("convert_gpt2_weights", **theirs):
         n_entries = len(theirs)
         ours = fn(theirs, cfg)
@@ -737,7 +750,7 @@ def check_convert_gpt2_weights(fn: Callable[..., Any]) -> None:
     if not isinstance(ours, Mapping):
         got = "None" if ours is None else f"a {type(ours).__name__}"
         raise CheckFailed(f"convert_gpt2_weights: expected a dict, got {got}.\n  Next: return the new dict.")
-    expected = _converted_by_columns(theirs, cfg)
+    expected = converted_by_columns(theirs, cfg)
     for what, names in (
         ("has no entry", [n for n in expected if n not in ours]),
         ("has an entry that our Transformer does not know,", [n for n in ours if n not in expected]),
@@ -750,139 +763,12 @@ def check_convert_gpt2_weights(fn: Callable[..., Any]) -> None:
             )
     for name, weight in expected.items():
         axes = CONVERTED_AXES[name.split(".")[-1]]
-        mistakes = _conversion_mistakes(name, theirs, expected, cfg)
+        mistakes = conversion_mistakes(name, theirs, expected, cfg)
         compare(f"convert_gpt2_weights: `{name}`", ours[name], weight, axes, mistakes)
     doubled = fn({name: tensor.double() for name, tensor in theirs.items()}, cfg)
     for name, weight in expected.items():
         axes = CONVERTED_AXES[name.split(".")[-1]]
         compare(f"convert_gpt2_weights: `{name}` from float64", doubled[name], weight.double(), axes)
-
-
-CONVERTED_AXES = {
-    "W_E": "d_vocab d_model",
-    "W_pos": "pos d_model",
-    "w": "d_model",
-    "b": "d_model",
-    **{f"W_{letter}": "head d_model d_head" for letter in "QKV"},
-    **{f"b_{letter}": "head d_head" for letter in "QKV"},
-    "W_O": "head d_head d_model",
-    "b_O": "d_model",
-    "W_in": "d_model d_mlp",
-    "b_in": "d_mlp",
-    "W_out": "d_mlp d_model",
-    "b_out": "d_model",
-    "W_U": "d_model d_vocab",
-    "b_U": "d_vocab",
-}
-
-
-def _gpt2_state_dict(cfg: TransformerConfig) -> dict[str, Tensor]:
-    """Names and shapes of Hugging Face's GPT2LMHeadModel, with masks as older files have them; embeddings not tied."""
-    d_model, d_mlp = cfg.d_model, cfg.d_mlp
-    shapes: dict[str, tuple[int, ...]] = {
-        "transformer.wte.weight": (cfg.d_vocab, d_model),
-        "transformer.wpe.weight": (cfg.n_ctx, d_model),
-    }
-    for layer in range(cfg.n_layers):
-        inner: dict[str, tuple[int, ...]] = {
-            "ln_1.weight": (d_model,),
-            "ln_1.bias": (d_model,),
-            "attn.c_attn.weight": (d_model, 3 * d_model),
-            "attn.c_attn.bias": (3 * d_model,),
-            "attn.c_proj.weight": (d_model, d_model),
-            "attn.c_proj.bias": (d_model,),
-            "ln_2.weight": (d_model,),
-            "ln_2.bias": (d_model,),
-            "mlp.c_fc.weight": (d_model, d_mlp),
-            "mlp.c_fc.bias": (d_mlp,),
-            "mlp.c_proj.weight": (d_mlp, d_model),
-            "mlp.c_proj.bias": (d_model,),
-            "attn.bias": (1, 1, cfg.n_ctx, cfg.n_ctx),
-            "attn.masked_bias": (),
-        }
-        shapes |= {f"transformer.h.{layer}.{name}": shape for name, shape in inner.items()}
-    shapes |= {"transformer.ln_f.weight": (d_model,), "transformer.ln_f.bias": (d_model,)}
-    shapes["lm_head.weight"] = (cfg.d_vocab, d_model)
-    return {name: noise(*shape, seed=200 + seed) for seed, (name, shape) in enumerate(shapes.items())}
-
-
-def _converted_by_columns(theirs: Mapping[str, Tensor], cfg: TransformerConfig) -> dict[str, Tensor]:
-    """The definition: head h has columns h d_head to (h + 1) d_head of its third of c_attn, those rows of c_proj."""
-    d_head, d_model = cfg.d_head, cfg.d_model
-    ours: dict[str, Tensor] = {}
-    for name, shape in transformer_parameters(cfg).items():
-        ours[name] = torch.zeros(shape)
-    for layer in range(cfg.n_layers):
-        h, block = f"transformer.h.{layer}", f"blocks.{layer}"
-        for third, letter in enumerate("QKV"):
-            for head in range(cfg.n_heads):
-                for place in range(d_head):
-                    column = third * d_model + head * d_head + place
-                    ours[f"{block}.attn.W_{letter}"][head, :, place] = theirs[f"{h}.attn.c_attn.weight"][:, column]
-                    ours[f"{block}.attn.b_{letter}"][head, place] = theirs[f"{h}.attn.c_attn.bias"][column]
-                    row = head * d_head + place
-                    ours[f"{block}.attn.W_O"][head, place] = theirs[f"{h}.attn.c_proj.weight"][row]
-        for mine, name in {
-            "ln1.w": "ln_1.weight",
-            "ln1.b": "ln_1.bias",
-            "ln2.w": "ln_2.weight",
-            "ln2.b": "ln_2.bias",
-            "attn.b_O": "attn.c_proj.bias",
-            "mlp.W_in": "mlp.c_fc.weight",
-            "mlp.b_in": "mlp.c_fc.bias",
-            "mlp.W_out": "mlp.c_proj.weight",
-            "mlp.b_out": "mlp.c_proj.bias",
-        }.items():
-            ours[f"{block}.{mine}"] = theirs[f"{h}.{name}"]
-    ours["embed.W_E"] = theirs["transformer.wte.weight"]
-    ours["pos_embed.W_pos"] = theirs["transformer.wpe.weight"]
-    ours["ln_final.w"], ours["ln_final.b"] = theirs["transformer.ln_f.weight"], theirs["transformer.ln_f.bias"]
-    for token in range(cfg.d_vocab):
-        ours["unembed.W_U"][:, token] = theirs["lm_head.weight"][token]
-    return ours
-
-
-def _conversion_mistakes(
-    name: str, theirs: Mapping[str, Tensor], expected: Mapping[str, Tensor], cfg: TransformerConfig
-) -> dict[str, Tensor]:
-    """What people do to this one entry; anything that happens to be another entry is named as that."""
-    n_heads, d_head, d_model = cfg.n_heads, cfg.d_head, cfg.d_model
-    mistakes = {f"it holds what belongs into `{other}`.": weight for other, weight in expected.items() if other != name}
-    layer, symbol = name.split(".")[1], name.split(".")[-1]
-    if symbol in ("W_Q", "W_K", "W_V"):
-        weight = theirs[f"transformer.h.{layer}.attn.c_attn.weight"]
-        third = "QKV".index(symbol[-1])
-        own = weight[:, third * d_model : (third + 1) * d_model]
-        by_head = weight.reshape(d_model, n_heads, 3, d_head)[:, :, third].permute(1, 0, 2)
-        mistakes |= {
-            "the heads' columns are taken to alternate; each head has d_head columns side by side.": own.reshape(
-                d_model, d_head, n_heads
-            ).permute(2, 0, 1),
-            "c_attn is read head by head; it holds all queries, then all keys, then all values.": by_head,
-            "the columns are reshaped without moving the head axis to the front.": own.reshape(
-                n_heads, d_model, d_head
-            ),
-            "their matrix is transposed; a Conv1D stores [in, out], as ours.": own.T.reshape(
-                d_model, n_heads, d_head
-            ).permute(1, 0, 2),
-            "rows are taken for columns: split the last axis into heads.": own.reshape(
-                n_heads, d_head, d_model
-            ).permute(0, 2, 1),
-        }
-    if symbol == "W_O":
-        weight = theirs[f"transformer.h.{layer}.attn.c_proj.weight"]
-        mistakes |= {
-            "c_proj is transposed; a Conv1D stores [in, out], so its rows belong to the heads.": weight.T.reshape(
-                n_heads, d_head, d_model
-            ),
-            "the heads' rows are taken to alternate; each head has d_head rows one after the other.": weight.reshape(
-                d_head, n_heads, d_model
-            ).permute(1, 0, 2),
-        }
-    if symbol == "W_U":
-        mistakes["the token embeddings are used; these weights have an lm_head of their own."] = expected["embed.W_E"].T
-        mistakes["lm_head is reshaped; it needs transposing."] = theirs["lm_head.weight"].reshape(d_model, cfg.d_vocab)
-    return mistakes
 
 
 # --------------------------------------------------------------------------------------------------- drawing tokens
@@ -977,42 +863,28 @@ def check_apply_frequency_penalty(fn: Callable[..., Any]) -> None:
     follows_input(name, fn, (logits, history, 0.7), LOGITS)
 
 
-def _kept(logits: Tensor, chosen: Sequence[Sequence[int]]) -> Tensor:
-    """The logits of the chosen tokens of each row; -inf elsewhere."""
-    kept = torch.full_like(logits, -INF)
-    for row, tokens in enumerate(chosen):
-        for token in tokens:
-            kept[row, token] = logits[row, token]
-    return kept
-
-
-def _ranked(logits: Tensor) -> list[list[int]]:
-    """Each row's tokens, the likeliest first."""
-    return [sorted(range(len(row)), key=row.__getitem__, reverse=True) for row in logits.tolist()]
-
-
 def check_keep_top_k(fn: Callable[..., Any]) -> None:
     """Rows on different levels, so that one row's threshold is wrong for the others."""
     logits = noise(3, 13, seed=15, scale=2.0) + torch.tensor([[0.0], [-8.0], [5.0]])
-    order = _ranked(logits)
+    order = ranked(logits)
     for k in (4, 1, 2, 13, 20):
-        expected = _kept(logits, [row[:k] for row in order])
+        expected = kept(logits, [row[:k] for row in order])
         size = min(k, 13)
         mistakes = {
-            "the smallest logits are kept.": _kept(logits, [row[-size:] for row in order]),
+            "the smallest logits are kept.": kept(logits, [row[-size:] for row in order]),
             "the others are set to 0, which softmax turns into exp(0) = 1; use -inf.": logits.where(
                 expected.isfinite(), 0.0
             ),
             "the first row's threshold is used for all rows.": logits.masked_fill(
                 logits < logits[0, order[0][size - 1]], -INF
             ),
-            "the first row's tokens are kept in all rows.": _kept(logits, [order[0][:k]] * 3),
+            "the first row's tokens are kept in all rows.": kept(logits, [order[0][:k]] * 3),
             "the k largest of the whole tensor are kept, not of each row.": logits.masked_fill(
                 logits < logits.flatten().topk(k).values[-1], -INF
             ),
-            "one token too few is kept.": _kept(logits, [row[: k - 1] for row in order]),
-            "one token too many is kept.": _kept(logits, [row[: k + 1] for row in order]),
-            "the first k tokens of the vocabulary are kept.": _kept(logits, [range(size)] * 3),
+            "one token too few is kept.": kept(logits, [row[: k - 1] for row in order]),
+            "one token too many is kept.": kept(logits, [row[: k + 1] for row in order]),
+            "the first k tokens of the vocabulary are kept.": kept(logits, [range(size)] * 3),
             "probabilities are returned; return logits.": expected.softmax(-1),
         }
         with unchanged("keep_top_k", logits=logits):
@@ -1023,19 +895,10 @@ def check_keep_top_k(fn: Callable[..., Any]) -> None:
         _expect_value_error("keep_top_k", f"k = {bad}", fn, logits, bad)
 
 
-def _nucleus(probabilities: Sequence[float], ranked: Sequence[int], p: float, at_least: int = 1) -> Sequence[int]:
-    """The definition: add the likeliest token until there are enough."""
-    total, size = 0.0, 0
-    while size < len(ranked) and (total < p or size < at_least):
-        total += probabilities[ranked[size]]
-        size += 1
-    return ranked[:size]
-
-
 def check_keep_top_p(fn: Callable[..., Any]) -> None:
     """Rows of different sharpness, in no order, so that each keeps another number of tokens."""
     logits = noise(3, 13, seed=16) * torch.tensor([[1.0], [3.0], [0.4]]) + torch.tensor([[0.0], [6.0], [-4.0]])
-    chances, order = logits.double().softmax(-1), _ranked(logits)
+    chances, order = logits.double().softmax(-1), ranked(logits)
     table = chances.tolist()
     for rows, p, at_least in [
         (3, 0.6, 1),
@@ -1047,36 +910,34 @@ def check_keep_top_p(fn: Callable[..., Any]) -> None:
         (3, 1.0, 1),
     ]:
         some = logits[:rows]
-        inside = [_nucleus(table[row], order[row], p, at_least) for row in range(rows)]
-        free = [_nucleus(table[row], order[row], p) for row in range(rows)]
-        expected = _kept(some, inside)
+        inside = [nucleus(table[row], order[row], p, at_least) for row in range(rows)]
+        free = [nucleus(table[row], order[row], p) for row in range(rows)]
+        expected = kept(some, inside)
         sizes = [len(tokens) for tokens in inside]
-        upward = [_nucleus(table[row], order[row][::-1], p, at_least) for row in range(rows)]
+        upward = [nucleus(table[row], order[row][::-1], p, at_least) for row in range(rows)]
         mistakes = {
-            "the token that crosses p is dropped; it is the last one kept.": _kept(
+            "the token that crosses p is dropped; it is the last one kept.": kept(
                 some, [order[row][: max(len(free[row]) - 1, at_least)] for row in range(rows)]
             ),
-            "the token that crosses p is dropped, and sometimes nothing is left.": _kept(
+            "the token that crosses p is dropped, and sometimes nothing is left.": kept(
                 some, [order[row][: len(free[row]) - 1] for row in range(rows)]
             ),
-            "one token too many is kept after p is reached.": _kept(
+            "one token too many is kept after p is reached.": kept(
                 some, [order[row][: sizes[row] + 1] for row in range(rows)]
             ),
-            "the least likely tokens are kept.": _kept(some, upward),
-            "the mask of the sorted logits is put on the unsorted ones: bring it back into the tokens' order.": _kept(
+            "the least likely tokens are kept.": kept(some, upward),
+            "the mask of the sorted logits is put on the unsorted ones: bring it back into the tokens' order.": kept(
                 some, [range(size) for size in sizes]
             ),
-            "the logits come back sorted.": _sorted_nucleus(some, sizes),
-            "the first row's tokens are kept in all rows.": _kept(some, [inside[0]] * rows),
-            "every row keeps as many tokens as the first.": _kept(
-                some, [order[row][: sizes[0]] for row in range(rows)]
-            ),
-            "min_tokens_to_keep is ignored.": _kept(some, free),
+            "the logits come back sorted.": sorted_nucleus(some, sizes),
+            "the first row's tokens are kept in all rows.": kept(some, [inside[0]] * rows),
+            "every row keeps as many tokens as the first.": kept(some, [order[row][: sizes[0]] for row in range(rows)]),
+            "min_tokens_to_keep is ignored.": kept(some, free),
             "the others are set to 0, which softmax turns into exp(0) = 1; use -inf.": some.where(
                 expected.isfinite(), 0.0
             ),
-            "single tokens with a probability above p are kept; it is the sum that counts.": _kept(
-                some, [_with_first(order[row], at_least, [chance >= p for chance in table[row]]) for row in range(rows)]
+            "single tokens with a probability above p are kept; it is the sum that counts.": kept(
+                some, [with_first(order[row], at_least, [chance >= p for chance in table[row]]) for row in range(rows)]
             ),
             "probabilities are returned; return logits.": expected.softmax(-1),
             "nothing is dropped.": some,
@@ -1090,18 +951,6 @@ def check_keep_top_p(fn: Callable[..., Any]) -> None:
     follows_input("keep_top_p", fn, (logits, 0.6), LOGITS)
     for bad in (0.0, -0.1, 1.5):
         _expect_value_error("keep_top_p", f"p = {bad}", fn, logits, bad)
-
-
-def _with_first(ranked: Sequence[int], n: int, wanted: Sequence[bool]) -> list[int]:
-    """The wanted tokens, and the first `n` in any case."""
-    return [token for place, token in enumerate(ranked) if place < n or wanted[token]]
-
-
-def _sorted_nucleus(logits: Tensor, sizes: Sequence[int]) -> Tensor:
-    ranked = logits.sort(-1, descending=True).values
-    return torch.stack(
-        [row.masked_fill(torch.arange(13) >= size, -INF) for row, size in zip(ranked, sizes, strict=True)]
-    )
 
 
 def check_sample(fn: Callable[..., Any]) -> None:
@@ -1123,7 +972,7 @@ def check_sample(fn: Callable[..., Any]) -> None:
             "sample: it drew from torch's global random numbers.\n  Next: hand `generator=generator` to what draws."
         )
     if isinstance(drawn, Tensor) and drawn.shape == (2 * n_each,) and drawn.dtype == torch.int64:
-        _check_frequencies(drawn.reshape(n_each, 2), chances)
+        judge_frequencies(drawn.reshape(n_each, 2), chances)
     else:
         compare("sample", drawn, torch.zeros(2 * n_each, dtype=torch.int64), "batch")
     if torch.equal(generator.get_state(), torch.Generator().manual_seed(1).get_state()):
@@ -1140,83 +989,6 @@ def check_sample(fn: Callable[..., Any]) -> None:
             "sample: two seeds gave the same 2000 draws.\n  Next: draw from `generator`, without seeding it."
         )
     compare("sample from one row", fn(torch.tensor([[-INF, 3.0, -INF]]), generator), torch.tensor([1]), "batch")
-
-
-def _check_frequencies(drawn: Tensor, chances: Tensor) -> None:
-    """Each kind of row against its probabilities; five standard errors of tolerance."""
-    n_each, n_tokens = len(drawn), chances.shape[1]
-    for kind in range(2):
-        counts = torch.stack([(drawn[:, kind] == token).sum() for token in range(n_tokens)]) / n_each
-        if counts.sum() < 0.999:
-            raise CheckFailed(f"sample: it drew {drawn[:, kind].max()}, but tokens go from 0 to {n_tokens - 1}.")
-        impossible = (counts > 0) & (chances[kind] == 0)
-        if impossible.any():
-            token = int(impossible.int().argmax())
-            hint = _distribution_hint(counts, chances, kind, n_each) or (
-                "\n  Next: softmax gives a logit of -inf the probability 0; look for what changes that."
-            )
-            raise CheckFailed(
-                f"sample: it drew token {token}, whose logit is -inf (in {counts[token]:.0%} of the draws).{hint}"
-            )
-        if not _fits(counts, chances[kind], n_each):
-            worst = int((counts - chances[kind]).abs().argmax())
-            hint = _distribution_hint(counts, chances, kind, n_each)
-            raise CheckFailed(
-                f"sample: token {worst} should be drawn with probability {chances[kind, worst]:.2f}, but it came in "
-                f"{counts[worst]:.0%} of {n_each} draws.{hint}"
-            )
-    together = torch.corrcoef(drawn.T.double())[0, 1].item()
-    if abs(together) > 6 / math.sqrt(n_each):
-        raise CheckFailed("sample: rows depend on each other.\n  Next: draw another random number for each row.")
-
-
-def _fits(counts: Tensor, chances: Tensor, n: int) -> bool:
-    return bool(((counts - chances).abs() <= 5 * (chances * (1 - chances) / n).sqrt() + 1e-6).all())
-
-
-def _distribution_hint(counts: Tensor, chances: Tensor, kind: int, n: int) -> str:
-    own = chances[kind]
-    known = {
-        "the most likely token is always taken.": F.one_hot(own.argmax(), len(own)).float(),
-        "all tokens are equally likely; the logits are ignored.": torch.full_like(own, 1 / len(own)),
-        "the softmax is taken twice.": own.softmax(-1),
-        "every row is drawn with another row's probabilities.": chances[1 - kind],
-        "the tokens with a finite logit are all equally likely.": (own > 0) / (own > 0).sum(),
-    }
-    hints = [f"\n  That fits if {hint}" for hint, distribution in known.items() if _fits(counts, distribution, n)]
-    return "".join(hints) or "\n  Next: the probabilities are the softmax of the row's logits, along d_vocab."
-
-
-class _ToyModel(nn.Module):
-    """A model whose logits are known: a hash of all tokens so far. It can also be called with a key-value cache."""
-
-    def __init__(self, cfg: TransformerConfig) -> None:
-        super().__init__()
-        self.cfg = cfg
-        self.scale = nn.Parameter(torch.ones(()))
-        self.prefixes: dict[int, Tensor] = {}
-
-    def forward(self, tokens: Tensor, cache: Any = None) -> Tensor:
-        n_new = tokens.shape[1]
-        if cache is not None:
-            if id(cache) in self.prefixes:
-                tokens = torch.cat([self.prefixes[id(cache)], tokens], dim=1)
-            self.prefixes[id(cache)] = tokens
-            for layer in range(self.cfg.n_layers):
-                empty = torch.zeros(len(tokens), n_new, self.cfg.n_heads, self.cfg.d_head)
-                cache.append(layer, empty, empty)
-        if tokens.shape[1] > self.cfg.n_ctx:
-            raise CheckFailed(
-                f"generate: the model was given {tokens.shape[1]} positions, but n_ctx is {self.cfg.n_ctx}.\n"
-                "  Next: stop when the sequence is n_ctx long."
-            )
-        return (self.logits(tokens) * self.scale)[:, -n_new:]
-
-    def logits(self, tokens: Tensor) -> Tensor:
-        """Different at every position, for every history."""
-        position = torch.arange(1, tokens.shape[1] + 1)
-        history = ((tokens + 1) * position).cumsum(1)[..., None]
-        return torch.sin(history * torch.arange(1, self.cfg.d_vocab + 1) * 0.37)
 
 
 def check_generate(fn: Callable[..., Any]) -> None:
@@ -1237,7 +1009,7 @@ def check_generate(fn: Callable[..., Any]) -> None:
 
 def _check_greedy_run(fn: Callable[..., Any], prompt: Tensor, n_new: int) -> None:
     """The most likely token, again and again."""
-    model = _ToyModel(CFG)
+    model = ToyModel(CFG)
     model.train()
     n_steps = min(n_new, CFG.n_ctx - prompt.shape[1])
     tokens, wanted = prompt, []
@@ -1286,7 +1058,7 @@ def _check_greedy_run(fn: Callable[..., Any], prompt: Tensor, n_new: int) -> Non
 def _check_eos(fn: Callable[..., Any], prompt: Tensor, script: Tensor, eos: int | None) -> None:
     """Picks from a script, row by row; the loop in plain Python says what should come out."""
     n_steps = script.shape[1]
-    expected = _scripted(prompt, script, eos, [False] * len(prompt))
+    expected = scripted(prompt, script, eos, [False] * len(prompt))
     n_used = expected.shape[1] - prompt.shape[1]
     step = 0
 
@@ -1300,50 +1072,10 @@ def _check_eos(fn: Callable[..., Any], prompt: Tensor, script: Tensor, eos: int 
         return script[:, step - 1].clone()
 
     with unchanged("generate", tokens=prompt):
-        actual = fn(_ToyModel(CFG), prompt, n_steps, pick, *([] if eos is None else [eos]))
+        actual = fn(ToyModel(CFG), prompt, n_steps, pick, *([] if eos is None else [eos]))
     label = f"generate with eos = {eos}"
-    compare(label, actual, expected, "batch pos", _eos_mistakes(prompt, script, eos, expected))
+    compare(label, actual, expected, "batch pos", eos_mistakes(prompt, script, eos, expected))
     if step > n_used:
         raise CheckFailed(
             f"{label}: all rows were finished after {n_used} steps, but it went on for {step}.\n  Next: stop there."
         )
-
-
-def _scripted(prompt: Tensor, script: Tensor, eos: int | None, finished: Sequence[bool]) -> Tensor:
-    """The definition, row by row: what the script says until eos, then eos, until all rows are finished."""
-    rows, done = [list(row) for row in prompt.tolist()], list(finished)
-    for choices in script.T.tolist():
-        if all(done):
-            break
-        for index, token in enumerate(choices):
-            rows[index].append(eos if done[index] else token)
-            done[index] = rows[index][-1] == eos
-    return torch.tensor(rows)
-
-
-def _eos_mistakes(prompt: Tensor, script: Tensor, eos: int | None, expected: Tensor) -> dict[str, Tensor]:
-    if eos is None:
-        return {}
-    forgetful, width, start = torch.cat([prompt, script], dim=1), expected.shape[1], prompt.shape[1]
-    ends = [int((row == eos).int().argmax()) + 1 if (row == eos).any() else len(row) for row in script]
-    filled = expected.clone()
-    for row, end in enumerate(ends):
-        filled[row, start + end :] = 0
-    mistakes = {
-        "a finished row goes on with what `pick` says; it should go on with eos.": forgetful[:, :width],
-        "generation does not stop when all rows are finished.": F.pad(
-            expected, (0, forgetful.shape[1] - width), value=eos
-        ),
-        "eos is not looked at.": forgetful,
-        "generation stops as soon as one row is finished.": expected[:, : start + min(ends)],
-        "the last eos is cut off.": expected[:, :-1],
-        "finished rows are filled with 0 instead of eos.": filled,
-        "an eos in the prompt finishes the row; only what the row produces counts.": _scripted(
-            prompt, script, eos, (prompt == eos).any(1).tolist()
-        ),
-    }
-    return {hint: answer for hint, answer in mistakes.items() if not _equal(answer, expected)}
-
-
-def _equal(first: Tensor, second: Tensor) -> bool:
-    return first.shape == second.shape and torch.equal(first, second)
