@@ -139,7 +139,8 @@ def check_PosEmbed(cls: Any) -> None:
             "positions are counted from 1.": table.roll(-1, 0)[offset : offset + 5].expand(2, 5, 7),
         }
         inputs = (tokens, offset) if offset else (tokens,)  # 0 is what it should be without being told
-        check_module("PosEmbed", module, inputs, _always({"output": expected}), RESID, (), mistakes)
+        name = f"PosEmbed with offset {offset}" if offset else "PosEmbed"
+        check_module(name, module, inputs, _always({"output": expected}), RESID, (), mistakes)
     expected = table.expand(1, 9, 7)
     check_module("PosEmbed", module, (tokens.new_zeros(1, 9),), _always({"output": expected}), RESID)
 
@@ -214,7 +215,7 @@ def check_causal_mask(fn: Callable[..., Any]) -> None:
             mistakes[hint] = original.masked_fill(future, finite)
         with unchanged("causal_mask", scores=scores):
             actual = fn(scores)
-        compare("causal_mask", actual, _masked_by_loop(original), axes, mistakes, inputs={"score": original})
+        compare("causal_mask", actual, _masked_by_loop(original), axes, mistakes)
     follows_input("causal_mask", fn, (scores,), axes)
 
 
@@ -347,7 +348,10 @@ def _cached_variant(weights: Mapping[str, Tensor], resid: Tensor, visible: Tenso
 
 def check_gelu_new(fn: Callable[..., Any]) -> None:
     """Against torch's own, in one and three dimensions; then far from 0, where careless formulas overflow."""
-    for inputs, axes in [(torch.linspace(-4, 4, 110).reshape(2, 5, 11), "batch pos d_mlp"), (noise(13), "element")]:
+    for inputs, axes in [
+        (torch.linspace(-4, 4, 110).roll(26).reshape(2, 5, 11), "batch pos d_mlp"),
+        (noise(13), "element"),
+    ]:
         cube = 0.044715 * inputs**3
         root = math.sqrt(2 / math.pi)
         mistakes = {
