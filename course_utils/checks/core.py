@@ -99,7 +99,7 @@ def run_check(check_fn: CheckFn, obj: object) -> None:
 def _run(check_fn: CheckFn, obj: object, name: str) -> None:
     try:
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
-            torch.manual_seed(0)
+            torch.default_generator.manual_seed(0)  # not torch.manual_seed, which would reach into every GPU
             check_fn(obj)
     except (CheckFailed, NotWritten):
         raise
