@@ -95,7 +95,9 @@ def project_heads(
     b: Float[Tensor, "head d_head"],
 ) -> Float[Tensor, "batch pos head d_head"]:
     """Give every head its own linear view of the residual stream."""
-    return einops.einsum(resid, W, "batch pos d_model, head d_model d_head -> batch pos head d_head") + b
+    rows = einops.rearrange(resid, "batch pos d_model -> (batch pos) d_model")
+    heads = rows @ W + b[:, None]  # one matrix product per head; an einsum would copy W into another order each time
+    return einops.rearrange(heads, "head (batch pos) d_head -> batch pos head d_head", batch=resid.shape[0])
 
 
 class KVCache:
@@ -138,10 +140,11 @@ class Attention(nn.Module):
     (`causal_mask`), a softmax over the keys makes the pattern, the pattern averages the values into `z`, and the heads'
     `W_O` carry `z` back to the residual stream, where they are summed and `b_O` is added once.
 
-    Hook points, in the order in which they see their tensors: `hook_q`, `hook_k`, `hook_v`, `hook_attn_scores` (masked),
-    `hook_pattern`, `hook_z`, and `hook_result`, each head's own [batch query head d_model] output before `b_O`. The last
-    is large: compute it only when `hook_result.is_watched`. While neither scores nor pattern is watched, the fused
-    `torch.nn.functional.scaled_dot_product_attention` may replace the steps in between: it never builds the pattern.
+    Hook points, in the order in which they see their tensors: `hook_q`, `hook_k`, `hook_v`, `hook_attn_scores`
+    (masked), `hook_pattern`, `hook_z`, and `hook_result`, each head's own [batch query head d_model] output before
+    `b_O`. The last is large: compute it only when `hook_result.is_watched`. While neither scores nor pattern is
+    watched, the fused `torch.nn.functional.scaled_dot_product_attention` may replace the steps in between: it never
+    builds the pattern.
 
     Source: Vaswani et al. 2017, section 3.2; per-head weights as in Elhage et al. 2021.
     """
@@ -211,8 +214,8 @@ def gelu_new(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
 class MLP(nn.Module):
     """Two linear maps with a non-linearity between them, applied to every position on its own.
 
-    `W_in` and `b_in` go up to d_mlp, `self.act` is the non-linearity, `W_out` and `b_out` come back. `hook_pre` sees the
-    neurons before `self.act`, `hook_post` after it.
+    `W_in` and `b_in` go up to d_mlp, `self.act` is the non-linearity, `W_out` and `b_out` come back. `hook_pre` sees
+    the neurons before `self.act`, `hook_post` after it.
     """
 
     def __init__(self, cfg: TransformerConfig) -> None:  # given
@@ -226,9 +229,9 @@ class MLP(nn.Module):
 
     def forward(self, resid: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
         """Return what this layer adds to the residual stream (not resid plus it)."""
-        pre = self.hook_pre(resid @ self.W_in + self.b_in)
+        pre = self.hook_pre(nn.functional.linear(resid, self.W_in.T, self.b_in))
         post = self.hook_post(self.act(pre))
-        return post @ self.W_out + self.b_out
+        return nn.functional.linear(post, self.W_out.T, self.b_out)
 
 
 class TransformerBlock(nn.Module):
@@ -277,7 +280,8 @@ class Unembed(nn.Module):
 
     def forward(self, resid: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:
         """Return the logits of the next token at every position."""
-        return resid @ self.W_U + self.b_U
+        # resid @ W_U + b_U in one step: logits are large, and the sum would build them a second time
+        return nn.functional.linear(resid, self.W_U.T, self.b_U)
 
 
 class Transformer(nn.Module):
@@ -336,8 +340,8 @@ def convert_gpt2_weights(state_dict: dict[str, Tensor], cfg: TransformerConfig) 
 
     Theirs are stored [in, out] (their `Conv1D`), so that `resid @ W` is right as it is; only `lm_head.weight` is
     [out, in]. `c_attn` holds queries, keys and values side by side, and within each the heads side by side: head 0's
-    d_head columns first. `attn.c_proj` takes the heads stacked in the same order. GPT-2 has no unembedding bias: ours is
-    zero. Masks stored among the weights (`attn.bias`, `attn.masked_bias`) are left behind.
+    d_head columns first. `attn.c_proj` takes the heads stacked in the same order. GPT-2 has no unembedding bias: ours
+    is zero. Masks stored among the weights (`attn.bias`, `attn.masked_bias`) are left behind.
     """
     gpt2 = {name.removeprefix("transformer."): weight for name, weight in state_dict.items()}
     ours = {
@@ -447,8 +451,8 @@ def generate(
 
     In each step `pick` gets the logits [batch d_vocab] at the last position and returns one token per row. A row that
     has produced `eos` is finished: whatever `pick` says, it goes on with `eos`, and when all rows are finished
-    generation stops. It also stops when the sequence is `model.cfg.n_ctx` long. An `eos` in the prompt finishes nothing.
-    No gradients are recorded.
+    generation stops. It also stops when the sequence is `model.cfg.n_ctx` long. An `eos` in the prompt finishes
+    nothing. No gradients are recorded.
     """
     finished = torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
     for _ in range(min(n_new, model.cfg.n_ctx - tokens.shape[1])):

@@ -15,7 +15,7 @@ import itertools
 import math
 import random
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -89,7 +89,9 @@ class Grammar:
     Raises ValueError, naming the rule, for an unknown rule, pool or form.
     """
 
-    def __init__(self, rules: Mapping[str, Sequence[tuple[float | int, str]]], pools: Mapping[str, Pool], start: str) -> None:
+    def __init__(
+        self, rules: Mapping[str, Sequence[tuple[float | int, str]]], pools: Mapping[str, Pool], start: str
+    ) -> None:
         self.start, self.pools = start, pools
         self.rules: dict[str, list[tuple[Part, ...]]] = {}
         self.cumulative: dict[str, list[float]] = {}
@@ -151,7 +153,7 @@ class Grammar:
         bindings = tuple((var, pool, word) for var, (pool, word) in bound.items())
         return Derivation("".join(pieces), log_probability, bindings, tuple(marks), tuple(choices))
 
-    def _free(self, pool: str, taken) -> list[str]:
+    def _free(self, pool: str, taken: Iterable[tuple[str, str]]) -> list[str]:
         used = {word for its_pool, word in taken if its_pool == pool}
         return [word for word in self._words[pool] if word not in used] if used else self._words[pool]
 
@@ -164,7 +166,7 @@ class Grammar:
     def parses(self, text: str, start: str | None = None) -> Iterator[Derivation]:
         """Every way in which the grammar could have written `text`; one at most, if the grammar is unambiguous.
 
-        Depth first, with a stack of unfinished readings: what is still to come, the place reached, and the truth so far.
+        Depth first, with a stack of unfinished readings: what is still to come, the place reached, the truth so far.
         """
         Bindings = tuple[tuple[str, str, str], ...]
         unfinished: list[tuple[tuple[Part, ...], int, float, Bindings, tuple[Mark, ...], tuple[tuple[str, int], ...]]]
@@ -181,9 +183,10 @@ class Grammar:
                     unfinished.append((rest, place + len(part), log_p, bindings, marks, choices))
             elif isinstance(part, Rule):
                 for number, alternative in enumerate(self.rules[part.name]):
-                    if not alternative or not isinstance(alternative[0], str) or text.startswith(alternative[0], place):
-                        weight, choice = self.log_weights[part.name][number], (part.name, number)
-                        unfinished.append((alternative + rest, place, log_p + weight, bindings, marks, (*choices, choice)))
+                    if alternative and isinstance(alternative[0], str) and not text.startswith(alternative[0], place):
+                        continue
+                    weight, taken = self.log_weights[part.name][number], (*choices, (part.name, number))
+                    unfinished.append((alternative + rest, place, log_p + weight, bindings, marks, taken))
             else:
                 if part.pool:
                     free = self._free(part.pool, [(pool, word) for _, pool, word in bindings])
@@ -231,17 +234,17 @@ class Grammar:
         def of_parts(parts: tuple[Part, ...], taken: frozenset) -> tuple[float, dict[frozenset, float]]:
             total, states = 0.0, {taken: 1.0}
             for part in parts:
-                if isinstance(part, str) or (isinstance(part, Slot) and not part.pool):
-                    continue
                 after: dict[frozenset, float] = {}
                 for state, share in states.items():
                     if isinstance(part, Rule):
                         entropy, outcomes = of_rule(part.name, state)
-                    else:
+                    elif isinstance(part, Slot) and part.pool:
                         counts = dict(state)
                         n_taken = counts.get(part.pool, 0)
                         entropy = math.log(len(self.pools[part.pool]) - n_taken)
                         outcomes = {frozenset({**counts, part.pool: n_taken + 1}.items()): 1.0}
+                    else:  # nothing to choose
+                        entropy, outcomes = 0.0, {state: 1.0}
                     total += share * entropy
                     for outcome, probability in outcomes.items():
                         after[outcome] = after.get(outcome, 0.0) + share * probability

@@ -1,24 +1,25 @@
 """The language of the course's models: tiny stories from a grammar whose truth is known.
 
-Eight kinds of story (`KINDS`), each there because a chapter needs it: gifts between people (indirect objects, both
-orders, bystanders), meetings, full names, subjects and verbs with a distractor between, good and bad reviews,
-fictional countries, word pairs, and repeated word lists. `sample` and `stream` write stories, `parse` reads one back with
-its ground truth, `GRAMMAR.log_probability` and `GRAMMAR.entropy` say how likely a story is and how surprising the
-language is on average.
+Each kind of story (`KINDS`) is there because a chapter needs it: gifts among two or three people (indirect objects, all
+orders, bystanders), meetings, full names, subjects and verbs with a distractor between, good and bad reviews, fictional
+countries, word pairs, and repeated word lists. `sample` and `stream` write stories, `parse` reads one back with its
+ground truth, `GRAMMAR.log_probability` and `GRAMMAR.entropy` say how likely a story is and how surprising the language
+is on average.
 """
 
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import permutations
 
 from course_utils.data.grammar import Derivation, Grammar, Pool
 
-WOMEN = """Mary Anna Emma Alice Sara Julia Laura Nora Clara Helen Lucy Jane Kate Rose Ruth Amy Eva Ella Grace Ivy Lily Maya
-Nina Olga Paula Rita Tina Vera Zoe Diana Irene Linda Marta Elsa Betty Fiona Gina Hanna Iris Alex""".split()
-MEN = """John Tom Paul Mark Peter David Simon Alan Brian Carl Daniel Eric Frank George Henry Ian Jack Kevin Leo Martin Nick
-Oscar Philip Robert Sam Jacob Victor Walter Adam Ben Chris Dylan Evan Felix Gary Hugo Ivan Luke Max Noah""".split()
-LAST_NAMES = """Hart Stone Brook Field Wood Hill Lake Marsh Reed Cole Dale Ford Grant Hale Kent Lane Moss Nash Ross Shaw Todd
-Wells York Banks Cross Drake Fox Gray Hunt Mills North Young""".split()
+WOMEN = """Mary Anna Emma Alice Sara Julia Laura Nora Clara Helen Lucy Jane Kate Rose Ruth Amy Eva Ella Grace Ivy Lily
+Maya Nina Olga Paula Rita Tina Vera Zoe Diana Irene Linda Marta Elsa Betty Fiona Gina Hanna Iris Alex""".split()
+MEN = """John Tom Paul Mark Peter David Simon Alan Brian Carl Daniel Eric Frank George Henry Ian Jack Kevin Leo Martin
+Nick Oscar Philip Robert Sam Jacob Victor Walter Adam Ben Chris Dylan Evan Felix Gary Hugo Ivan Luke Max Noah""".split()
+LAST_NAMES = """Hart Stone Brook Field Wood Hill Lake Marsh Reed Cole Dale Ford Grant Hale Kent Lane Moss Nash Ross Shaw
+Todd Wells York Banks Cross Drake Fox Gray Hunt Mills North Young""".split()
 CAPITALS = {
     "Belora": "Tarnik", "Zubia": "Melin", "Norvak": "Osta", "Calind": "Ferro", "Dravia": "Lunat", "Elmar": "Sorin",
     "Fenland": "Kolt", "Garoth": "Vimar", "Hestia": "Brun", "Irvana": "Pelos", "Jorda": "Nimes", "Kelvar": "Tosk",
@@ -33,8 +34,8 @@ PLURALS = {
     "dog": "dogs", "key": "keys", "box": "boxes", "child": "children", "man": "men", "cup": "cups", "bird": "birds",
     "foot": "feet", "book": "books", "tree": "trees", "house": "houses", "wolf": "wolves",
 }  # fmt: skip
-LIST_WORDS = """apple river stone table cloud bread candle forest garden hammer island jacket kitchen ladder mirror needle ocean
-paper rabbit school tiger valley window bottle circle dragon engine flower glass honey""".split()
+LIST_WORDS = """apple river stone table cloud bread candle forest garden hammer island jacket kitchen ladder mirror
+needle ocean paper rabbit school tiger valley window bottle circle dragon engine flower glass honey""".split()
 
 NAMES: Pool = {name: {"she": "she", "She": "She", "Her": "Her"} for name in WOMEN} | {
     name: {"she": "he", "She": "He", "Her": "His"} for name in MEN
@@ -49,7 +50,7 @@ POOLS: dict[str, Pool] = {
     "opposite": {word: {"other": other} for word, other in OPPOSITES.items()},
     "plural": {word: {"other": other} for word, other in PLURALS.items()},
     "word": {word: {} for word in LIST_WORDS},
-    "noun": {word: SINGULAR for word in SINGULAR_NOUNS} | {word + "s": PLURAL for word in SINGULAR_NOUNS},
+    "noun": dict.fromkeys(SINGULAR_NOUNS, SINGULAR) | {word + "s": PLURAL for word in SINGULAR_NOUNS},
 }
 
 Alternatives = list[tuple[float | int, str]]
@@ -76,11 +77,23 @@ GIVING = """<then> {S}<how> <gave> <thing> to {IO}
     While {E:name} <watched>, {S}<how> <gave> <thing> to {IO}
     In the end {S}, who <knew> {E:name}, <gave> <thing> to {IO}
     {S} asked {E:name} for <thing> and <gave> it to {IO}"""
+GIVING_PAST_A_THIRD = """{S} thanked {X} and<how> <gave> <thing> to {IO}
+    <then> {S} took <thing> from {X} and <gave> it to {IO}
+    {S}, who <knew> {X}, <gave> <thing> to {IO}
+    {S} asked {X} for <thing> and<how> <gave> it to {IO}
+    While {X} <watched>, {S}<how> <gave> <thing> to {IO}
+    <then> {S} and {X} <gave> <thing> to {IO}
+    {S} left {X} and <gave> <thing> to {IO}
+    {X} <left>, and {S}<how> <gave> <thing> to {IO}
+    {S} could not find {X} and <gave> <thing> to {IO}"""
 
 
-def giving(s: str, io: str) -> Alternatives:
-    """The sentences in which variable `s` gives something to variable `io`: one set of templates for both orders."""
-    return even(GIVING.replace("{S}", f"{{{s}@s2}}").replace("{IO}", f"{{{io}@io}}"), before=" ")
+def giving(templates: str, s: str, io: str, x: str = "") -> Alternatives:
+    """Sentences in which variable `s` gives something to `io`, past `x`: the same templates for every order."""
+    roles = {"{S}": f"{{{s}@s2}}", "{IO}": f"{{{io}@io}}", "{X}": f"{{{x}@x2}}"}
+    for role, slot in roles.items():
+        templates = templates.replace(role, slot)
+    return even(templates, before=" ")
 
 
 def events(person: str, last: str) -> Alternatives:
@@ -97,8 +110,12 @@ def events(person: str, last: str) -> Alternatives:
 def clause(i: int) -> Alternatives:
     """A subject, a noun between, and a verb that agrees with the subject."""
     start = f"The {{N{i}:noun@subject}} <beside> the {{D{i}:noun@distractor}} {{N{i}."
-    return even(" | ".join(f"{start}{verb}@verb}} <{rest}>." for verb, rest in
-                           (("is", "state"), ("was", "state"), ("has", "feature"), ("looks", "state"))))
+    return even(
+        " | ".join(
+            f"{start}{verb}@verb}} <{rest}>."
+            for verb, rest in (("is", "state"), ("was", "state"), ("has", "feature"), ("looks", "state"))
+        )
+    )
 
 
 def pairs(title: str, pool: str) -> Alternatives:
@@ -109,11 +126,12 @@ def pairs(title: str, pool: str) -> Alternatives:
 
 def word_lists() -> Alternatives:
     """Four to ten words, and the same words again."""
-    return [
-        (1, start + "".join(f" {{W{i}:word}}" for i in range(n)) + again + "".join(f" {{W{i}@repeat}}" for i in range(n)) + ".")
-        for n in range(4, 11)
-        for start, again in (("Words:", ". Again:"), ("List:", " ;"))
-    ]
+    lists: Alternatives = []
+    for n in range(4, 11):
+        first = "".join(f" {{W{i}:word}}" for i in range(n))
+        again = "".join(f" {{W{i}@repeat}}" for i in range(n))
+        lists += [(1, f"Words:{first}. Again:{again}."), (1, f"List:{first} ;{again}.")]
+    return lists
 
 
 RULES: dict[str, Alternatives] = {
@@ -121,32 +139,54 @@ RULES: dict[str, Alternatives] = {
         (40, "<gift>"), (8, "<meeting>"), (17, "<full_name>"), (9, "<agreement>"), (4, "<good_review>"),
         (4, "<bad_review>"), (6, "<geography>"), (3, "<opposites>"), (3, "<plurals>"), (6, "<word_list>"),
     ],
-    # Gifts. Of two people one gives; who receives is the other. What stands between varies, so that no position and no
-    # count gives the answer away, and bystanders (C, D, E) are named once or twice.
-    "gift": even("<opening><middle><a_gives><closing> | <opening><middle><b_gives><closing>"),
-    "opening": even("""<when> {A:name@a} and {B:name@b} <went> to the <place>.
-        <when> {A:name@a} met {B:name@b} at the <place>.
-        <when> {A:name@a} was in the <place> with {B:name@b}.
-        <when> {A:name@a} and {B:name@b} had <meal> together.
-        At the <place> {A:name@a} saw {B:name@b} <near>.
-        The <place> was empty, but {A:name@a} and {B:name@b} came <adverb>.
-        <when> {A:name@a} sat down with {B:name@b} and talked about {C:name}.
-        <when> {A:name@a}, {B:name@b} and {C:name} <went> to the <place>, but {C} <left>.
-        <when> {C:name} told {A:name@a} and {B:name@b} about the <place>.
-        Friends of {C:name}, {A:name@a} and {B:name@b}, <went> to the <place>."""),
-    "a_gives": giving("A", "B"),
-    "b_gives": giving("B", "A"),
-    "middle": [(4, ""), (2, " <scene>"), (1, " They <talked> <adverb>."), (1, " {D:name} <joined>."), (1, " <scene> {D:name} <joined>.")],
+    # Gifts. One of a group gives, and who receives is the one of the group who was not named again. What stands between
+    # varies, so that no position and no count gives the answer away, and people who do not belong to the group (D, E)
+    # are named once or twice.
+    "gift": [
+        *((3, f"<duo><{order}><closing>") for order in ("A_gives_B", "B_gives_A")),
+        *((1, f"<trio><maybe_scene><past_{x}_{s}_gives_{io}><closing>") for s, io, x in permutations("ABC")),
+    ],
+    "duo": [
+        (1, "<pair><maybe_scene>"),
+        (4, "<pair><bystander>"),
+        (4, "<pair_and_bystander><maybe_scene>"),
+        (2, "<pair_and_bystander><bystander>"),
+    ],
+    "pair": even("""<when> {A:name@person} and {B:name@person} <went> to the <place>.
+        <when> {A:name@person} met {B:name@person} at the <place>.
+        <when> {A:name@person} was in the <place> with {B:name@person}.
+        <when> {A:name@person} and {B:name@person} had <meal> together.
+        At the <place> {A:name@person} saw {B:name@person} <near>.
+        The <place> was empty, but {A:name@person} and {B:name@person} came <adverb>."""),
+    "pair_and_bystander": even("""<when> {A:name@person} sat down with {B:name@person} and talked about {D:name}.
+        <when> {D:name} told {A:name@person} and {B:name@person} about the <place>.
+        <when> {A:name@person} and {B:name@person} <went> to the <place> without {D:name}.
+        Friends of {D:name}, {A:name@person} and {B:name@person}, <went> to the <place>.
+        While {D:name} <watched>, {A:name@person} and {B:name@person} <talked>."""),
+    "bystander": even("""<maybe_scene> {F:name} <joined>.
+        <maybe_scene> They <talked> until {F:name} <joined>.
+        <maybe_scene> {F:name} <joined>, and {F} <left>."""),
+    "trio": even("""<when> {A:name@person}, {B:name@person} and {C:name@person} <went> to the <place>.
+        <when> {A:name@person} met {B:name@person} and {C:name@person} at the <place>.
+        <when> {A:name@person} and {B:name@person} had <meal> with {C:name@person}.
+        At the <place> {A:name@person} saw {B:name@person} and {C:name@person} <near>.
+        The <place> was empty, but {A:name@person}, {B:name@person} and {C:name@person} came <adverb>."""),
+    "A_gives_B": giving(GIVING, "A", "B"),
+    "B_gives_A": giving(GIVING, "B", "A"),
+    **{
+        f"past_{x}_{s}_gives_{io}": giving(GIVING_PAST_A_THIRD, s, io, x)
+        for s, io, x in permutations("ABC")
+    },
     "closing": [(4, "<tail>."), (1, "<tail>. Everybody went home."), (1, "<tail>. <scene>")],
     "tail": maybe(0.4, even("with a smile | before the <weather> | <adverb>", before=" ")),
     "how": maybe(0.5, even("quietly | slowly | kindly | at once | later", before=" ")),
     # Meetings. The receiver is the latest name, not the first: the latest name is sometimes the answer.
-    "meeting": [(1, "<when> {A:name@a} went to the <place><alone>.<maybe_scene> <meets><closing>")],
+    "meeting": [(1, "<when> {A:name@person} went to the <place><alone>.<maybe_scene> <meets><closing>")],
     "alone": maybe(0.5, even("alone | <adverb>", before=" ")),
     "maybe_scene": maybe(0.4, [(1, " <scene>")]),
-    "meets": even("""{A} met {B:name@b} <near> and<how> <gave> <thing> to {B@io}
-        {A} saw {B:name@b} <near>. {A@s2} <gave> <thing> to {B@io}
-        There {A} found {B:name@b}, and <aside> {A@s2} <gave> <thing> to {B@io}"""),
+    "meets": even("""{A} met {B:name@person} <near> and<how> <gave> <thing> to {B@io}
+        {A} saw {B:name@person} <near>. {A@s2} <gave> <thing> to {B@io}
+        There {A} found {B:name@person}, and <aside> {A@s2} <gave> <thing> to {B@io}"""),
     # Full names. The last name belongs to the first name, wherever that returns.
     "full_name": even("<intro>.<a_events> | <intro>.<two><ab_events>"),
     "intro": even("""The name of the <job> was {A:name@first} {L:last@last}
@@ -177,8 +217,8 @@ RULES: dict[str, Alternatives] = {
     "plurals": pairs("Plurals", "plural"),
     "word_list": word_lists(),
     # Phrases.
-    "when": even("""One day | Last Sunday | Yesterday morning | After lunch | In the summer | Long ago | On Friday | At noon
-        After the <weather> | Every week"""),
+    "when": even("""One day | Last Sunday | Yesterday morning | After lunch | In the summer | Long ago | On Friday
+        At noon | After the <weather> | Every week"""),
     "went": even("went | walked | ran | drove"),
     "place": even("park | school | market | beach | museum | library | station | garden | river | old house"),
     "near": even("near the door | by the window | under a tree | in the crowd"),
@@ -213,7 +253,8 @@ RULES: dict[str, Alternatives] = {
     "future": even("Tomorrow | Next week | Soon | Tomorrow at lunch time | On Monday | Next year"),
     "past": even("Yesterday | Last week | Last night | On Friday | A year ago | Yesterday at lunch time"),
     "act_base": even("visit the <place> | buy <thing> | learn to swim | meet a friend | write a letter | go home"),
-    "act_past": even("visited the <place> | bought <thing> | learned to swim | met a friend | wrote a letter | went home"),
+    "act_past": even("""visited the <place> | bought <thing> | learned to swim | met a friend | wrote a letter
+        went home"""),
     "feeling": even("happy | sad | proud | tired"),
     "beside": even("near | behind | under | beside | next to"),
     "work": even("film | book | meal | hotel | concert | show"),
@@ -279,6 +320,20 @@ def prompts(kind: str, label: str, wrong: Callable[[Derivation], str], seed: int
 def gift_prompts(seed: int) -> Iterator[Prompt]:
     """Indirect object identification: who receives? The wrong answer is the giver."""
     return prompts("gift", "io", lambda story: story.read("s2"), seed)
+
+
+def gift_templates(story: Derivation) -> list[str]:
+    """The sentence templates, as the grammar has them, of which a gift story is made; roles instead of variables.
+
+    They are the sentence that brings the people in and the one in which somebody gives.
+    """
+    found = []
+    for rule, number in story.choices:
+        if rule in ("pair", "pair_and_bystander", "trio"):
+            found.append(RULES[rule][number][1])
+        elif "_gives_" in rule:
+            found.append((GIVING_PAST_A_THIRD if rule.startswith("past") else GIVING).splitlines()[number].strip())
+    return found
 
 
 def full_name_prompts(seed: int) -> Iterator[Prompt]:

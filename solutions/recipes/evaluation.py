@@ -1,16 +1,17 @@
 """What a model of tales can do, measured on stories that it has not seen."""
 
 from collections import defaultdict
-from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
+import einops
 import torch
 from torch import Tensor, nn
 
 from course_utils.data import tales
 from course_utils.data.tales import Prompt
-from solutions.ch02_transformer import generate, sample
+from course_utils.hooks import run_with_cache
+from solutions.ch02_transformer import Transformer, generate, sample
 
 
 def padded(tokenizer: Any, texts: list[str], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -62,3 +63,75 @@ def behaviour(model: nn.Module, tokenizer: Any, seed: int, n: int) -> dict[str, 
         result[f"{task}_right"] = float((difference > 0).float().mean())
         result[f"{task}_logit_difference"] = float(difference.mean())
     return result
+
+
+def behaviour_by_template(model: nn.Module, tokenizer: Any, seed: int, n: int) -> dict[tuple[str, str], float]:
+    """IOI accuracy on `n` fresh prompts for every sentence template that occurs in them and every order of the names.
+
+    Keys are (template, who of giver and receiver was named first).
+    """
+    prompts = list(islice(tales.gift_prompts(seed), n))
+    right = (logit_differences(model, tokenizer, prompts) > 0).tolist()
+    answers: dict[tuple[str, str], list[bool]] = defaultdict(list)
+    for prompt, correct in zip(prompts, right, strict=True):
+        where = name_positions(tokenizer, prompt)
+        order = "giver first" if where["s1"] < where["io"] else "receiver first"
+        for template in tales.gift_templates(prompt.story):
+            answers[template, order].append(correct)
+    return {key: sum(outcomes) / len(outcomes) for key, outcomes in answers.items()}
+
+
+def accepted_share(model: nn.Module, tokenizer: Any, seed: int, n: int) -> float:
+    """The share of stories sampled from the model, at temperature 1, that the grammar could have written."""
+    device = next(model.parameters()).device
+    bos, generator = tokenizer.bos_token_id, torch.Generator(device).manual_seed(seed)
+    start = torch.full((n, 1), bos, device=device)
+    rows = generate(model, start, model.cfg.n_ctx - 1, lambda logits: sample(logits, generator), eos=bos)
+    texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
+    return sum(tales.parse(text) is not None for text in texts) / n
+
+
+@torch.no_grad()
+def writing_heads(model: Transformer, tokenizer: Any, prompts: list[Prompt]) -> dict[str, Tensor]:
+    """Who writes the answer of IOI prompts, and where that head looks: [layer head] tables, means over the prompts.
+
+    `direct` is what a head adds by itself to the logit difference at the last position: its output through the final
+    LayerNorm (with the scale it had) and the unembedding. `io`, `s1`, `s2` are its attention from the last position to
+    the receiver's name and to the giver's first and second mention.
+    """
+    device = next(model.parameters()).device
+    tokens, lengths = padded(tokenizer, [prompt.text for prompt in prompts], device)
+    names = [f"*{hook}" for hook in ("hook_result", "hook_pattern", "ln_final.hook_scale")]
+    _, cache = run_with_cache(model, tokens, names=names)
+    rows, last = torch.arange(len(prompts), device=device), lengths - 1
+    answer, wrong = (
+        torch.tensor([tokenizer(getattr(prompt, which))["input_ids"][0] for prompt in prompts], device=device)
+        for which in ("answer", "wrong")
+    )
+    direction = (model.unembed.W_U[:, answer] - model.unembed.W_U[:, wrong]).T
+    result = cache.stack("result")[:, rows, last]
+    centred = result - result.mean(dim=-1, keepdim=True)
+    scaled = centred / cache["ln_final.hook_scale"][rows, last][:, None] * model.ln_final.w
+    tables = {
+        "direct": einops.einsum(scaled, direction, "layer batch head d_model, batch d_model -> layer batch head").mean(
+            dim=1
+        )
+    }
+    pattern = cache.stack("pattern")
+    positions = [name_positions(tokenizer, prompt) for prompt in prompts]
+    for name in ("io", "s1", "s2"):
+        key = torch.tensor([where[name] for where in positions], device=device)
+        tables[name] = torch.stack([layer[rows, :, last, key].mean(dim=0) for layer in pattern])
+    return tables
+
+
+def name_positions(tokenizer: Any, prompt: Prompt) -> dict[str, int]:
+    """The token positions, the first token of the row counted, of IO, S1 and S2 in an IOI prompt."""
+    encoding = tokenizer(prompt.text)
+    first_mention = {prompt.text[mark.start : mark.end]: mark for mark in prompt.story.marks if mark.label == "person"}
+    places = {
+        "io": first_mention[prompt.answer.strip()],
+        "s1": first_mention[prompt.wrong.strip()],
+        "s2": prompt.story.marked("s2"),
+    }
+    return {name: 1 + encoding.char_to_token(place.start) for name, place in places.items()}

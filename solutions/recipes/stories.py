@@ -8,10 +8,8 @@ import argparse
 import json
 import math
 import os
-import random
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,8 +20,17 @@ from tqdm import tqdm
 
 from course_utils.config import TransformerConfig
 from course_utils.data import tales
+from course_utils.pretrained import save_shipped, shipped_tokenizer
 from solutions.ch02_transformer import Transformer, init_weights
-from solutions.recipes.evaluation import behaviour, nats_per_story
+from solutions.recipes.evaluation import (
+    accepted_share,
+    behaviour,
+    behaviour_by_template,
+    logit_differences,
+    nats_per_story,
+    writing_heads,
+)
+from solutions.recipes.tokenizer import train_tokenizer
 
 HELD_OUT_SEED = 1_000_003  # stories for evaluation; training seeds are below a million
 
@@ -86,8 +93,10 @@ def save_atomically(path: Path, state: dict[str, Any]) -> None:
     os.replace(partial, path)
 
 
-def train(recipe: Recipe, tokenizer: Any, out: Path, device: str = "cpu", log_every: int = 500) -> tuple[Transformer, list[dict]]:
-    """Train, or go on with training, and return the model with its history.
+def train(
+    recipe: Recipe, tokenizer: Any, out: Path, device: str = "cpu", log_every: int = 500
+) -> tuple[Transformer, list[dict], float]:
+    """Train, or go on with training, and return the model, its history and the seconds it took.
 
     The history holds, every `log_every` steps, the tokens seen, the training loss (nats per token) and the held-out
     loss in nats per story beside the grammar's entropy, which no model can beat.
@@ -109,7 +118,7 @@ def train(recipe: Recipe, tokenizer: Any, out: Path, device: str = "cpu", log_ev
         history, first, seconds = state["history"], state["step"], state["seconds"]
     entropy = tales.GRAMMAR.entropy()
     began = time.perf_counter() - seconds
-    recent: list[Tensor] = []
+    recent: list[float] = []
     bar = tqdm(range(first, recipe.steps), initial=first, total=recipe.steps, desc=recipe.name, mininterval=5)
     for step in bar:
         for group in optimizer.param_groups:
@@ -119,13 +128,13 @@ def train(recipe: Recipe, tokenizer: Any, out: Path, device: str = "cpu", log_ev
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
         optimizer.step()
-        recent.append(loss.detach())
+        recent.append(loss.item())
         if (step + 1) % log_every == 0 or step + 1 == recipe.steps:
             held_out = nats_per_story(model, tokenizer, HELD_OUT_SEED, n=400)
             entry = {
                 "step": step + 1,
                 "tokens": (step + 1) * recipe.batch * recipe.cfg.n_ctx,
-                "train_loss": round(torch.stack(recent).mean().item(), 4),
+                "train_loss": round(sum(recent) / len(recent), 4),
                 "held_out_nats_per_story": round(held_out, 3),
                 "grammar_entropy_per_story": round(entropy, 3),
                 **{name: round(value, 4) for name, value in behaviour(model, tokenizer, HELD_OUT_SEED, n=200).items()},
@@ -137,4 +146,58 @@ def train(recipe: Recipe, tokenizer: Any, out: Path, device: str = "cpu", log_ev
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "history": history}
             save_atomically(checkpoint, {**state, "step": step + 1, "seconds": seconds, "recipe": repr(recipe)})
     model.eval()
-    return model, history
+    return model, history, seconds
+
+
+def card(model: Transformer, tokenizer: Any, recipe: Recipe, history: list[dict], seconds: float) -> dict[str, object]:
+    """What a model card says about a trained model: how it was made and what it can do, measured on unseen stories."""
+    prompts = list(islice(tales.gift_prompts(HELD_OUT_SEED + 1), 500))
+    difference = logit_differences(model, tokenizer, prompts)
+    heads = writing_heads(model, tokenizer, prompts)
+    writer = divmod(int(heads["direct"].argmax()), recipe.cfg.n_heads)
+    seeker = divmod(int((heads["io"] - torch.maximum(heads["s1"], heads["s2"])).argmax()), recipe.cfg.n_heads)
+    by_template = behaviour_by_template(model, tokenizer, HELD_OUT_SEED + 2, n=4000)
+    kept = {key: history[-1][key] for key in ("full_name_right", "agreement_right", "held_out_nats_per_story")}
+
+    def head(place: tuple[int, int], *tables: str) -> str:
+        return f"{place[0]}.{place[1]}, " + ", ".join(f"{name} {heads[name][place]:.2f}" for name in tables)
+
+    return {
+        "data": "seeded stories of course_utils.data.tales",
+        "recipe": f"python -m solutions.recipes.{recipe.name.replace('-', '_')}",
+        "seed": recipe.seed,
+        "steps": recipe.steps,
+        "tokens": history[-1]["tokens"],
+        "minutes": round(seconds / 60),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        **kept,
+        "grammar_entropy_per_story": history[-1]["grammar_entropy_per_story"],
+        "accepted_by_the_grammar": accepted_share(model, tokenizer, seed=0, n=200),
+        "ioi_right": round(float((difference > 0).float().mean()), 4),
+        "ioi_right_in_the_worst_template_and_order": round(min(by_template.values()), 4),
+        "ioi_logit_difference": round(float(difference.mean()), 3),
+        "head_that_writes_most": head(writer, "direct", "io", "s1", "s2"),
+        "head_that_looks_at_the_receiver_most": head(seeker, "direct", "io", "s1", "s2"),
+        "licence": "MIT",
+    }
+
+
+def main(recipe: Recipe, prose: str, tokenizer_of: str | None = None) -> None:
+    """The command line of a recipe. With `tokenizer_of` the model uses the tokenizer that ships with another one."""
+    parser = argparse.ArgumentParser(description=f"Train {recipe.name}; a run that was stopped goes on where it was.")
+    parser.add_argument("--out", type=Path, default=Path("runs") / recipe.name, help="where the checkpoint is kept")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seed", type=int, default=recipe.seed)
+    parser.add_argument("--steps", type=int, default=recipe.steps, help="fewer make a worse model sooner")
+    parser.add_argument("--ship", action="store_true", help="replace the model that ships with the course by this one")
+    options = parser.parse_args()
+    recipe = replace(recipe, seed=options.seed, steps=options.steps)
+    tokenizer = shipped_tokenizer(tokenizer_of) if tokenizer_of else train_tokenizer()
+    model, history, seconds = train(recipe, tokenizer, options.out, options.device)
+    front = card(model, tokenizer, recipe, history, seconds)
+    for key, value in front.items():
+        print(f"{key}: {value}")
+    if options.ship:
+        extra = {"tokenizer": tokenizer_of} if tokenizer_of else {}
+        own = None if tokenizer_of else tokenizer
+        print("written to", save_shipped(model, own, recipe.name, {**front, **extra}, prose, history))
