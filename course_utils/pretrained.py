@@ -39,20 +39,23 @@ def load_pretrained(
     name: str,
     device: torch.device | str | None = None,
     convert: Convert | None = None,
+    download: bool = False,
 ) -> Any:
     """A `ModelClass(cfg)` with trained weights, in evaluation mode, with its `tokenizer` and `cfg` as attributes.
 
-    `name` is a shipped model ("tales"), a GPT-2 on the Hugging Face hub ("gpt2"; from the local cache if it is there),
-    or a folder that `GPT2LMHeadModel.save_pretrained` wrote. For the last two `convert(state_dict, cfg)` renames the
-    weights; without it, the `convert_gpt2_weights` that stands beside `ModelClass` does.
+    `name` is a shipped model ("tales"), a GPT-2 of the Hugging Face hub ("gpt2"), or a folder that
+    `GPT2LMHeadModel.save_pretrained` wrote. A hub model is read from the local cache of `transformers`; only with
+    `download=True` is it fetched, once, when it is not there (GPT-2 small is half a gigabyte). For hub models and
+    folders `convert(state_dict, cfg)` renames the weights; without it, the `convert_gpt2_weights` that stands beside
+    `ModelClass` does.
     Raises PretrainedError for an unknown name, a damaged file, weights that do not fit, and for a hub model that is
-    neither cached nor within reach.
+    neither cached nor, with `download=True`, within reach.
     """
     if name in _shipped_names():
         cfg, weights = _read_shipped(name)
         tokenizer = shipped_tokenizer(name)
     else:
-        cfg, weights, tokenizer = _read_gpt2(name, ModelClass, convert)
+        cfg, weights, tokenizer = _read_gpt2(name, ModelClass, convert, download)
     model: Any = ModelClass(cfg)
     _fit(model, weights, name)
     model.cfg, model.tokenizer = cfg, tokenizer
@@ -181,7 +184,9 @@ def _converter_beside(ModelClass: object) -> Convert:
     return convert
 
 
-def _read_gpt2(name: str, ModelClass: object, convert: Convert | None) -> tuple[TransformerConfig, StateDict, Any]:
+def _read_gpt2(
+    name: str, ModelClass: object, convert: Convert | None, download: bool
+) -> tuple[TransformerConfig, StateDict, Any]:
     is_folder = Path(name).is_dir()
     if not is_folder and name.startswith((".", "/", "~")):
         raise PretrainedError(f"There is no folder {name}.")
@@ -192,20 +197,25 @@ def _read_gpt2(name: str, ModelClass: object, convert: Convert | None) -> tuple[
     from transformers import AutoConfig, AutoTokenizer, GPT2LMHeadModel
 
     try:
-        hf_cfg = AutoConfig.from_pretrained(name)
+        hf_cfg = AutoConfig.from_pretrained(name, local_files_only=not download)
         if hf_cfg.model_type != "gpt2":
             raise PretrainedError(f"{name} is a {hf_cfg.model_type} model; this course loads GPT-2 and its own.")
         cfg = _gpt2_config(hf_cfg, name)
         hf_model, report = GPT2LMHeadModel.from_pretrained(
-            name, use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True
+            name,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            local_files_only=not download,
         )
-        tokenizer = AutoTokenizer.from_pretrained(name) if not is_folder or _has_tokenizer(Path(name)) else None
+        has_tokenizer = not is_folder or _has_tokenizer(Path(name))
+        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=not download) if has_tokenizer else None
     except SafetensorError as error:
         raise PretrainedError(f"{name}: the weights are damaged ({error}); download them again.") from None
     except (OSError, ValueError, RuntimeError) as error:
         if isinstance(error, PretrainedError):
             raise
-        raise _out_of_reach(name, is_folder, error) from None
+        raise _out_of_reach(name, is_folder, download, error) from None
     complaints = []
     for what in ("missing", "unexpected", "mismatched"):
         keys = {
@@ -227,12 +237,17 @@ def _has_tokenizer(folder: Path) -> bool:
     return any((folder / file).exists() for file in ("tokenizer.json", "vocab.json"))
 
 
-def _out_of_reach(name: str, is_folder: bool, error: Exception) -> PretrainedError:
+def _out_of_reach(name: str, is_folder: bool, download: bool, error: Exception) -> PretrainedError:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if is_folder:
         return PretrainedError(
             f"{name} cannot be read ({reason}); it must hold config.json and {WEIGHTS}, as "
             "GPT2LMHeadModel.save_pretrained writes them (older .bin files are pickles and are never opened)."
+        )
+    if not download:
+        return PretrainedError(
+            f"{name} is not in the local cache: load_pretrained(..., download=True) fetches it once from the Hugging "
+            f"Face hub; without it the models that ship still work: {', '.join(_shipped_names())}."
         )
     return PretrainedError(
         f"{name} is not in the local cache and could not be downloaded ({reason}): connect to the internet once, "

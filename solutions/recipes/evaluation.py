@@ -38,6 +38,11 @@ def nats_per_story(model: nn.Module, tokenizer: Any, seed: int, n: int) -> float
     return total / n
 
 
+def grammar_nats_per_story(seed: int, n: int) -> float:
+    """The grammar's own mean of -log p on the same stories: what a perfect model would score on just these."""
+    return -sum(story.log_probability for story in islice(tales.stream(seed), n)) / n
+
+
 @torch.no_grad()
 def logit_differences(model: nn.Module, tokenizer: Any, prompts: list[Prompt]) -> Tensor:
     """For each prompt, the logit of the answer minus that of the wrong answer (their first tokens), at its end."""

@@ -1,0 +1,93 @@
+"""What the shipped models promise, measured on their weights: stories, prompts and templates they never saw."""
+
+from itertools import islice
+
+import pytest
+import torch
+
+from course_utils.data import tales
+from course_utils.pretrained import MODELS, load_history, load_pretrained, shipped_models
+from solutions.ch02_transformer import Transformer
+from solutions.recipes import attn_only_4l
+from solutions.recipes import tales as tales_recipe
+from solutions.recipes.evaluation import (
+    accepted_share,
+    behaviour,
+    behaviour_by_template,
+    grammar_nats_per_story,
+    logit_differences,
+    nats_per_story,
+    writing_heads,
+)
+
+RECIPES = {"tales": tales_recipe.RECIPE, "attn-only-4l": attn_only_4l.RECIPE}
+SEED = 424_242  # of no training batch and no evaluation in a recipe
+
+
+@pytest.fixture(scope="module", params=RECIPES)
+def model(request) -> Transformer:
+    return load_pretrained(Transformer, request.param)
+
+
+def test_the_models_are_those_of_the_recipes() -> None:
+    cards = {card["name"]: card for card in shipped_models()}
+    assert set(cards) == set(RECIPES)
+    for name, recipe in RECIPES.items():
+        shipped = load_pretrained(Transformer, name)
+        assert shipped.cfg == recipe.cfg
+        assert int(cards[name]["steps"]) == recipe.steps == load_history(name)[-1]["step"]
+        assert int(cards[name]["seed"]) == recipe.seed
+        assert int(cards[name]["parameters"]) == sum(parameter.numel() for parameter in shipped.parameters())
+
+
+def test_all_shipped_models_together_are_small() -> None:
+    assert sum(file.stat().st_size for file in MODELS.rglob("*") if file.is_file()) < 25e6
+
+
+def test_every_name_is_one_token_with_its_space(model: Transformer) -> None:
+    for name in [*tales.NAMES, *tales.LAST_NAMES]:
+        assert len(model.tokenizer.encode(" " + name)) == 1, name
+
+
+def test_ioi_is_right_in_every_template_and_every_order(model: Transformer) -> None:
+    accuracy = behaviour_by_template(model, model.tokenizer, SEED, n=3000)
+    assert min(accuracy.values()) >= 0.95, sorted(accuracy.items(), key=lambda item: item[1])[:3]
+    assert len({template for template, _ in accuracy}) == 35
+    assert len(accuracy) == 2 * 35
+
+
+def test_full_names_and_agreement(model: Transformer) -> None:
+    measured = behaviour(model, model.tokenizer, SEED, n=500)
+    assert measured["full_name_right"] >= 0.9
+    assert measured["agreement_right"] >= 0.9
+
+
+def test_a_repeated_full_name_is_the_likeliest_continuation(model: Transformer) -> None:
+    """Stricter than a comparison with one other name: the last name must be the model's first choice."""
+    prompts = list(islice(tales.full_name_prompts(SEED), 200))
+    with torch.no_grad():
+        right = 0
+        for prompt in prompts:
+            ids = [model.tokenizer.bos_token_id, *model.tokenizer.encode(prompt.text)]
+            right += model.tokenizer.decode([int(model(torch.tensor([ids]))[0, -1].argmax())]) == prompt.answer
+    assert right / len(prompts) >= 0.9
+
+
+def test_held_out_loss_is_close_to_the_grammar_s_own(model: Transformer) -> None:
+    """The mean of -log p differs between model and grammar by the divergence, which is never negative."""
+    loss = nats_per_story(model, model.tokenizer, SEED, n=500)
+    assert 0 < loss - grammar_nats_per_story(SEED, n=500) < 2
+
+
+@pytest.mark.slow
+def test_the_grammar_accepts_what_tales_writes() -> None:
+    tales_model = load_pretrained(Transformer, "tales")
+    assert accepted_share(tales_model, tales_model.tokenizer, SEED, n=200) >= 0.95
+
+
+def test_one_head_of_attn_only_4l_writes_a_third_of_the_answer() -> None:
+    model = load_pretrained(Transformer, "attn-only-4l")
+    prompts = list(islice(tales.gift_prompts(SEED), 500))
+    direct = writing_heads(model, model.tokenizer, prompts)["direct"]
+    difference = logit_differences(model, model.tokenizer, prompts).mean()
+    assert direct.max() >= difference / 3
