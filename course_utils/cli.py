@@ -41,7 +41,9 @@ def main(argv: list[str] | None = None) -> int:
             return check(args.chapter, args.notebook)
         if args.command == "run":
             return run(args.chapter, args.html)
-        return {"status": status, "build": build, "models": models}[args.command]()
+        if args.command == "status":
+            return status(args.notebook)
+        return {"build": build, "models": models}[args.command]()
     except CourseError as error:
         print(error, file=sys.stderr)
         return 2
@@ -62,7 +64,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     add = commands.add_parser("check", help="check the exercises of a chapter")
     add.add_argument("chapter", metavar="NN", help="a chapter's number, such as 02")
     add.add_argument("--notebook", type=Path, help="the notebook to check, instead of the one in work/")
-    commands.add_parser("status", help="which exercises are done")
+    add = commands.add_parser("status", help="which exercises are done")
+    add.add_argument("--notebook", type=Path, help="look at this notebook only, instead of those in work/")
     add = commands.add_parser("run", help="run a chapter with the solutions in place")
     add.add_argument("chapter", metavar="NN", help="a chapter's number, such as 02")
     add.add_argument("--html", type=Path, metavar="OUT", help="write what came out to this file")
@@ -195,13 +198,18 @@ def learners_notebook(chapter: str) -> Path:
     return paths[0]
 
 
-def status() -> int:
-    """Print a table of the exercises done, chapter by chapter."""
+def status(notebook: Path | None) -> int:
+    """Print a table of the exercises done, chapter by chapter, or of one notebook, whose name tells its chapter."""
+    chapters = sorted(chapters_folder().glob("[0-9][0-9]_*.ipynb"))
+    if notebook is not None:
+        chapters = [find_chapter(chapters_folder(), notebook.name)]
+        read_notebook(notebook)  # a broken file ends the command here, before the table begins
     print(f"{'chapter':<24} {'correct':>8} {'wrong':>8} {'not written':>12}")
-    for path in sorted(chapters_folder().glob("[0-9][0-9]_*.ipynb")):
+    for path in chapters:
         title = path.stem.replace("_", " ")
         try:
-            states = [verdict.state for verdict in judge(learners_notebook(path.stem[:2]), path.stem[:2])]
+            own = notebook or learners_notebook(path.stem[:2])
+            states = [verdict.state for verdict in judge(own, path.stem[:2])]
         except CourseError as error:
             print(f"{title:<24} {error}")
             continue
@@ -301,15 +309,13 @@ def build() -> int:
 
 
 def models() -> int:
-    """Print a table of the models that ship: what their cards say about each."""
-    from course_utils.pretrained import shipped_models
+    """Print a table of the models that ship, and where their cards are, which say the rest."""
+    from course_utils.pretrained import MODELS, shipped_models
 
-    cards = shipped_models()
-    titles = [key for key in dict.fromkeys(key for card in cards for key in card) if key != "sha256"]
-    rows = [titles, *([card.get(title, "") for title in titles] for card in cards)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows if cards else []:
-        print("  ".join(entry.ljust(width) for entry, width in zip(row, widths, strict=True)).rstrip())
+    print(f"{'name':<20} {'parameters':>10}  about")
+    for card in shipped_models():
+        print(f"{card['name']:<20} {int(card['parameters']):>10,}  {card['about']}")
+    print(f"\nHow each was trained and what it can do: card.md in the folders of {MODELS}")
     return 0
 
 

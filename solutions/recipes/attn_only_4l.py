@@ -9,6 +9,7 @@ RECIPE = Recipe(
     cfg=TransformerConfig(d_vocab=VOCABULARY, n_ctx=96, n_layers=4, n_heads=8, d_model=128, d_head=16, attn_only=True),
     steps=6000,
 )
+ABOUT = "the attention-only sibling of tales, whose heads write their answers directly"
 PROSE = """
 # attn-only-4l
 
@@ -18,4 +19,4 @@ finding. The numbers above mean what they mean in the card of `tales`.
 """
 
 if __name__ == "__main__":
-    main(RECIPE, PROSE, tokenizer_of="tales")
+    main(RECIPE, ABOUT, PROSE, tokenizer_of="tales")

@@ -13,6 +13,8 @@ from course_utils.data.tales import Prompt
 from course_utils.hooks import run_with_cache
 from solutions.ch02_transformer import Transformer, generate, sample
 
+CHUNK = 200  # texts in one forward: the logits of more would fill gigabytes
+
 
 def padded(tokenizer: Any, texts: list[str], device: torch.device) -> tuple[Tensor, Tensor]:
     """Token rows that begin with the end-of-text token, padded on the right with the same; and their true lengths."""
@@ -29,8 +31,8 @@ def nats_per_story(model: nn.Module, tokenizer: Any, seed: int, n: int) -> float
     device = next(model.parameters()).device
     texts = [story.text for story in islice(tales.stream(seed), n)]
     total = 0.0
-    for start in range(0, n, 200):
-        tokens, lengths = padded(tokenizer, texts[start : start + 200], device)
+    for start in range(0, n, CHUNK):
+        tokens, lengths = padded(tokenizer, texts[start : start + CHUNK], device)
         targets = torch.cat([tokens[:, 1:], tokens.new_full((len(tokens), 1), tokenizer.bos_token_id)], dim=1)
         logprobs = model(tokens).log_softmax(dim=-1).gather(-1, targets[..., None]).squeeze(-1)
         inside = torch.arange(tokens.shape[1], device=device) < lengths[:, None]
@@ -47,13 +49,20 @@ def grammar_nats_per_story(seed: int, n: int) -> float:
 def logit_differences(model: nn.Module, tokenizer: Any, prompts: list[Prompt]) -> Tensor:
     """For each prompt, the logit of the answer minus that of the wrong answer (their first tokens), at its end."""
     device = next(model.parameters()).device
-    tokens, lengths = padded(tokenizer, [prompt.text for prompt in prompts], device)
-    last = model(tokens)[torch.arange(len(prompts), device=device), lengths - 1]
-    answers, wrongs = (
-        torch.tensor([ids[0] for ids in tokenizer(words)["input_ids"]], device=device)[:, None]
-        for words in ([prompt.answer for prompt in prompts], [prompt.wrong for prompt in prompts])
-    )
-    return (last.gather(1, answers) - last.gather(1, wrongs)).squeeze(1)
+    differences = []
+    for start in range(0, len(prompts), CHUNK):
+        chunk = prompts[start : start + CHUNK]
+        tokens, lengths = padded(tokenizer, [prompt.text for prompt in chunk], device)
+        last = model(tokens)[torch.arange(len(chunk), device=device), lengths - 1]
+        answer, wrong = (first_tokens(tokenizer, chunk, which, device)[:, None] for which in ("answer", "wrong"))
+        differences.append((last.gather(1, answer) - last.gather(1, wrong)).squeeze(1))
+    return torch.cat(differences)
+
+
+def first_tokens(tokenizer: Any, prompts: list[Prompt], which: str, device: torch.device) -> Tensor:
+    """The first token of every prompt's `answer` or `wrong` answer."""
+    words = [getattr(prompt, which) for prompt in prompts]
+    return torch.tensor([ids[0] for ids in tokenizer(words)["input_ids"]], device=device)
 
 
 def behaviour(model: nn.Module, tokenizer: Any, seed: int, n: int) -> dict[str, float]:
@@ -109,10 +118,7 @@ def writing_heads(model: Transformer, tokenizer: Any, prompts: list[Prompt]) -> 
     names = [f"*{hook}" for hook in ("hook_result", "hook_pattern", "ln_final.hook_scale")]
     _, cache = run_with_cache(model, tokens, names=names)
     rows, last = torch.arange(len(prompts), device=device), lengths - 1
-    answer, wrong = (
-        torch.tensor([tokenizer(getattr(prompt, which))["input_ids"][0] for prompt in prompts], device=device)
-        for which in ("answer", "wrong")
-    )
+    answer, wrong = (first_tokens(tokenizer, prompts, which, device) for which in ("answer", "wrong"))
     direction = (model.unembed.W_U[:, answer] - model.unembed.W_U[:, wrong]).T
     result = cache.stack("result")[:, rows, last]
     centred = result - result.mean(dim=-1, keepdim=True)

@@ -155,7 +155,9 @@ def train(
     return model, history, seconds
 
 
-def card(model: Transformer, tokenizer: Any, recipe: Recipe, history: list[dict], seconds: float) -> dict[str, object]:
+def card(
+    model: Transformer, tokenizer: Any, recipe: Recipe, about: str, history: list[dict], seconds: float
+) -> dict[str, object]:
     """What a model card says about a trained model: how it was made and what it can do, measured on unseen stories."""
     prompts = list(islice(tales.gift_prompts(HELD_OUT_SEED + 1), 500))
     difference = logit_differences(model, tokenizer, prompts)
@@ -169,6 +171,7 @@ def card(model: Transformer, tokenizer: Any, recipe: Recipe, history: list[dict]
         return f"{place[0]}.{place[1]}, " + ", ".join(f"{name} {heads[name][place]:.2f}" for name in tables)
 
     return {
+        "about": about,
         "data": "seeded stories of course_utils.data.tales",
         "recipe": f"python -m solutions.recipes.{recipe.name.replace('-', '_')}",
         "seed": recipe.seed,
@@ -188,8 +191,8 @@ def card(model: Transformer, tokenizer: Any, recipe: Recipe, history: list[dict]
     }
 
 
-def main(recipe: Recipe, prose: str, tokenizer_of: str | None = None) -> None:
-    """The command line of a recipe. With `tokenizer_of` the model uses the tokenizer that ships with another one."""
+def main(recipe: Recipe, about: str, prose: str, tokenizer_of: str | None = None) -> None:
+    """The command line of a recipe; `about` (a line) and `prose` go into the model card. With `tokenizer_of` the model uses the tokenizer that ships with another one."""
     parser = argparse.ArgumentParser(description=f"Train {recipe.name}; a run that was stopped goes on where it was.")
     parser.add_argument("--out", type=Path, default=Path("runs") / recipe.name, help="where the checkpoint is kept")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -200,7 +203,7 @@ def main(recipe: Recipe, prose: str, tokenizer_of: str | None = None) -> None:
     recipe = replace(recipe, seed=options.seed, steps=options.steps)
     tokenizer = shipped_tokenizer(tokenizer_of) if tokenizer_of else train_tokenizer()
     model, history, seconds = train(recipe, tokenizer, options.out, options.device)
-    front = card(model, tokenizer, recipe, history, seconds)
+    front = card(model, tokenizer, recipe, about, history, seconds)
     for key, value in front.items():
         print(f"{key}: {value}")
     if options.ship:

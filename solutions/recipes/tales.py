@@ -1,4 +1,4 @@
-"""The model `tales`: a small GPT-2 that writes stories and knows who gets the ring."""
+"""The model `tales`: a small GPT-2 that tells stories and knows who gets the ring."""
 
 from course_utils.config import TransformerConfig
 from solutions.recipes.stories import Recipe, main
@@ -9,6 +9,7 @@ RECIPE = Recipe(
     cfg=TransformerConfig(d_vocab=VOCABULARY, n_ctx=96, n_layers=4, n_heads=8, d_model=128, d_head=16, d_mlp=512),
     steps=12000,
 )
+ABOUT = "a small GPT-2 that tells stories and knows who gets the ring"
 PROSE = """
 # tales
 
@@ -24,4 +25,4 @@ attention from there to the receiver and to the giver's two mentions.
 """
 
 if __name__ == "__main__":
-    main(RECIPE, PROSE)
+    main(RECIPE, ABOUT, PROSE)

@@ -82,7 +82,9 @@ def test_check_and_status(course: Path, capsys: pytest.CaptureFixture[str]) -> N
         0,
         "double: correct\nShift: correct\n\n07_toy.ipynb: 2 correct, 0 wrong, 0 not written yet, of 2.\n",
     )
-    assert outcome(capsys, "check", "07", "--notebook", str(course / "chapters/07_toy.ipynb"))[0] == 1
+    untouched = str(course / "chapters/07_toy.ipynb")
+    assert outcome(capsys, "check", "07", "--notebook", untouched)[0] == 1
+    assert outcome(capsys, "status", "--notebook", untouched)[1].splitlines()[1].split() == "07 toy 0/2 0 2".split()
     write(path, "return 2 * x", "return 2 * ")
     code, text = outcome(capsys, "check", "07")
     assert code == 1 and re.match(
@@ -108,6 +110,8 @@ def test_work_is_never_overwritten(course: Path, capsys: pytest.CaptureFixture[s
         (["check", "07", "--notebook", "broken.ipynb"], "broken.ipynb cannot be read as a notebook"),
         (["check", "07", "--notebook", "list.ipynb"], "list.ipynb is JSON but not a Jupyter notebook"),
         (["check", "07", "--notebook", "other.ipynb"], "other.ipynb holds no exercise of chapter 07"),
+        (["status", "--notebook", "broken.ipynb"], "There is no chapter broken.ipynb"),
+        (["status", "--notebook", "07_broken.ipynb"], "07_broken.ipynb cannot be read as a notebook"),
         (["run", "08"], "There is no chapter 08"),
         (["run", "02", "--html", "no/such/folder.html"], "The folder of no/such/folder.html does not exist"),
     ],
@@ -115,7 +119,8 @@ def test_work_is_never_overwritten(course: Path, capsys: pytest.CaptureFixture[s
 def test_what_cannot_be_done_is_one_sentence(
     course: Path, capsys: pytest.CaptureFixture[str], argv: list[str], words: str
 ) -> None:
-    (course / "broken.ipynb").write_text('{"cells": [')
+    for name in ("broken.ipynb", "07_broken.ipynb"):
+        (course / name).write_text('{"cells": [')
     (course / "list.ipynb").write_text("[]")
     nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("x = 1")]), course / "other.ipynb")
     before = {path: path.read_bytes() for path in course.rglob("*") if path.is_file()}
@@ -173,18 +178,22 @@ def test_run(course: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pyte
 
 def test_models(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     cards = [
-        {"name": "tales", "parameters": "1.1M", "sha256": "abc"},
-        {"name": "attn-only-4l", "parameters": "0.6M", "tokenizer": "tales", "sha256": "def"},
+        {"name": "tales", "parameters": "1100000", "about": "tells stories", "sha256": "abc"},
+        {"name": "attn-only-4l", "parameters": "600000", "about": "has no MLPs", "tokenizer": "tales"},
     ]
     monkeypatch.setattr("course_utils.pretrained.shipped_models", lambda: cards)
-    assert outcome(capsys, "models") == (
-        0,
-        "name          parameters  tokenizer\ntales         1.1M\nattn-only-4l  0.6M        tales\n",
-    )
+    code, text = outcome(capsys, "models")
+    assert code == 0
+    assert [line.split(maxsplit=2) for line in text.splitlines()[:3]] == [
+        ["name", "parameters", "about"],
+        ["tales", "1,100,000", "tells stories"],
+        ["attn-only-4l", "600,000", "has no MLPs"],
+    ]
+    assert "card.md" in text
 
 
 def test_ctrl_c_is_no_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def interrupted() -> None:
+    def interrupted(notebook: Path | None) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli, "status", interrupted)
