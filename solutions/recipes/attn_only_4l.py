@@ -6,7 +6,7 @@ from solutions.recipes.tokenizer import VOCABULARY
 
 RECIPE = Recipe(
     name="attn-only-4l",
-    cfg=TransformerConfig(d_vocab=VOCABULARY, n_ctx=96, n_layers=4, n_heads=8, d_model=128, d_head=16, attn_only=True),
+    cfg=TransformerConfig(d_vocab=VOCABULARY, n_ctx=96, n_layers=4, n_heads=8, d_model=128, d_head=32, attn_only=True),
     steps=6000,
 )
 ABOUT = "the attention-only sibling of tales, whose heads write their answers directly"

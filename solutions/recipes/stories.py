@@ -192,7 +192,10 @@ def card(
 
 
 def main(recipe: Recipe, about: str, prose: str, tokenizer_of: str | None = None) -> None:
-    """The command line of a recipe; `about` (a line) and `prose` go into the model card. With `tokenizer_of` the model uses the tokenizer that ships with another one."""
+    """The command line of a recipe; `about` (a line) and `prose` go into the model card.
+
+    With `tokenizer_of` the model uses the tokenizer that ships with another one.
+    """
     parser = argparse.ArgumentParser(description=f"Train {recipe.name}; a run that was stopped goes on where it was.")
     parser.add_argument("--out", type=Path, default=Path("runs") / recipe.name, help="where the checkpoint is kept")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
