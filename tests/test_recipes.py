@@ -96,6 +96,14 @@ def test_learning_rate_rises_then_falls(recipe) -> None:
     assert rates[-1] < recipe.peak_lr / 40
 
 
+def test_learning_rate_restarts_at_half_the_peak(recipe) -> None:
+    once, twice = replace(recipe, steps=50, warmup=10), replace(recipe, steps=90, warmup=10, restarts=(50,))
+    first, second = ([stories.learning_rate(twice, step) for step in steps] for steps in (range(50), range(50, 90)))
+    assert first == [stories.learning_rate(once, step) for step in range(50)]
+    assert max(second) == pytest.approx(max(first) / 2)
+    assert second[0] == pytest.approx(max(second) / 10) and second[-1] < max(second) / 20
+
+
 def test_every_name_is_one_token_of_the_recipe_s_tokenizer() -> None:
     full = train_tokenizer()
     for name in [*tales.NAMES, *tales.LAST_NAMES]:

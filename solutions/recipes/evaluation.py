@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from course_utils.data import tales
 from course_utils.data.tales import Prompt
 from course_utils.hooks import run_with_cache
-from solutions.ch02_transformer import Transformer, generate, sample
+from solutions.ch02_transformer import Transformer, apply_temperature, generate, sample
 
 CHUNK = 200  # texts in one forward: the logits of more would fill gigabytes
 
@@ -95,12 +95,16 @@ def behaviour_by_template(model: nn.Module, tokenizer: Any, seed: int, n: int) -
     return {key: sum(outcomes) / len(outcomes) for key, outcomes in answers.items()}
 
 
-def accepted_share(model: nn.Module, tokenizer: Any, seed: int, n: int) -> float:
-    """The share of stories sampled from the model, at temperature 1, that the grammar could have written."""
+def accepted_share(model: nn.Module, tokenizer: Any, seed: int, n: int, temperature: float = 1.0) -> float:
+    """The share of stories sampled from the model that the grammar could have written; one wrong word spoils a story."""
     device = next(model.parameters()).device
     bos, generator = tokenizer.bos_token_id, torch.Generator(device).manual_seed(seed)
     start = torch.full((n, 1), bos, device=device)
-    rows = generate(model, start, model.cfg.n_ctx - 1, lambda logits: sample(logits, generator), eos=bos)
+
+    def pick(logits: Tensor) -> Tensor:
+        return sample(apply_temperature(logits, temperature), generator)
+
+    rows = generate(model, start, model.cfg.n_ctx - 1, pick, eos=bos)
     texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
     return sum(tales.parse(text) is not None for text in texts) / n
 

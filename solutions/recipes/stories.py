@@ -44,6 +44,7 @@ class Recipe:
     name: str
     cfg: TransformerConfig
     steps: int
+    restarts: tuple[int, ...] = ()  # steps at which the learning rate rises again, each time to half the peak before
     batch: int = 16
     peak_lr: float = 2e-3
     warmup: int = 300
@@ -67,11 +68,14 @@ def training_batch(tokenizer: Any, recipe: Recipe, step: int) -> Tensor:
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:
-    """Rise linearly for `warmup` steps, then fall along half a cosine to a fiftieth of the peak."""
-    if step < recipe.warmup:
-        return recipe.peak_lr * (step + 1) / recipe.warmup
-    progress = (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)
-    return recipe.peak_lr * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
+    """Rise linearly for `warmup` steps, then fall along half a cosine to a fiftieth of the peak; so in every cycle."""
+    begun = [0, *(start for start in recipe.restarts if start <= step)]
+    ends = [*recipe.restarts, recipe.steps]
+    peak, since, length = recipe.peak_lr / 2 ** (len(begun) - 1), step - begun[-1], ends[len(begun) - 1] - begun[-1]
+    if since < recipe.warmup:
+        return peak * (since + 1) / recipe.warmup
+    progress = (since - recipe.warmup) / max(1, length - recipe.warmup)
+    return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 def training_loss(model: nn.Module, tokens: Tensor) -> Tensor:
@@ -181,7 +185,12 @@ def card(
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         **{key: history[-1][key] for key in measured},
         "grammar_entropy_per_story": history[-1]["grammar_entropy_per_story"],
-        "accepted_by_the_grammar": accepted_share(model, tokenizer, seed=0, n=200),
+        **{
+            f"accepted_by_the_grammar_at_temperature_{temperature}": accepted_share(
+                model, tokenizer, seed=0, n=200, temperature=temperature
+            )
+            for temperature in (1.0, 0.7, 0.5)
+        },
         "ioi_right": round(float((difference > 0).float().mean()), 4),
         "ioi_right_in_the_worst_template_and_order": round(min(by_template.values()), 4),
         "ioi_logit_difference": round(float(difference.mean()), 3),
