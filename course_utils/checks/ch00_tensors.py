@@ -430,33 +430,37 @@ def check_log_softmax(fn: Fn) -> None:
         axes = " ".join(["batch", "pos", "d_vocab"][3 - len(shape) :])
         _judge(name, fn, {"logits": logits}, expected, axes, mistakes, {"logit": logits})
     follows_input(name, fn, (noise(2, 5, 7),), LOGITS)
-    level = torch.tensor([1000.0, 0.0, -1000.0, 200.0, -90.0])[:, None]
-    apart = noise(1, 5, 7) - torch.tensor([0.0, 150.0, 3.0, 1000.0, 90.0, 0.0, 2.0])
     forbidden = noise(2, 5, 7)
     forbidden[:, ::2, 3] = -INF
-    for case, logits in [
-        ("of logits up to 1000", noise(2, 5, 7) + level),
-        ("of logits 1000 apart", apart),
-        ("with -inf among the logits", forbidden),
-    ]:
+    for case, logits in [*_hard_logits().items(), ("with -inf among the logits", forbidden)]:
         expected = logits.double().log_softmax(-1).float()
-        formula = logits - logits.exp().sum(-1, keepdim=True).log()
-        mistakes = {
-            "exp overflows to inf, or underflows to 0, before the logarithm can bring it back.": formula,
-            "exp overflows before the quotient is taken.": (logits.exp() / logits.exp().sum(-1, keepdim=True)).log(),
-            "one number is subtracted from the whole tensor; each position has its own maximum.": (
-                logits - logits.max() - (logits - logits.max()).exp().sum(-1, keepdim=True).log()
-            ),
-            "small probabilities are rounded to 0 before the logarithm; stay with logarithms throughout.": (
-                logits.softmax(-1).log()
-            ),
-        }
+        mistakes = _careless(logits)
         if not logits.isfinite().all():
-            mistakes = {
-                "the forbidden tokens get a finite number; log(0) is -inf.": expected.clamp(min=-1e9),
-            }
+            mistakes = {"the forbidden tokens get a finite number; log(0) is -inf.": expected.clamp(min=-1e9)}
+        elif len(logits) > 1:
+            one, exps = logits - logits.max(), logits.exp()
+            mistakes["exp overflows before the quotient is taken."] = (exps / exps.sum(-1, keepdim=True)).log()
+            mistakes["one number is subtracted from the whole tensor; each position has its own maximum."] = (
+                one - one.exp().sum(-1, keepdim=True).log()
+            )
         # what is right to the last digit at a logit of 1000 is right to 1e-4
         _judge(name, fn, {"logits": logits}, expected, LOGITS, mistakes, {"logit": logits}, case, atol=1e-3)
+
+
+def _hard_logits() -> dict[str, Tensor]:
+    """Logits with which the formula as it stands goes wrong, and such with which a sound softmax is not enough."""
+    level = torch.tensor([1000.0, 0.0, -1000.0, 200.0, -90.0])[:, None]
+    apart = torch.tensor([0.0, 150.0, 3.0, 1000.0, 90.0, 0.0, 2.0])
+    return {"of logits up to 1000": noise(2, 5, 7) + level, "of logits 1000 apart": noise(1, 5, 7) - apart}
+
+
+def _careless(logits: Tensor) -> dict[str, Tensor]:
+    """Log-probabilities as they come out without care."""
+    if logits.max() < 10:
+        hint = "small probabilities are rounded to 0 before the logarithm; stay with logarithms throughout."
+        return {hint: logits.softmax(-1).log()}
+    formula = logits - logits.exp().sum(-1, keepdim=True).log()
+    return {"exp overflows to inf, or underflows to 0, before the logarithm can bring it back.": formula}
 
 
 def check_cross_entropy(fn: Fn) -> None:
@@ -496,17 +500,11 @@ def check_cross_entropy(fn: Fn) -> None:
             del mistakes["only the first text counts."]
         _judge(name, fn, {"logits": logits, "targets": targets}, expected, "", mistakes)
     follows_input(name, fn, (logits, targets), "")
-    far = noise(2, 5, 7) * torch.tensor([1.0, 900.0, 3.0, 300.0, 40.0])[:, None]
-    losses = -_picked(far.double().log_softmax(-1).float(), tokens)
-    mistakes = {
-        "exp overflows to inf, or small probabilities to 0, before the logarithm.": -_picked(
-            far.softmax(-1).log(), tokens
-        ).mean(),
-        "exp overflows to inf before the logarithm can bring it back.": -_picked(
-            far - far.exp().sum(-1, keepdim=True).log(), tokens
-        ).mean(),
-    }
-    _judge(name, fn, {"logits": far, "targets": tokens}, losses.mean(), "", mistakes, case="of large logits")
+    for case, logits in _hard_logits().items():
+        targets = tokens[: len(logits)]
+        expected = -_picked(logits.double().log_softmax(-1).float(), targets).mean()
+        mistakes = {hint: -_picked(wrong, targets).mean() for hint, wrong in _careless(logits).items()}
+        _judge(name, fn, {"logits": logits, "targets": targets}, expected, "", mistakes, case=case, atol=1e-3)
     leaf = noise(2, 5, 7).requires_grad_()
     loss = fn(leaf, tokens)
     if loss.requires_grad:
