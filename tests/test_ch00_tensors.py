@@ -5,6 +5,7 @@ its promised words. Those marked `surprise` are absent from the check's own list
 """
 
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -272,6 +273,7 @@ mistake(
 )
 mistake("diagonal_mean", "the mean is over the whole pattern", lambda p, offset: p.mean((-1, -2)))
 mistake("diagonal_mean", "each pattern has its own", lambda p, offset: ref.diagonal_mean(p, offset).mean())
+mistake("diagonal_mean", "query and key are the last two", lambda p, offset: p.diagonal(offset).mean(-1))
 mistake("diagonal_mean", "the weights themselves", lambda p, offset: p.diagonal(offset, dim1=-2, dim2=-1))
 mistake("diagonal_mean", "values are wrong", lambda p, offset: ref.diagonal_mean(p, offset - 1), surprise=True)
 mistake(
@@ -553,6 +555,15 @@ def reused(fn: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
     return leaf.grad.clone()
 
 
+def copied(fn: Callable[[Tensor], Tensor], at: Tensor) -> Tensor | None:
+    """A copy of what records gradients: no leaf, so that its `.grad` stays empty."""
+    copy = at.clone().requires_grad_()
+    fn(copy).backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return copy.grad
+
+
 def put_back(fn: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
     """The right answer, and `.grad` thrown away."""
     answer = ref.gradient_by_backward(fn, at)
@@ -574,6 +585,7 @@ def by_differences(fn: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
 mistake("gradient_by_backward", "`at` itself records gradients afterwards", on_itself)
 mistake("gradient_by_backward", "backward adds to it", reused)
 mistake("gradient_by_backward", "that was changed", put_back)
+mistake("gradient_by_backward", "cut the history before", copied)
 mistake("gradient_by_backward", "the answer records gradients itself", with_history)
 mistake("gradient_by_backward", "its sign is changed", lambda fn, at: -ref.gradient_by_backward(fn, at))
 mistake("gradient_by_backward", "the value of the function", lambda fn, at: fn(at))

@@ -245,9 +245,9 @@ def check_diagonal_mean(fn: Fn) -> None:
             "the mean is over the whole pattern.": pattern.mean((-2, -1)),
             "one mean is taken over everything; each pattern has its own.": (total / len(places)).mean(),
             "the weights themselves are returned; take their mean.": pattern.diagonal(offset, -2, -1),
-            "the diagonal runs through the first two axes; query and key are the last two.": pattern.diagonal(
-                0 if len(shape) > 2 and abs(offset) >= min(shape[:2]) else offset, 0, 1
-            ).mean(-1),
+            "the diagonal runs through the first two axes; query and key are the last two.": (
+                pattern.diagonal(offset, 0, 1).mean(-1)
+            ),
         }
         if n_query == n_key:  # then the two are one
             del mistakes["the sum is divided by the number of keys, not by the length of the diagonal."]
@@ -272,15 +272,15 @@ def check_split_heads(fn: Fn) -> None:
         pieces = [resid[:, :, head * d_head : (head + 1) * d_head] for head in range(n_heads)]
         expected = torch.stack(pieces, dim=2)
         across = resid.reshape(n_batch, n_heads, n_pos, d_head)
-        mixed = "the view (batch, head, pos, d_head) mixes positions and heads: cut d_model alone, then move the axes."
         mistakes: dict[str, Tensor] = {
             "head 0 gets every n_heads-th number; its piece should be in one stretch.": resid.reshape(
                 n_batch, n_pos, d_head, n_heads
             ).mT
         }
         if n_heads > 1:
+            mixed = "the view is (batch, head, pos, d_head), which mixes positions and heads; cut d_model alone."
             mistakes[mixed] = across.transpose(1, 2)
-            mistakes[mixed[:-1] + ", if you want them moved."] = across
+            mistakes[mixed.replace(", which", ". The heads stand first, and it")] = across
             mistakes["the heads stand before the positions; here they come after."] = expected.transpose(1, 2)
         case = f"with n_heads = {n_heads} and d_model = {n_heads * d_head}"
         _judge(name, fn, {"resid": resid, "n_heads": n_heads}, expected, HEADS, mistakes, case=case)
@@ -604,7 +604,14 @@ def _check_leaf_with_gradient(name: str, fn: Fn, axes: str) -> None:
         "what stood in `at.grad` before is part of the answer: backward adds to it.": right + 10,
     }
     case = "where `at.grad` holds something already"
-    compare(f"{name} {case}", fn(_cubes, leaf), right, axes, mistakes)
+    actual = fn(_cubes, leaf)
+    if actual is None:
+        raise CheckFailed(
+            f"{name} {case}: returned None.\n"
+            "  A copy of a tensor that records gradients has a history, and `backward` leaves its `.grad` empty.\n"
+            "  Next: cut the history before you switch gradients on."
+        )
+    compare(f"{name} {case}", actual, right, axes, mistakes)
     if leaf.grad is None or not torch.equal(leaf.grad, torch.full((2, 5), 10.0)) or not leaf.requires_grad:
         raise CheckFailed(
             f"{name} {case}: that was changed.\n"
