@@ -96,7 +96,7 @@ def behaviour_by_template(model: nn.Module, tokenizer: Any, seed: int, n: int) -
 
 
 def accepted_share(model: nn.Module, tokenizer: Any, seed: int, n: int, temperature: float = 1.0) -> float:
-    """The share of stories sampled from the model that the grammar could have written; one wrong word spoils a story."""
+    """The share of stories sampled from the model that the grammar could have written; one wrong word spoils one."""
     device = next(model.parameters()).device
     bos, generator = tokenizer.bos_token_id, torch.Generator(device).manual_seed(seed)
     start = torch.full((n, 1), bos, device=device)
