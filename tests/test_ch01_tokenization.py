@@ -329,7 +329,7 @@ mistake("merge_word", "wrong answer", surprise=True)(
 )
 
 
-@mistake("merge_word", "wrong answer", surprise=True)
+@mistake("merge_word", "in the order of the text")
 def _(word: Any, rules: Any) -> Any:
     """The longest token from the left that can be made: greedy, as in other tokenizers."""
     out, start = [], 0
@@ -584,7 +584,18 @@ class Endless(BaseException):
 
 
 # Changes after which the reference still does what its statement says.
-STILL_RIGHT: set[str] = set()
+STILL_RIGHT = {
+    "position < len(word) -> position != len(word)",  # it goes on by two only where two are left
+    "len(merges) < n_merges -> len(merges) != n_merges",
+    "len(word) > 1 -> len(word) != 1",  # shorter words have no pairs
+    "len(word) > 1 -> len(word) >= 1",
+    "1 -> 0",
+    "tuple(piece.encode()) -> piece.encode()",  # the first merge makes a tuple of it
+    "256 -> 255",  # byte 255 keeps its character
+    # of two that fit at one place, one begins with the other, and comes later in the alphabet
+    "sorted(self.special_tokens, key=len, reverse=True) -> sorted(self.special_tokens, reverse=True)",
+    "n_words == 0 -> n_words <= 0",
+}
 
 
 @pytest.mark.slow
