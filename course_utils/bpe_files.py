@@ -36,7 +36,8 @@ def read_byte_level_bpe(tokenizer: Any, gpt2_split: Split) -> ByteLevelBPE:
         for flag in ("single_word", "lstrip", "rstrip"):
             _need(not added[flag], f"the added token {added['content']!r} with {flag}")
     special_tokens = {added["content"]: added["id"] for added in file["added_tokens"]}
-    merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
+    halves = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]  # older files: "a b"
+    merges = [(left, right) for left, right in halves]
     vocab = {text: number for text, number in model["vocab"].items() if text not in special_tokens}
     steps = [_normalizer(file["normalizer"]), *_splitters(file["pre_tokenizer"], gpt2_split)]
 

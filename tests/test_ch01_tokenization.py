@@ -549,6 +549,12 @@ def test_every_exercise_has_mistakes_known_and_unknown(exercise: str) -> None:
     assert any(m.surprise for m in own)
 
 
+@pytest.mark.parametrize("exercise", [name for name in CHECKS if name != "BPETokenizer"])
+def test_nothing_is_refused(exercise: str) -> None:
+    with pytest.raises(CheckFailed, match="returned None"):
+        run_check(CHECKS[exercise], lambda *arguments: None)
+
+
 @pytest.mark.parametrize("exercise", CHECKS)
 def test_another_right_answer_passes(exercise: str) -> None:
     run_check(CHECKS[exercise], getattr(other, exercise))

@@ -8,7 +8,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 from typing import Any
 
@@ -379,7 +379,7 @@ def check_decode(fn: Fn) -> None:
             "invalid bytes become surrogates; they become U+FFFD.": whole.decode(errors="surrogateescape"),
         }
         with untouched("decode", ids=ids, vocab=vocab):
-            actual = _no_unicode_error("decode", ids, lambda ids=ids: fn(ids, vocab))
+            actual = _no_unicode_error("decode", ids, partial(fn, ids, vocab))
         agree("decode", f"decode({ids}, vocab)", actual, expected, _different(mistakes, expected))
     must_raise("decode", KeyError, "decode([999], vocab), an id that is not in `vocab`,", lambda: fn([999], vocab))
 
@@ -561,7 +561,7 @@ def _check_decoding(ours: Any, library: Any) -> None:
     halves = [library.encode("東🙂é").ids[i:j] for i, j in ((0, 1), (1, 4), (2, 7), (0, 8))]
     for ids in halves:
         expected = library.decode(ids, skip_special_tokens=False)
-        actual = _no_unicode_error("BPETokenizer", ids, lambda ids=ids: ours.decode(ids))
+        actual = _no_unicode_error("BPETokenizer", ids, partial(ours.decode, ids))
         agree("BPETokenizer", f"decode({ids}), halves of characters", actual, expected)
     must_raise("BPETokenizer", KeyError, "decode([99999])", lambda: ours.decode([99999]))
 

@@ -72,14 +72,20 @@ def must_raise(name: str, kinds: type[Exception], call: str, run: Callable[[], o
     )
 
 
+KINDS: tuple[tuple[type, str], ...] = (
+    (bool, "a bool"),  # which is an int, too
+    (int, "an int"),
+    (float, "a number"),
+    (str, "a str"),
+    (bytes, "bytes"),
+    (list, "a list"),
+    (tuple, "a tuple"),
+    (Mapping, "a dict"),
+)
+
+
 def _kind(value: object) -> str:
-    for kind, words in ((bool, "a bool"), (int, "an int"), (float, "a number"), (str, "a str"), (bytes, "bytes")):
-        if isinstance(value, kind):
-            return words
-    for kind, words in ((list, "a list"), (tuple, "a tuple"), (Mapping, "a dict")):
-        if isinstance(value, kind):
-            return words
-    return f"a {type(value).__name__}"
+    return next((words for kind, words in KINDS if isinstance(value, kind)), f"a {type(value).__name__}")
 
 
 def _same(first: object, second: object) -> bool:
