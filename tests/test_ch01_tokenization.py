@@ -564,9 +564,9 @@ def test_another_right_answer_passes(exercise: str) -> None:
 def test_check_is_quick(exercise: str) -> None:
     answer = getattr(other, exercise)
     run_check(CHECKS[exercise], answer)  # the library warms up
-    start = time.perf_counter()
+    start = time.process_time()  # not the clock on the wall: machines that run the suite are busy
     run_check(CHECKS[exercise], answer)
-    assert time.perf_counter() - start < 1.0  # 50 ms is the aim; machines that run the suite are busy
+    assert time.process_time() - start < 1.0  # 50 ms is the aim
 
 
 @contextmanager
@@ -787,9 +787,9 @@ def test_a_megabyte_takes_a_few_seconds() -> None:
         f"{a}{b}{c}" for a in "bdfgklmnprst" for b in ("an", "el", "ir", "ost", "u") for c in ("a", "ing", "ed", "s")
     ]
     text = " ".join(words[i * i % len(words)] for i in range(200_000))[:1_000_000]
-    start = time.perf_counter()
+    start = time.process_time()
     ids = OURS.encode(text)
-    assert time.perf_counter() - start < 10  # about one second on an idle machine
+    assert time.process_time() - start < 10  # well under one second on an idle machine
     assert OURS.decode(ids) == text
 
 
