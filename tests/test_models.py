@@ -82,9 +82,9 @@ def test_held_out_loss_is_close_to_the_grammar_s_own(model: Transformer) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("temperature", "share"), [(1.0, 0.8), (0.5, 0.9)])
+@pytest.mark.parametrize(("temperature", "share"), [(1.0, 0.8), (0.4, 0.95)])
 def test_the_grammar_accepts_what_tales_writes(temperature: float, share: float) -> None:
-    """Measured over several seeds: 0.85 at temperature 1 and 0.95 at 0.5. One wrong word spoils a story."""
+    """Means over five seeds: 0.85 at temperature 1, 0.92 at 0.7, 0.96 at 0.4. One wrong word spoils a story."""
     tales_model = load_pretrained(Transformer, "tales")
     assert accepted_share(tales_model, tales_model.tokenizer, SEED, n=200, temperature=temperature) >= share
 

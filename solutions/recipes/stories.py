@@ -189,7 +189,7 @@ def card(
             f"accepted_by_the_grammar_at_temperature_{temperature}": accepted_share(
                 model, tokenizer, seed=0, n=200, temperature=temperature
             )
-            for temperature in (1.0, 0.7, 0.5)
+            for temperature in (1.0, 0.7, 0.4)
         },
         "ioi_right": round(float((difference > 0).float().mean()), 4),
         "ioi_right_in_the_worst_template_and_order": round(min(by_template.values()), 4),
