@@ -7,7 +7,6 @@ its promised words. Those marked `surprise` are absent from the check's own list
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mistakes import Mistake, assert_known_and_unknown, assert_refused
 from mutation import mutants
 from torch import Tensor
 from torch.nn import functional as F
@@ -26,16 +26,6 @@ from course_utils.checks.core import _run
 
 CHECKS = find_checks()["00"]
 INF = torch.inf
-
-
-@dataclass(frozen=True)
-class Mistake:
-    """A wrong answer, and words that its refusal must hold."""
-
-    exercise: str
-    words: str
-    answer: Callable[..., Any]
-    surprise: bool = False  # not in the check's list of known mistakes
 
 
 MISTAKES: list[Mistake] = []
@@ -614,23 +604,16 @@ also_right(
 
 @pytest.mark.parametrize("mistake", [pytest.param(m, id=f"{m.exercise}: {m.words[:50]}") for m in MISTAKES])
 def test_mistake_is_refused_with_its_words(mistake: Mistake) -> None:
-    with pytest.raises(CheckFailed) as caught:
-        run_check(CHECKS[mistake.exercise], mistake.answer)
-    message = str(caught.value)
-    assert mistake.words in message
-    assert message.startswith(mistake.exercise)
-    known = message.count("This is what you get if")
-    assert known <= (0 if mistake.surprise else 1)  # a cause, where it is known, and only one
-    ours = "\n".join(line for line in message.splitlines() if not line.startswith("  at line"))
-    assert not any(secret in ours for secret in ("Traceback", "your code raised", "einsum(", "rearrange(", "gather("))
-    assert len(message.splitlines()) > 1
+    assert_refused(
+        CHECKS[mistake.exercise],
+        mistake,
+        secrets=("your code raised", "einsum(", "rearrange(", "gather("),
+    )
 
 
 @pytest.mark.parametrize("exercise", CHECKS)
 def test_every_exercise_has_mistakes_known_and_unknown(exercise: str) -> None:
-    own = [m for m in MISTAKES if m.exercise == exercise]
-    assert len(own) >= 4
-    assert any(m.surprise for m in own)
+    assert_known_and_unknown(MISTAKES, exercise)
 
 
 @pytest.mark.parametrize(

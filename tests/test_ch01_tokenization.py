@@ -11,7 +11,6 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ import pytest
 import regex
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mistakes import Mistake, assert_known_and_unknown, assert_refused
 from mutation import mutants
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -31,16 +31,6 @@ from course_utils.checks.core import _run
 from course_utils.pretrained import shipped_tokenizer
 
 CHECKS = find_checks()["01"]
-
-
-@dataclass(frozen=True)
-class Mistake:
-    """A wrong answer, and words that its refusal must hold."""
-
-    exercise: str
-    words: str
-    answer: Any
-    surprise: bool = False  # not in the check's list of known mistakes
 
 
 MISTAKES: list[Mistake] = []
@@ -531,22 +521,12 @@ mistake("bits_per_byte", "wrong answer", surprise=True)(
 
 @pytest.mark.parametrize("mistake", [pytest.param(m, id=f"{m.exercise}: {m.words[:50]}") for m in MISTAKES])
 def test_mistake_is_refused_with_its_words(mistake: Mistake) -> None:
-    with pytest.raises(CheckFailed) as caught:
-        run_check(CHECKS[mistake.exercise], mistake.answer)
-    message = str(caught.value)
-    assert mistake.words in message
-    assert message.startswith(mistake.exercise)
-    known = message.count("This is what you get if")
-    assert known <= (0 if mistake.surprise else 1)  # a cause, where it is known, and only one
-    assert "Traceback" not in message
-    assert len(message.splitlines()) > 1
+    assert_refused(CHECKS[mistake.exercise], mistake)
 
 
 @pytest.mark.parametrize("exercise", CHECKS)
 def test_every_exercise_has_mistakes_known_and_unknown(exercise: str) -> None:
-    own = [m for m in MISTAKES if m.exercise == exercise]
-    assert len(own) >= 4
-    assert any(m.surprise for m in own)
+    assert_known_and_unknown(MISTAKES, exercise)
 
 
 @pytest.mark.parametrize("exercise", [name for name in CHECKS if name != "BPETokenizer"])

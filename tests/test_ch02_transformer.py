@@ -7,7 +7,7 @@ Each mistake returns the right type, shape and dtype, and must be refused with i
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import einops
 import other_transformer as other
 import pytest
 import torch
+from mistakes import Mistake, assert_known_and_unknown, assert_refused
 from mutation import mutants
 from torch import nn
 from torch.nn import functional as F
@@ -31,16 +32,6 @@ from solutions.ch02_transformer import attention_scores, causal_mask, project_he
 
 CHECKS = find_checks()["02"]
 INF = torch.inf
-
-
-@dataclass(frozen=True)
-class Mistake:
-    """A wrong answer, and words that its refusal must hold."""
-
-    exercise: str
-    words: str
-    answer: Any
-    surprise: bool = False  # not in the check's list of known mistakes
 
 
 MISTAKES: list[Mistake] = []
@@ -885,23 +876,17 @@ generation("what `pick` gets in step 0", surprise=True, position=1)
     [pytest.param(m, id=f"{m.exercise}: {m.words[:50]}") for m in MISTAKES],
 )
 def test_mistake_is_refused_with_its_words(mistake: Mistake) -> None:
-    with pytest.raises(CheckFailed) as caught:
-        run_check(CHECKS[mistake.exercise], mistake.answer)
-    message = str(caught.value)
-    assert mistake.words in message
-    assert message.startswith(mistake.exercise)
-    known = message.count("This is what you get if") - message.count("thrown away")
-    assert known <= (0 if mistake.surprise else 1)  # a cause, where it is known, and only one
-    ours = "\n".join(line for line in message.splitlines() if not line.startswith("  at line"))
-    assert not any(secret in ours for secret in ("Traceback", "einsum(", "masked_fill(", "scatter_add", ".triu("))
-    assert len(message.splitlines()) > 1
+    assert_refused(
+        CHECKS[mistake.exercise],
+        mistake,
+        secrets=("einsum(", "masked_fill(", "scatter_add", ".triu("),
+        not_a_cause="thrown away",
+    )
 
 
 @pytest.mark.parametrize("exercise", CHECKS)
 def test_every_exercise_has_mistakes_known_and_unknown(exercise: str) -> None:
-    own = [m for m in MISTAKES if m.exercise == exercise]
-    assert len(own) >= 4
-    assert any(m.surprise for m in own)
+    assert_known_and_unknown(MISTAKES, exercise)
 
 
 @pytest.mark.parametrize("exercise", CHECKS)
