@@ -96,12 +96,15 @@ def test_learning_rate_rises_then_falls(recipe) -> None:
     assert rates[-1] < recipe.peak_lr / 40
 
 
-def test_learning_rate_restarts_at_half_the_peak(recipe) -> None:
-    once, twice = replace(recipe, steps=50, warmup=10), replace(recipe, steps=90, warmup=10, restarts=(50,))
-    first, second = ([stories.learning_rate(twice, step) for step in steps] for steps in (range(50), range(50, 90)))
-    assert first == [stories.learning_rate(once, step) for step in range(50)]
-    assert max(second) == pytest.approx(max(first) / 2)
-    assert second[0] == pytest.approx(max(second) / 10) and second[-1] < max(second) / 20
+def test_repeated_rows_repeat_what_they_hold(recipe, tokenizer) -> None:
+    recipe = replace(recipe, batch=8, repeated_share=0.5)
+    rows = stories.training_batch(tokenizer, recipe, step=3)
+    assert rows.shape == (8, recipe.cfg.n_ctx + 1)
+    periods = set()
+    for row in rows[4:, 1:]:
+        periods |= {next(p for p in range(8, len(row)) if torch.equal(row[p:], row[:-p]))}
+    assert len(periods) > 1 and max(periods) <= recipe.cfg.n_ctx // 2
+    assert (rows[:, 0] == tokenizer.bos_token_id).all() and (rows[4:, 1:] != tokenizer.bos_token_id).all()
 
 
 def test_every_name_is_one_token_of_the_recipe_s_tokenizer() -> None:

@@ -49,7 +49,7 @@ class NotWritten(NotImplementedError):
 
 
 def find_checks() -> dict[str, dict[str, CheckFn]]:
-    """All checks, as {"02": {"LayerNorm": check_LayerNorm, ...}}: chapters in order, exercises as they are defined."""
+    """All checks, as {"02": {"LayerNorm": check_LayerNorm, ...}}, from every module `chNN_*` of this package."""
     import course_utils.checks as package
 
     found: dict[str, dict[str, CheckFn]] = {}
@@ -57,11 +57,11 @@ def find_checks() -> dict[str, dict[str, CheckFn]]:
         chapter = re.fullmatch(r"ch(\d\d)_\w+", module_info.name)
         if chapter:
             module = importlib.import_module(f"{package.__name__}.{module_info.name}")
-            found[chapter[1]] = {
-                name.removeprefix("check_"): value
+            found.setdefault(chapter[1], {}).update(
+                (name.removeprefix("check_"), value)
                 for name, value in vars(module).items()
                 if name.startswith("check_") and callable(value) and value.__module__ == module.__name__
-            }
+            )
     return found
 
 

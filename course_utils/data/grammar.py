@@ -3,11 +3,11 @@
 A rule is a list of (weight, template) alternatives. In a template
 
     <rule>        stands for one alternative of that rule,
-    {A:name}      draws an entry of the pool `name`, uniformly among those not drawn yet, calls it A and writes it,
+    {A:name}      draws an entry of the pool `name`, uniformly, calls it A and writes it,
     {A}           writes A again, and {A.she} writes a form of A that its pool knows,
     {A@io}        does the same and marks the place in the text with the label `io`.
 
-Everything else is written as it stands.
+Everything else is written as it stands. A pool that is `distinct` gives no entry twice in one text.
 """
 
 import bisect
@@ -90,9 +90,13 @@ class Grammar:
     """
 
     def __init__(
-        self, rules: Mapping[str, Sequence[tuple[float | int, str]]], pools: Mapping[str, Pool], start: str
+        self,
+        rules: Mapping[str, Sequence[tuple[float | int, str]]],
+        pools: Mapping[str, Pool],
+        start: str,
+        distinct: Iterable[str] = (),
     ) -> None:
-        self.start, self.pools = start, pools
+        self.start, self.pools, self.distinct = start, pools, frozenset(distinct)
         self.rules: dict[str, list[tuple[Part, ...]]] = {}
         self.cumulative: dict[str, list[float]] = {}
         self.log_weights: dict[str, list[float]] = {}
@@ -154,7 +158,7 @@ class Grammar:
         return Derivation("".join(pieces), log_probability, bindings, tuple(marks), tuple(choices))
 
     def _free(self, pool: str, taken: Iterable[tuple[str, str]]) -> list[str]:
-        used = {word for its_pool, word in taken if its_pool == pool}
+        used = {word for its_pool, word in taken if its_pool == pool} if pool in self.distinct else ()
         return [word for word in self._words[pool] if word not in used] if used else self._words[pool]
 
     @cached_property
@@ -215,7 +219,7 @@ class Grammar:
     def entropy(self, start: str | None = None) -> float:
         """The entropy of a derivation in nats, by exact recursion: that of the texts, as no text has two derivations.
 
-        What a draw costs depends only on how many entries of its pool are taken, so that is all the state there is.
+        What a draw costs depends only on how many entries of a distinct pool are taken: that is all the state there is.
         """
         memo: dict[tuple[str, frozenset], tuple[float, dict[frozenset, float]]] = {}
 
@@ -242,7 +246,9 @@ class Grammar:
                         counts = dict(state)
                         n_taken = counts.get(part.pool, 0)
                         entropy = math.log(len(self.pools[part.pool]) - n_taken)
-                        outcomes = {frozenset({**counts, part.pool: n_taken + 1}.items()): 1.0}
+                        if part.pool in self.distinct:
+                            counts[part.pool] = n_taken + 1
+                        outcomes = {frozenset(counts.items()): 1.0}
                     else:  # nothing to choose
                         entropy, outcomes = 0.0, {state: 1.0}
                     total += share * entropy

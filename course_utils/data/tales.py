@@ -192,6 +192,7 @@ RULES: dict[str, Alternatives] = {
     "intro": even("""The name of the <job> was {A:name@first} {L:last@last}
         There was once <a_job> called {A:name@first} {L:last@last}
         This is the story of {A:name@first} {L:last@last}
+        {A:name.Her} name was {A@first} {L:last@last}
         {A:name} was the <job>. {A.Her} name was {A@first} {L:last@last}"""),
     "two": [(1, " {A.Her} friend was called {B:name} {M:last}.")],
     "a_events": [(1, "<a_event>"), (2, "<a_event><a_event>")],
@@ -264,7 +265,8 @@ RULES: dict[str, Alternatives] = {
     "hated": even("hated | disliked | regretted"),
 }  # fmt: skip
 
-GRAMMAR = Grammar(RULES, POOLS, start="tale")
+# People are told apart by their names; of everything else there may be two of a kind.
+GRAMMAR = Grammar(RULES, POOLS, start="tale", distinct=["name"])
 KINDS = tuple(template.strip("<>") for _, template in RULES["tale"])
 
 

@@ -44,38 +44,54 @@ class Recipe:
     name: str
     cfg: TransformerConfig
     steps: int
-    restarts: tuple[int, ...] = ()  # steps at which the learning rate rises again, each time to half the peak before
     batch: int = 16
+    repeated_share: float = 0.0  # of a batch's rows: random tokens, again and again, instead of stories
     peak_lr: float = 2e-3
     warmup: int = 300
     weight_decay: float = 0.01
     init_std: float = 0.05
     clip: float = 1.0
     seed: int = 0
+    snapshots: tuple[int, ...] = ()  # after these steps the weights are kept, to show how the model came about
+
+
+def repeated_rows(recipe: Recipe, step: int) -> Tensor:
+    """Rows of n_ctx + 1 tokens: the first of the vocabulary, which is end-of-text, then random ones over and over.
+
+    What is repeated is from 8 to n_ctx / 2 tokens long, another length in each row: no distance gives the answer away.
+    """
+    cfg, generator = recipe.cfg, torch.Generator().manual_seed(recipe.seed * 100_000_000 + step)
+    rows = torch.zeros(round(recipe.batch * recipe.repeated_share), cfg.n_ctx + 1, dtype=torch.long)
+    for row in rows:
+        period = int(torch.randint(8, cfg.n_ctx // 2 + 1, (), generator=generator))
+        once = torch.randint(1, cfg.d_vocab, (period,), generator=generator)
+        row[1:] = once.repeat(cfg.n_ctx // period + 1)[: cfg.n_ctx]
+    return rows
 
 
 def training_batch(tokenizer: Any, recipe: Recipe, step: int) -> Tensor:
-    """Rows of n_ctx + 1 tokens: whole stories one after another, each begun by the end-of-text token, the last cut."""
+    """Rows of n_ctx + 1 tokens: whole stories one after another, each begun by the end-of-text token, the last cut.
+
+    With `recipe.repeated_share` the last rows are those of `repeated_rows`.
+    """
     stories = tales.stream(seed=recipe.seed * 100_000_000 + step)
     length = recipe.cfg.n_ctx + 1
+    repeated = repeated_rows(recipe, step)
     rows: list[list[int]] = []
-    while len(rows) < recipe.batch:
+    while len(rows) < recipe.batch - len(repeated):
         row: list[int] = []
         while len(row) < length:
             row += [tokenizer.bos_token_id, *tokenizer.encode(next(stories).text)]
         rows.append(row[:length])
-    return torch.tensor(rows)
+    return torch.cat([torch.tensor(rows), repeated])
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:
-    """Rise linearly for `warmup` steps, then fall along half a cosine to a fiftieth of the peak; so in every cycle."""
-    begun = [0, *(start for start in recipe.restarts if start <= step)]
-    ends = [*recipe.restarts, recipe.steps]
-    peak, since, length = recipe.peak_lr / 2 ** (len(begun) - 1), step - begun[-1], ends[len(begun) - 1] - begun[-1]
-    if since < recipe.warmup:
-        return peak * (since + 1) / recipe.warmup
-    progress = (since - recipe.warmup) / max(1, length - recipe.warmup)
-    return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
+    """Rise linearly for `warmup` steps, then fall along half a cosine to a fiftieth of the peak."""
+    if step < recipe.warmup:
+        return recipe.peak_lr * (step + 1) / recipe.warmup
+    progress = (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)
+    return recipe.peak_lr * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 def training_loss(model: nn.Module, tokens: Tensor) -> Tensor:
@@ -100,11 +116,11 @@ def save_atomically(path: Path, state: dict[str, Any]) -> None:
 
 
 def train(
-    recipe: Recipe, tokenizer: Any, out: Path, device: str = "cpu", log_every: int = 250
+    recipe: Recipe, tokenizer: Any, out: Path, device: str = "cpu", log_every: int = 100
 ) -> tuple[Transformer, list[dict], float]:
     """Train, or go on with training, and return the model, its history and the seconds it took.
 
-    The history holds, every `log_every` steps, the tokens seen, the training loss (nats per token) and the held-out
+    The history holds, every `log_every` steps (and ten times as rarely after forty entries), the tokens seen, the training loss (nats per token) and the held-out
     loss in nats per story, beside the grammar's entropy (no model can be better on average) and the grammar's own score
     on the same held-out stories (which takes the luck of the draw out of the comparison).
     """
@@ -139,7 +155,9 @@ def train(
         nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
         optimizer.step()
         recent.append(loss.item())
-        if (step + 1) % log_every == 0 or step + 1 == recipe.steps:
+        if step + 1 in recipe.snapshots:
+            torch.save(model.state_dict(), out / f"snapshot_{step + 1}.pt")
+        if (step + 1) % (log_every if step < 40 * log_every else 10 * log_every) == 0 or step + 1 == recipe.steps:
             held_out = nats_per_story(model, tokenizer, HELD_OUT_SEED, N_HELD_OUT)
             entry = {
                 "step": step + 1,

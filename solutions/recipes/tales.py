@@ -7,8 +7,7 @@ from solutions.recipes.tokenizer import VOCABULARY
 RECIPE = Recipe(
     name="tales",
     cfg=TransformerConfig(d_vocab=VOCABULARY, n_ctx=96, n_layers=4, n_heads=8, d_model=128, d_head=16, d_mlp=512),
-    steps=20000,
-    restarts=(12000,),
+    steps=26000,
 )
 ABOUT = "a small GPT-2 that tells stories and knows who gets the ring"
 PROSE = """

@@ -16,7 +16,7 @@ RULES = {
 
 @pytest.fixture
 def grammar() -> Grammar:
-    return Grammar(RULES, POOLS, start="start")
+    return Grammar(RULES, POOLS, start="start", distinct=["pet"])
 
 
 def every_text() -> dict[str, float]:
@@ -72,3 +72,11 @@ def test_an_ambiguous_grammar_adds_up_its_derivations() -> None:
 def test_a_broken_rule_is_named(template: str, words: str) -> None:
     with pytest.raises(ValueError, match=f"'start'.*{words}"):
         Grammar({"start": [(1, template)]}, POOLS, start="start")
+
+
+def test_a_pool_that_is_not_distinct_may_give_an_entry_twice() -> None:
+    twice = Grammar(RULES, POOLS, start="start")
+    assert twice.parse("A cat and a cat, the kitten.") is not None
+    assert twice.log_probability("A cat and a cat, the kitten.") == pytest.approx(math.log(3 / 4 / 3 / 2 / 3))
+    of_a_pair = 3 / 4 * (math.log(3) + math.log(2) + 1 / 2 * math.log(3))
+    assert twice.entropy() == pytest.approx(-3 / 4 * math.log(3 / 4) - 1 / 4 * math.log(1 / 4) + of_a_pair)
