@@ -15,7 +15,7 @@ from torch import Tensor, nn
 # ----------------------------------------------------------------------------------------------------------- the loop
 
 
-def pack_documents(documents: Iterable[Sequence[int]], n_ctx: int, bos: int) -> Int[Tensor, "row n_ctx"]:
+def pack_documents(documents: Sequence[Sequence[int]], n_ctx: int, bos: int) -> Int[Tensor, "row n_ctx"]:
     """Cut a stream of documents into rows that are all full: the shape in which language models read their data.
 
     Every document, a list of token ids, is begun by `bos`; all are written one after another, without padding, and the
@@ -58,9 +58,9 @@ def cosine_schedule(step: int, warmup: int, total: int, peak: float, floor: floa
 class AdamW:
     """Adam with decoupled weight decay: each number moves by its mean gradient, measured in its own units.
 
-    `step` updates every parameter that has a gradient g; those whose `.grad` is None stay as they are, decay included,
-    and their step is not counted. With lr, (beta1, beta2), eps and weight_decay of the parameter's group, and t counting
-    the parameter's own steps from 1:
+    `step` updates every parameter that has a gradient g. Those whose `.grad` is None stay as they are, without decay,
+    and their step is not counted. With lr, (beta1, beta2), eps and weight_decay of the parameter's group, and with t
+    counting the parameter's own steps from 1:
 
     - decay:   p <- p - lr * weight_decay * p
     - moments: m <- beta1 m + (1 - beta1) g   and   v <- beta2 v + (1 - beta2) g^2
@@ -131,8 +131,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     """Two groups for an optimizer, {"params": [...], "weight_decay": ...}: those that decay, and those that do not.
 
     The matrices inside the blocks (`W_Q`, `W_K`, `W_V`, `W_O`, `W_in`, `W_out`) decay by `weight_decay`. Biases,
-    LayerNorm's `w` and `b` and the tables at both ends (`W_E`, `W_pos`, `W_U`) have a weight decay of 0. Every parameter
-    of the model is in one group, once, in the order of `model.named_parameters()`.
+    LayerNorm's `w` and `b` and the tables at both ends (`W_E`, `W_pos`, `W_U`) have a weight decay of 0. Every
+    parameter of the model is in one group, once, and each group keeps the order of `model.named_parameters()`.
     Source: Radford et al. 2018, section 4.1 (no decay on biases and gains).
     """
     inside, outside = [], []
@@ -142,7 +142,6 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     return [{"params": inside, "weight_decay": weight_decay}, {"params": outside, "weight_decay": 0.0}]
 
 
-@torch.no_grad()
 def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> float:
     """Shorten the gradient where it is too long, without turning it; return its length before.
 
@@ -160,7 +159,9 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> float
     return norm
 
 
-def train_step(model: nn.Module, optimizer: Any, batch: Int[Tensor, "batch pos"], max_norm: float | None = None) -> float:
+def train_step(
+    model: nn.Module, optimizer: Any, batch: Int[Tensor, "batch pos"], max_norm: float | None = None
+) -> float:
     """Make the model a little better at one batch of tokens; return the loss that it had before, as a plain number.
 
     The gradient is that of `lm_loss` on this batch alone, whatever the parameters' `.grad` held before, clipped by
@@ -192,7 +193,6 @@ def accumulate_gradients(model: nn.Module, batch: Int[Tensor, "batch pos"], n_mi
     return total
 
 
-@torch.no_grad()
 def evaluate(model: nn.Module, batches: Iterable[Int[Tensor, "batch pos"]]) -> float:
     """The mean loss of the model over all predictions in these batches, in nats per token; nothing is learned.
 
@@ -204,10 +204,11 @@ def evaluate(model: nn.Module, batches: Iterable[Int[Tensor, "batch pos"]]) -> f
     model.eval()
     total, n_predictions = 0.0, 0
     try:
-        for tokens in batches:
-            n = tokens[:, 1:].numel()
-            total += lm_loss(model(tokens), tokens).item() * n
-            n_predictions += n
+        with torch.no_grad():
+            for tokens in batches:
+                n = tokens[:, 1:].numel()
+                total += lm_loss(model(tokens), tokens).item() * n
+                n_predictions += n
     finally:
         model.train(was_training)
     return total / n_predictions
@@ -243,6 +244,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     `generator.set_state(loaded["generator"])`.
     """
     return torch.load(path, map_location="cpu", weights_only=True)
+
 
 # ------------------------------------------------------------------------------------------------------ what it costs
 
