@@ -9,6 +9,8 @@ import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from course_utils.checks.core import CheckFailed, compare, during, follows_input, unchanged
+from course_utils.checks.core import CheckFailed, Mistakes, compare, during, follows_input, unchanged
 from course_utils.checks.modules import noise
 from course_utils.checks.plain import must_raise, untouched
 from course_utils.checks.training import (
@@ -159,73 +161,71 @@ def check_cosine_schedule(fn: Callable[..., Any]) -> None:
                     )
                 values.append(float(value))
 
-        def curve(
-            down: Callable[[int], float],
-            up: Callable[[int], float] = lambda step, w=warmup, p=peak: p / w * (step + 1),
-            end: float | None = floor,
-            last: int = total,
-            first: int = warmup,
-            steps: range = steps,
-        ) -> Tensor:
-            return torch.tensor(
-                [up(s) if s < first else end if s >= last and end is not None else down(s) for s in steps],
-                dtype=torch.float64,
-            )
+        right, mistakes = _schedules(warmup, total, peak, floor, steps)
+        compare(name, torch.tensor(values, dtype=torch.float64), right, "step", mistakes)
 
-        def half_cosine(
-            start: float, stop: float, top: float = peak, bottom: float = floor, turns: float = 0.5
-        ) -> Callable[[int], float]:
-            # cos^2 of half the angle, which is (1 + cos) / 2
-            return lambda step: (
-                bottom + (top - bottom) * math.cos(math.pi * turns * (step - start) / (stop - start)) ** 2
-            )
 
-        right = curve(half_cosine(warmup, total))
-        mistakes = {
-            "the rate rises again after step `total`; it should stay at `floor`.": curve(
-                half_cosine(warmup, total), end=None
+def _schedules(
+    warmup: int, total: int, peak: float, floor: float, steps: Sequence[int]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The right learning rates, and those of known mistakes that differ from them here."""
+
+    def linear(step: int) -> float:
+        return peak / warmup * (step + 1)
+
+    def cosine(
+        start: int = warmup, stop: int = total, top: float = peak, bottom: float = floor, turns: float = 0.5
+    ) -> Callable[[int], float]:
+        # cos^2 of half the angle, which is (1 + cos) / 2
+        return lambda step: bottom + (top - bottom) * math.cos(math.pi * turns * (step - start) / (stop - start)) ** 2
+
+    def curve(
+        down: Callable[[int], float] = cosine(),  # noqa: B008 (a fixed function)
+        up: Callable[[int], float] = linear,
+        end: float | None = floor,
+        last: int = total,
+        first: int = warmup,
+    ) -> Tensor:
+        rates = [up(s) if s < first else end if s >= last and end is not None else down(s) for s in steps]
+        return torch.tensor(rates, dtype=torch.float64)
+
+    mistakes = {
+        "the rate rises again after step `total`; it should stay at `floor`.": curve(end=None),
+        "the rate is 0 after the end; it should be `floor`.": curve(end=0.0),
+        "the cosine is a step early: it reaches `floor` at step total - 1.": curve(
+            cosine(stop=max(total - 1, warmup + 1)), last=total - 1
+        ),
+        "the cosine is a step ahead: it begins at warmup - 1 and reaches `floor` at step total - 1.": curve(
+            cosine(warmup - 1, total - 1), last=total - 1
+        ),
+        "the cosine begins at step warmup - 1; it begins at `warmup`.": curve(cosine(warmup - 1)),
+        "the warm-up is not taken off: at its end the cosine has already come part of the way.": curve(cosine(0)),
+        "the cosine takes `total` steps from the end of the warm-up; it ends at step `total`.": curve(
+            cosine(stop=warmup + total), last=warmup + total
+        ),
+        "it falls in a straight line.": curve(lambda s: peak + (floor - peak) * (s - warmup) / (total - warmup)),
+        "it is a whole cosine: down in the middle and up again.": curve(cosine(turns=1.0)),
+        "the factor 1/2 is missing.": curve(lambda s: 2 * cosine()(s) - floor),
+        "`floor` is left out: the cosine goes down to 0.": curve(cosine(bottom=0.0), end=0.0),
+        "`floor` is left out of the cosine, and the rate jumps to it at the end.": curve(cosine(bottom=0.0)),
+        "the cosine swings by `peak` above `floor`; it should swing by peak - floor.": curve(cosine(top=peak + floor)),
+        "`floor` is taken for a share of `peak`; it is a learning rate.": curve(
+            cosine(bottom=floor * peak), end=floor * peak
+        ),
+    }
+    if warmup:
+        mistakes |= {
+            "the warm-up is a step late: it begins at 0 and reaches `peak` at step `warmup`.": curve(
+                up=lambda s: peak * s / warmup
             ),
-            "the rate is 0 after the end; it should be `floor`.": curve(half_cosine(warmup, total), end=0.0),
-            "the cosine is a step early: it reaches `floor` at step total - 1.": curve(
-                half_cosine(warmup, max(total - 1, warmup + 1)), last=total - 1
-            ),
-            "the cosine is a step ahead: it begins at warmup - 1 and reaches `floor` at step total - 1.": curve(
-                half_cosine(warmup - 1, total - 1), last=total - 1
-            ),
-            "the cosine begins at step warmup - 1; it begins at `warmup`.": curve(half_cosine(warmup - 1, total)),
-            "the warm-up is not taken off: at its end the cosine has already come part of the way.": curve(
-                half_cosine(0, total)
-            ),
-            "the cosine takes `total` steps from the end of the warm-up; it ends at step `total`.": curve(
-                half_cosine(warmup, warmup + total), last=warmup + total
-            ),
-            "it falls in a straight line.": curve(lambda s: peak + (floor - peak) * (s - warmup) / (total - warmup)),
-            "it is a whole cosine: down in the middle and up again.": curve(half_cosine(warmup, total, turns=1.0)),
-            "the factor 1/2 is missing.": curve(lambda s: 2 * half_cosine(warmup, total)(s) - floor),
-            "`floor` is left out: the cosine goes down to 0.": curve(half_cosine(warmup, total, bottom=0.0), end=0.0),
-            "`floor` is left out of the cosine, and the rate jumps to it at the end.": curve(
-                half_cosine(warmup, total, bottom=0.0)
-            ),
-            "the cosine swings by `peak` above `floor`; it should swing by peak - floor.": curve(
-                half_cosine(warmup, total, top=peak + floor)
-            ),
-            "`floor` is taken for a share of `peak`; it is a learning rate.": curve(
-                half_cosine(warmup, total, bottom=floor * peak), end=floor * peak
+            "there is no warm-up.": curve(up=lambda s: peak),
+            "there is no warm-up: the cosine begins at step 0.": curve(cosine(0), first=0),
+            "the warm-up begins at `floor`; it begins at peak / warmup.": curve(
+                up=lambda s: floor + (peak - floor) * s / warmup
             ),
         }
-        if warmup:
-            mistakes |= {
-                "the warm-up is a step late: it begins at 0 and reaches `peak` at step `warmup`.": curve(
-                    half_cosine(warmup, total), up=lambda s, w=warmup, p=peak: p * s / w
-                ),
-                "there is no warm-up.": curve(half_cosine(warmup, total), up=lambda s, p=peak: p),
-                "there is no warm-up: the cosine begins at step 0.": curve(half_cosine(0, total), first=0),
-                "the warm-up begins at `floor`; it begins at peak / warmup.": curve(
-                    half_cosine(warmup, total), up=lambda s, w=warmup, p=peak, f=floor: f + (p - f) * s / w
-                ),
-            }
-        mistakes = {hint: answer for hint, answer in mistakes.items() if not torch.allclose(answer, right)}
-        compare(name, torch.tensor(values, dtype=torch.float64), right, "step", mistakes)
+    right = curve()
+    return right, {hint: answer for hint, answer in mistakes.items() if not torch.allclose(answer, right)}
 
 
 # -------------------------------------------------------------------------------------------------------- the optimizer
@@ -553,30 +553,26 @@ def check_train_step(fn: Callable[..., Any]) -> None:
         optimizer = _NotingSGD(model, lr)
         for parameter in model.parameters():
             parameter.grad = noise(*parameter.shape, seed=61)
-        shadow = {wrong: ToyLM().train(training) for wrong in ("", *_STEP_MISTAKES)}
-        memory: dict[str, list[Tensor]] = {
-            wrong: [noise(*p.shape, seed=61) for p in other.parameters()] for wrong, other in shadow.items()
-        }
-        for step in range(3):
-            batch = toy_tokens(3, 5, seed=70 + step)
+        batches = [toy_tokens(3, 5, seed=70 + step) for step in range(3)]
+        for step, batch in enumerate(batches):
             name = f"train_step with max_norm={max_norm}, step {step}"
             before = toy_gradient(model, batch)[0]
             start = len(model.events)
             extra = {} if max_norm is None else {"max_norm": max_norm}
             with unchanged("train_step", batch=batch), during(f"in step {step}, with max_norm={max_norm}"):
                 actual = fn(model, optimizer, batch, **extra)
-            for wrong, other in shadow.items():
-                memory[wrong] = _shadow_step(other, memory[wrong], batch, lr, max_norm, wrong)
             _check_events(name, model.events[start:])
-            right = side_by_side(shadow[""].parameters())
-            answers = {hint: side_by_side(shadow[hint].parameters()) for hint in _STEP_MISTAKES}
-            answers = {hint: answer for hint, answer in answers.items() if not torch.allclose(answer, right)}
-            compare(f"{name}: all parameters, side by side", side_by_side(model.parameters()), right, "number", answers)
+            right = _trained(batches[: step + 1], lr, max_norm, training)
+            mistakes = _step_mistakes(batches[: step + 1], lr, max_norm, training, right)
+            compare(
+                f"{name}: all parameters, side by side", side_by_side(model.parameters()), right, "number", mistakes
+            )
             after = toy_gradient(model, batch)[0]
             number(name, "the loss", actual, before, {"it is the loss after the step; return that before it.": after})
         if model.training is not training:
             raise CheckFailed(
-                "train_step: it changed the mode of the model (training or evaluation).\n  Next: leave that to the caller."
+                "train_step: it changed the mode of the model (training or evaluation).\n"
+                "  Next: leave that to the caller."
             )
 
 
@@ -590,25 +586,38 @@ _STEP_MISTAKES = (
 )
 
 
-def _shadow_step(
-    model: ToyLM, grads: list[Tensor], batch: Tensor, lr: float, max_norm: float | None, wrong: str
-) -> list[Tensor]:
-    """What one step does to a model, by hand; `wrong` is one of the mistakes. Returns what is left in `.grad`."""
-    fresh = toy_gradient(model, batch)[1]
-    if "not shifted" in wrong:
-        scale = 0.5 if model.training else 1.0
-        with torch.enable_grad():
-            loss = F.cross_entropy((model.logits(batch) * scale).flatten(0, 1), batch.flatten())
-        fresh = list(torch.autograd.grad(loss, list(model.parameters())))
-    if "zero_grad" in wrong:
-        fresh = [new + old for new, old in zip(fresh, grads, strict=True)]
-    norm = side_by_side(fresh).norm().item()
-    if max_norm is not None and "not clipped" not in wrong and (norm > max_norm or "always scaled" in wrong):
-        fresh = [grad * (max_norm / norm) for grad in fresh]
-    with torch.no_grad():
-        for parameter, new, old in zip(model.parameters(), fresh, grads, strict=True):
-            parameter -= lr * (old if "steps first" in wrong else new) * (2 if "twice" in wrong else 1)
-    return fresh
+def _step_mistakes(
+    batches: Sequence[Tensor], lr: float, max_norm: float | None, training: bool, right: Tensor
+) -> Mistakes:
+    """Each mistake's parameters, worked out only when they are needed; a mistake that changes nothing gives none."""
+
+    def answer(wrong: str) -> Tensor:
+        found = _trained(batches, lr, max_norm, training, wrong)
+        return torch.full_like(found, torch.inf) if _close(found, right) else found
+
+    return {wrong: partial(answer, wrong) for wrong in _STEP_MISTAKES}
+
+
+def _trained(batches: Sequence[Tensor], lr: float, max_norm: float | None, training: bool, wrong: str = "") -> Tensor:
+    """Where the toy model is after a step on each batch, by hand; `wrong` is one of the mistakes."""
+    model = ToyLM().train(training)
+    grads = [noise(*parameter.shape, seed=61) for parameter in model.parameters()]
+    for batch in batches:
+        fresh = toy_gradient(model, batch)[1]
+        if "not shifted" in wrong:
+            logits = model.logits(batch) * (0.5 if training else 1.0)
+            loss = F.cross_entropy(logits.flatten(0, 1), batch.flatten())
+            fresh = list(torch.autograd.grad(loss, list(model.parameters())))
+        if "zero_grad" in wrong:
+            fresh = [new + old for new, old in zip(fresh, grads, strict=True)]
+        norm = side_by_side(fresh).norm().item()
+        if max_norm is not None and "not clipped" not in wrong and (norm > max_norm or "always scaled" in wrong):
+            fresh = [grad * (max_norm / norm) for grad in fresh]
+        with torch.no_grad():
+            for parameter, new, old in zip(model.parameters(), fresh, grads, strict=True):
+                parameter -= lr * (old if "steps first" in wrong else new) * (2 if "twice" in wrong else 1)
+        grads = fresh
+    return side_by_side(model.parameters())
 
 
 def _check_events(name: str, events: list[str]) -> None:
@@ -623,7 +632,7 @@ def _check_events(name: str, events: list[str]) -> None:
     backward, step = events.index("backward"), len(events) - 1 - events[::-1].index("step")
     if "zero_grad" in events[backward:step]:
         raise CheckFailed(
-            f"{name}: `zero_grad` stands between `backward` and `step`: the gradients are thrown away before their use.\n"
+            f"{name}: `zero_grad` stands between `backward` and `step`: the gradients are forgotten before their use.\n"
             "  Next: forget the old gradients before new ones are computed."
         )
 
@@ -678,7 +687,7 @@ def check_accumulate_gradients(fn: Callable[..., Any]) -> None:
         got = side_by_side(torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters())
         compare(f"{name}: all gradients, side by side", got, right, "number", mistakes)
         kept = [seen["grad"] for seen in model.seen]
-        if n > 1 and any(_equal(before, after) for before, after in zip(kept, kept[1:], strict=False)):
+        if n > 1 and any(_equal(before, after) for before, after in pairwise(kept)):
             raise CheckFailed(
                 f"{name}: a micro-batch went forward before the one before it had gone backward, so that the "
                 "activations of several are kept.\n  Next: call backward on each loss before the next forward."
@@ -720,7 +729,8 @@ def check_evaluate(fn: Callable[..., Any]) -> None:
             )
         if any(seen["graph"] for seen in model.seen):
             raise CheckFailed(
-                "evaluate: gradients are recorded, which costs memory and time.\n  Next: run the model under torch.no_grad()."
+                "evaluate: gradients are recorded, which costs memory and time.\n"
+                "  Next: run the model under torch.no_grad()."
             )
         if not torch.is_grad_enabled():
             raise CheckFailed(

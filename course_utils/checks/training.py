@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from course_utils.checks.core import CheckFailed, Mistakes, compare
 from course_utils.checks.modules import noise
@@ -82,10 +83,11 @@ def loss_by_loop(logits: Tensor, tokens: Tensor) -> Tensor:
 
 def toy_gradient(model: ToyLM, tokens: Tensor) -> tuple[float, list[Tensor]]:
     """The loss on these tokens in the model's mode and its gradient, without a trace in the model."""
-    with torch.enable_grad():
-        loss = loss_by_loop(model.logits(tokens) * (0.5 if model.training else 1.0), tokens)
-        pieces = torch.autograd.grad(loss, list(model.parameters()))
-    model.events.remove("backward")
+    n_events = len(model.events)
+    logits = model.logits(tokens) * (0.5 if model.training else 1.0)
+    loss = F.cross_entropy(logits[:, :-1].transpose(1, 2), tokens[:, 1:])
+    pieces = torch.autograd.grad(loss, list(model.parameters()))
+    del model.events[n_events:]
     return loss.item(), list(pieces)
 
 
