@@ -37,10 +37,10 @@ class AdamW:
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01):
         given = list(params)
         if not isinstance(given[0], dict):
-            given = [dict(params=given)]
+            given = [{"params": given}]
         self.param_groups = []
         for group in given:
-            whole = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+            whole = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
             whole.update(group)
             whole["params"] = list(whole["params"])
             self.param_groups.append(whole)

@@ -163,12 +163,12 @@ scheduled("the rate is 0 after the end", after=0.0)
 scheduled("got a Tensor", surprise=True, tensor=True)
 scheduled("wrong", surprise=True, slow=1)
 scheduled("wrong", surprise=True, int=True)
-scheduled("first at [step=13]", surprise=True, end=1)
+scheduled("first at [step=5]", surprise=True, end=1)
 mistake(
     "cosine_schedule",
     "raised ZeroDivisionError in cosine_schedule(step, 0",
     lambda step, warmup, total, peak, floor: (
-        min((step + 1) / warmup, 1) * ref.cosine_schedule(step, 0, total, peak, floor)
+        (step + 1) / warmup and ref.cosine_schedule(step, warmup, total, peak, floor)
     ),
     surprise=True,
 )
@@ -357,7 +357,7 @@ clipped("as a plain number, got a Tensor", surprise=True, returns="tensor")
 clipped("Every value is", surprise=True, factor=lambda m, n: (m / n) ** 0.5)
 
 
-@mistake("clip_grad_norm", "values are wrong", surprise=True)
+@mistake("clip_grad_norm", "a generator can be run through only once")
 def _(parameters: Any, max_norm: float) -> float:
     norm = math.hypot(*(p.grad.norm().item() for p in parameters if p.grad is not None))
     for p in parameters:  # a generator: nothing is left
@@ -389,8 +389,6 @@ def stepped(words: str, surprise: bool = False, **wrong: Any) -> None:
             optimizer.step()
         if not wrong.get("kept") and not wrong.get("late"):
             optimizer.zero_grad()
-        if wrong.get("mode"):
-            model.train(wrong["mode"] == "train")
         if max_norm is not None and wrong.get("clip") == "early":
             ref.clip_grad_norm(model.parameters(), max_norm)
         logits = model(batch)
@@ -409,6 +407,8 @@ def stepped(words: str, surprise: bool = False, **wrong: Any) -> None:
             ref.clip_grad_norm(model.parameters(), max_norm)
         if wrong.get("after"):
             loss = ref.lm_loss(model(batch), batch)
+        if wrong.get("mode"):
+            model.train(wrong["mode"] == "train")
         return loss if wrong.get("tensor") else loss.item()
 
     mistake("train_step", words, train_step, surprise)
@@ -438,6 +438,8 @@ def accumulated(words: str, surprise: bool = False, **wrong: Any) -> None:
         parts = batch.chunk(n_micro)
         if wrong.get("even"):
             parts = batch.split(max(1, len(batch) // n_micro))[:n_micro]
+        if wrong.get("equal") and len(parts) == n_micro:
+            return ref.accumulate_gradients(model, batch, n_micro)
         if wrong.get("empty"):
             parts = batch.tensor_split(n_micro)
         if wrong.get("columns"):
@@ -471,7 +473,8 @@ def accumulated(words: str, surprise: bool = False, **wrong: Any) -> None:
 
 
 accumulated("weigh them by their share", weigh="sum")
-accumulated("divided by n_micro, though not all", weigh="n", even=True)
+accumulated("the rows that do not fill a micro-batch are left out", weigh="n", even=True)
+accumulated("but there are fewer micro-batches", weigh="n", equal=True)
 accumulated("every micro-batch weighs the same; the last", weigh="parts")
 accumulated("what was in `.grad` before is lost", forgets=True)
 accumulated("only the last micro-batch is left", each=True)
@@ -647,8 +650,10 @@ def _(path: Path, **state: Any) -> None:
     new = path.with_suffix(".new")
     content = pickle_in_memory(state)
     with new.open("wb") as file:
-        file.write(content)
-        os.replace(new, path)  # a part of it is still in the buffer
+        file.write(content[:1000])
+        file.flush()
+        os.replace(new, path)
+        file.write(content[1000:])
 
 
 @written("there is no file at `path`")

@@ -97,7 +97,8 @@ def toy_gradient(model: ToyLM, tokens: Tensor) -> tuple[float, list[Tensor]]:
 def adamw_by_hand(start: Sequence[Tensor], gradients: Sequence[Grads], options: Any, **wrong: Any) -> list[Tensor]:
     """Where the parameters are after a step per entry of `gradients`; `wrong` switches on what people get wrong.
 
-    `options(step, i)` gives lr, beta1, beta2, eps and weight decay of parameter `i` in that step.
+    `options(step, i)` gives lr, beta1, beta2, eps and weight decay of parameter `i` in that step; for an `i` of None
+    those of the first group.
     """
     p = [tensor.detach().clone() for tensor in start]
     m, v, t = [torch.zeros_like(x) for x in p], [torch.zeros_like(x) for x in p], [0] * len(p)
@@ -106,7 +107,7 @@ def adamw_by_hand(start: Sequence[Tensor], gradients: Sequence[Grads], options: 
         for i, grad in enumerate(grads):
             lr, beta1, beta2, eps, decay = options(0 if wrong.get("fixed_options") else step, i)
             if wrong.get("group_0_for_all"):
-                lr, beta1, beta2, eps, decay = options(step, 0)
+                lr, beta1, beta2, eps, decay = options(step, None)
             if wrong.get("swapped_betas"):
                 beta1, beta2 = beta2, beta1
             if grad is None and not wrong.get("none_is_zero"):
