@@ -683,10 +683,12 @@ def check_accumulate_gradients(fn: Callable[..., Any]) -> None:
             "only the last micro-batch is left in `.grad`.": weighted[-1],
             "only the last micro-batch is left in `.grad`, not weighed.": flat[-1],
             "the last micro-batch is left out.": begun + sum(weighted[:-1]),
-            "the rows that do not fill a micro-batch are left out.": begun
-            + sum(side_by_side(toy_gradient(model, part)[1]) for part in batch.split(n_rows // n_micro or 1)[:n_micro])
-            / n_micro,
         }
+        if n_micro < n_rows:
+            full = batch.split(n_rows // n_micro)[:n_micro]
+            mistakes["the rows that do not fill a micro-batch are left out."] = (
+                begun + sum(side_by_side(toy_gradient(model, part)[1]) for part in full) / n_micro
+            )
         if n == n_micro:
             del mistakes["the sum is divided by n_micro, but there are fewer micro-batches."]
         mistakes = {hint: answer for hint, answer in mistakes.items() if not _close(answer, right)}
