@@ -5,6 +5,7 @@ Oracles are loops that spell the definition out, `torch.optim`, autograd, and wh
 """
 
 import contextlib
+import io
 import math
 import os
 import tempfile
@@ -369,7 +370,7 @@ def _check_state(cls: Any, options: dict[str, Any]) -> None:
             p.copy_(source)
     fresh = cls(second)
     with during("in state_dict and load_state_dict"):
-        fresh.load_state_dict(used.state_dict())
+        fresh.load_state_dict(_through_a_file(used.state_dict()))
         go(fresh, second, gradients[3:])
     go(used, first, gradients[3:])
     compare(
@@ -378,6 +379,21 @@ def _check_state(cls: Any, options: dict[str, Any]) -> None:
         side_by_side(first),
         "number",
     )
+
+
+def _through_a_file(state: Any) -> Any:
+    """What torch.save and torch.load make of it, plain data alone."""
+    buffer = io.BytesIO()
+    try:
+        torch.save(state, buffer)
+        buffer.seek(0)
+        return torch.load(buffer, weights_only=True)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0][:120]
+        raise CheckFailed(
+            f"AdamW.state_dict: it cannot be saved and loaded as plain data ({type(error).__name__}: {reason}).\n"
+            "  Next: make it of dicts, lists, numbers and tensors only."
+        ) from None
 
 
 def check_parameter_groups(fn: Callable[..., Any]) -> None:
