@@ -83,7 +83,7 @@ class AdamW:
         groups = entries if isinstance(entries[0], dict) else [{"params": entries}]
         options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         self.param_groups = [{**options, **group, "params": list(group["params"])} for group in groups]
-        self.state = {
+        self.state: dict[nn.Parameter, dict[str, Any]] = {
             p: {"step": 0, "m": torch.zeros_like(p), "v": torch.zeros_like(p)}
             for group in self.param_groups
             for p in group["params"]
@@ -135,7 +135,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     parameter of the model is in one group, once, and each group keeps the order of `model.named_parameters()`.
     Source: Radford et al. 2018, section 4.1 (no decay on biases and gains).
     """
-    inside, outside = [], []
+    inside: list[nn.Parameter] = []
+    outside: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         is_matrix_of_a_block = name.startswith("blocks.") and name.split(".")[-1].startswith("W_")
         (inside if is_matrix_of_a_block else outside).append(parameter)

@@ -636,7 +636,7 @@ def _trained(batches: Sequence[Tensor], lr: float, max_norm: float | None, train
             fresh = [grad * (max_norm / norm) for grad in fresh]
         with torch.no_grad():
             for parameter, new, old in zip(model.parameters(), fresh, grads, strict=True):
-                parameter -= lr * (old if "steps first" in wrong else new) * (2 if "twice" in wrong else 1)
+                parameter.sub_(lr * (old if "steps first" in wrong else new) * (2 if "twice" in wrong else 1))
         grads = fresh
     return side_by_side(model.parameters())
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -173,7 +174,7 @@ def adamw_mistakes(start: Sequence[Tensor], gradients: Sequence[Grads], options:
         same = torch.allclose(found, right, rtol=1e-4, atol=1e-5, equal_nan=True)
         return torch.full_like(found, torch.inf) if same else found
 
-    return {hint: lambda wrong=wrong: answer(wrong) for hint, wrong in ADAMW_MISTAKES.items()}
+    return {hint: partial(answer, wrong) for hint, wrong in ADAMW_MISTAKES.items()}
 
 
 # ---------------------------------------------------------------------------------------------------- bare parameters
