@@ -33,14 +33,13 @@ def check_reverse_increment_dataset(fn: Callable[..., Any]) -> None:
     mistakes = {
         "the answer is reversed only; each of its digits is also incremented.": lambda: _rows(digits, digits.flip(1)),
         "the answer is incremented only; it also runs backwards.": lambda: _rows(digits, (digits + 1) % 4),
-        "a 3 becomes 4, which is BOS; it becomes 0.": lambda: _rows(digits, digits.flip(1) + 1),
+        "a 3 becomes 4, which is BOS; it becomes 0, as in counting modulo 4.": lambda: _rows(
+            digits, digits.flip(1) + 1
+        ),
         "a 3 stays a 3; it becomes 0.": lambda: _rows(digits, (digits.flip(1) + 1).clamp(max=3)),
-        "the increment is modulo 5; there are four digits.": lambda: _rows(digits, (digits.flip(1) + 1) % 5),
         "the answer is decremented; each digit grows by one.": lambda: _rows(digits, (digits.flip(1) - 1) % 4),
         "the answer stands before the digits.": lambda: _rows((digits.flip(1) + 1) % 4, digits),
-        "the first digit changes fastest; in counting order it is the last.": lambda: _rows(
-            little, (digits + 1) % 4
-        ),
+        "the first digit changes fastest; in counting order it is the last.": lambda: _rows(little, (digits + 1) % 4),
         "BOS is 0; it is token 4.": lambda: torch.cat([expected[:, :1] * 0, expected[:, 1:]], dim=1),
         "BOS is 5; it is token 4.": lambda: torch.cat([expected[:, :1] * 0 + 5, expected[:, 1:]], dim=1),
         "BOS is left out.": lambda: expected[:, 1:],
@@ -142,7 +141,9 @@ def _loss_mistakes(logits: Tensor, tokens: Tensor, mask: Tensor, nats: Tensor) -
         "the sum is taken; it should be the mean.": total,
         "the sum is divided by the number of rows; divide by the number of marked targets.": total / len(mask),
         "the sum is divided by all that the mask marks; position 0 has no prediction.": total / mask.sum(),
-        "each row's mean is taken first; every target counts the same, whichever row it is in.": torch.stack(rows).mean(),
+        "each row's mean is taken first; every target counts the same, whichever row it is in.": torch.stack(
+            rows
+        ).mean(),
         "the sign is missing.": -total / counts.sum(),
         "p is averaged; take its logarithm first.": chance[counts].mean(),
         "the softmax is taken before a function that takes it again.": twice[counts].mean(),
@@ -214,7 +215,7 @@ class _Model(nn.Module):
         self.W_O = nn.Parameter(noise(4, 5, seed=30))
         self.register_buffer("seen", noise(3, seed=31))
         with torch.no_grad():  # values that arithmetic does not bring back: W - W + W, or W * 0 / 0
-            self.blocks[1].attn.W_O[0, 0] = torch.tensor([1e-30, -0.0, 1e30, torch.inf, 1 / 3])
+            self.blocks[1].attn.W_O[0, 0] = torch.tensor([1 / 3, -0.0, 1e30, torch.inf, 1e-30])
 
 
 class _Interrupted(Exception):
@@ -268,7 +269,9 @@ def _restored(model: nn.Module, wanted: str, when: str = "after the block") -> I
     yield
     now = dict(model.named_parameters())
     if list(now) != list(before):
-        raise CheckFailed(f"{name}: {when} the model has other parameters than before.\n  Next: write into the old one.")
+        raise CheckFailed(
+            f"{name}: {when} the model has other parameters than before.\n  Next: write into the old one."
+        )
     for entry, (parameter, memory, bits, flag, grad) in before.items():
         same = now[entry] is parameter
         if not same or parameter.data_ptr() != memory:
