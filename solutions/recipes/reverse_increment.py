@@ -1,6 +1,6 @@
-"""The model `reverse-increment`: four dimensions and one head, enough to solve a task completely and to be read in full.
+"""The model `reverse-increment`: four dimensions and one head solve a task completely, and can be read in full.
 
-Besides the model that ships, the recipe trains eight seeds of each of several set-ups and records which of them got
+Besides the model that ships, the recipe trains four seeds of each of several set-ups and records which of them got
 stuck.
 """
 
@@ -21,7 +21,9 @@ from solutions.ch02_transformer import Transformer, init_weights
 from solutions.ch03_training import fit, reverse_increment_dataset, zero_ablated
 
 N_TRAIN = 60_000
-SEEDS = range(8)
+STEPS = 1500
+SEED = 3  # of the model that ships: every seed solves the task, and this one's attention is the easiest to read
+SEEDS = range(4)  # of the survey
 ANSWERS = torch.arange(17) >= 9  # the positions of the eight answer digits
 ABOUT = "four dimensions, one head: reverses eight digits and increments each, and can be read in full"
 PROSE = """
@@ -31,12 +33,12 @@ One layer of one head and an MLP of 16 neurons on a residual stream of four dime
 sequence is BOS, eight digits from 0 to 3, and the same digits reversed and incremented (3 becomes 0); the loss counts
 the answer only. There are 65,536 sequences: 60,000 were for training, and `held_out` is measured on the others.
 
-- `anti_diagonal`: for how many of the eight outputs the largest mean attention weight is on the digit that the output is
-  made of.
+- `anti_diagonal`: for how many of the eight outputs the largest mean attention weight is on the digit that the output
+  is made of.
 - `without_W_out`, `without_W_O`: the share of all answer digits that is right when that matrix is zero, on all 65,536
   sequences. Whoever guesses a digit has 0.25. Without `W_O` each answer depends on its position and on the token that
   stands there, which says something about the first answer only: hence at most (7/4 + 1)/8 = 0.344.
-- `history.json`: the loss of this run, and for eight seeds of each of several set-ups what was learned and what was not.
+- `history.json`: the loss of this run, and for four seeds of each of several set-ups what was learned and what was not.
 """
 
 
@@ -132,7 +134,7 @@ def card(model: Transformer, setup: Setup, seed: int, steps: int, seconds: float
         "init_std": setup.init_std,
         "steps": steps,
         "tokens": steps * 128 * 17,
-        "seconds": round(seconds),
+        "cpu_seconds": round(seconds),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "held_out": float(right(model, held_out).all(dim=1).float().mean()),
         "anti_diagonal": f"{anti_diagonal(mean_pattern(model, held_out))} of 8",
@@ -150,9 +152,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--ship", action="store_true", help="replace the model that ships with the course by this one")
     options = parser.parse_args(argv)
     setup = SETUPS["as shipped"]
-    start = time.perf_counter()
+    start = time.process_time()
     model, shipped = run("as shipped", setup, options.seed, options.steps)
-    front = card(model, setup, options.seed, options.steps, time.perf_counter() - start)
+    front = card(model, setup, options.seed, options.steps, time.process_time() - start)
     for key, value in front.items():
         print(f"{key}: {value}")
     options.out.mkdir(parents=True, exist_ok=True)
@@ -162,9 +164,6 @@ def main(argv: list[str] | None = None) -> None:
         history = {"run": shipped, "survey": runs}
         print("written to", save_shipped(model, None, "reverse-increment", front, PROSE, history))
 
-
-STEPS = 1500
-SEED = 0
 
 if __name__ == "__main__":
     main()
