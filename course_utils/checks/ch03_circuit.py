@@ -1,4 +1,4 @@
-"""Chapter 03, first part: the data and the loss of the first circuit, and a weight matrix that is switched off for a while.
+"""Chapter 03, first part: the data and the loss of the first circuit, and switching a weight matrix off for a while.
 
 Oracles: itertools for the data, sums of single terms for the loss, copies of all weights for the ablation.
 """
@@ -369,11 +369,10 @@ def _check_nested(fn: Callable[..., Any], model: nn.Module) -> None:
         with _manager(fn, model, inner):
             _judge_inside(model, outer, inner)
         _judge_inside(model, outer)
-    with _restored(model, inner, "after two blocks for the same parameter"):
+    with _restored(model, inner, "after two blocks for the same parameter"), _manager(fn, model, inner):
         with _manager(fn, model, inner):
-            with _manager(fn, model, inner):
-                pass
-            _judge_inside(model, inner)
+            pass
+        _judge_inside(model, inner)
 
 
 def _check_unknown(fn: Callable[..., Any], model: nn.Module) -> None:
