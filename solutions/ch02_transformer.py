@@ -65,8 +65,8 @@ class PosEmbed(nn.Module):
         batch, n_pos = tokens.shape
         rows = self.W_pos[offset : offset + n_pos]
         if len(rows) < n_pos:
-            n_ctx = len(self.W_pos)
-            raise ValueError(f"PosEmbed: the text goes on beyond n_ctx = {n_ctx}, the last position that has a vector.")
+            problem = f"PosEmbed: the text goes on beyond n_ctx = {len(self.W_pos)}, the last position with a vector."
+            raise ValueError(problem)
         return einops.repeat(rows, "pos d_model -> batch pos d_model", batch=batch)
 
 
@@ -478,8 +478,8 @@ class KVCache:
         start, end = self.lengths[layer], self.lengths[layer] + k.shape[1]
         if end > self.n_ctx:
             raise ValueError(f"KVCache: {end} positions do not fit into n_ctx = {self.n_ctx}; start a new cache.")
-        if k.shape[0] != self.batch:
-            raise ValueError(f"KVCache: it was made for a batch of {self.batch}, and was given one of {k.shape[0]}.")
+        if len(k) != self.batch:
+            raise ValueError(f"KVCache: the number of rows must be that of the cache, {self.batch}.")
         if layer not in self.stored:
             self.stored[layer] = k.new_empty(2, self.batch, self.n_ctx, *k.shape[2:])
         keys, values = self.stored[layer]

@@ -63,8 +63,10 @@ def _check_length(name: str, cache: Any, expected: int, when: str, mistakes: dic
     length = cache.length
     if callable(length):
         raise CheckFailed(f"{name}: `length` is a method.\n  Next: keep `@property` above it, so that it is a number.")
-    if int(length) != expected:
-        hint = f"\n  This is what you get if {mistakes[int(length)]}" if int(length) in mistakes else ""
+    if not isinstance(length, int):
+        raise CheckFailed(f"{name}: `length` should be an int, got a {type(length).__name__}.\n  Next: count positions.")
+    if length != expected:
+        hint = f"\n  This is what you get if {mistakes[length]}" if length in mistakes else ""
         raise CheckFailed(
             f"{name}: {when}, `length` should be {expected}, got {length}.{hint}\n"
             "  Next: count the positions that all layers have stored; before anything is stored that is 0."
@@ -160,6 +162,7 @@ def _check_limits(cls: Any) -> None:
         cache.append(layer, *whole[layer, :, :, :7])
         refuse(f"{CFG.n_ctx + 1} positions with n_ctx = {CFG.n_ctx}", layer, *whole[layer, :, :, 7:])
         refuse("one row, in a cache made for a batch of 2,", layer, *whole[layer, :, :1, 7:8])
+        refuse("three rows, in a cache made for a batch of 2,", layer, *_sequences(3)[layer, :, :, 5:])
         with during("after appends that it had to refuse"):
             k, _ = _appended("KVCache", cache, layer, *whole[layer, :, :, 7 : CFG.n_ctx])
         name = f"KVCache with {CFG.n_ctx} positions, after appends that it had to refuse"
