@@ -4,6 +4,7 @@ Each mistake returns the right type, shape and dtype where it can, and must be r
 marked `surprise` are absent from the check's own list of known mistakes.
 """
 
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -385,9 +386,7 @@ beams_with("is wrong", surprise=True, key=lambda beam: (not beam[2], -beam[0])) 
 def test_a_cache_whose_rows_do_not_follow_is_refused() -> None:
     """`select` is called, but always with the rows in order."""
 
-    class InOrder(ref.KVCache):
-        pass
-
+    @functools.wraps(ref.beam_search)
     def beam_search(*args: Any, cache: Any = None, **kwargs: Any) -> Any:
         if cache is not None:
             follow = cache.select
@@ -432,7 +431,7 @@ class OffBy(ref.Transformer):
         ("generate", "from position `cache.length` on", continued(lambda tokens, cache: tokens[:, -1:])),
         (
             "generate",
-            "got 3, 2, 2, 2",
+            "got 3, 2, 1, 1",
             continued(lambda tokens, cache: tokens[:, max(cache.length - 1, 0) :]),
         ),
         (
@@ -474,9 +473,9 @@ def test_another_right_answer_passes(exercise: str) -> None:
 def test_check_is_quick(exercise: str) -> None:
     answer = getattr(other, exercise)
     run_check(CHECKS[exercise], answer)  # torch warms up
-    start = time.perf_counter()
+    start = time.process_time()
     run_check(CHECKS[exercise], answer)
-    assert time.perf_counter() - start < 1.0  # 50 ms is the aim; machines that run the suite are busy
+    assert time.process_time() - start < 1.0  # 50 ms is the aim; machines that run the suite are busy
 
 
 # ------------------------------------------------------------------------------- the reference, from other sides

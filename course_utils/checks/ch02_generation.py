@@ -64,7 +64,8 @@ def _check_length(name: str, cache: Any, expected: int, when: str, mistakes: dic
     if callable(length):
         raise CheckFailed(f"{name}: `length` is a method.\n  Next: keep `@property` above it, so that it is a number.")
     if not isinstance(length, int):
-        raise CheckFailed(f"{name}: `length` should be an int, got a {type(length).__name__}.\n  Next: count positions.")
+        kind = type(length).__name__
+        raise CheckFailed(f"{name}: `length` should be a whole number, got a {kind}.\n  Next: count positions.")
     if length != expected:
         hint = f"\n  This is what you get if {mistakes[length]}" if length in mistakes else ""
         raise CheckFailed(

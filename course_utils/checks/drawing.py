@@ -114,9 +114,9 @@ class ToyModel(nn.Module):
         self.recorded |= torch.is_grad_enabled()
         if cache is not None:
             tokens = self._remembered(tokens, cache)
-        if tokens.shape[1] > self.cfg.n_ctx:
+        elif n_new > self.cfg.n_ctx:
             raise CheckFailed(
-                f"{self.name}: the model was given {tokens.shape[1]} positions, but n_ctx is {self.cfg.n_ctx}.\n"
+                f"{self.name}: the model was given {n_new} positions, but n_ctx is {self.cfg.n_ctx}.\n"
                 "  Next: stop when the sequence is n_ctx long."
             )
         return (self.logits(tokens) * self.scale)[:, -n_new:]
