@@ -482,10 +482,10 @@ class KVCache:
             raise ValueError(f"KVCache: the number of rows must be that of the cache, {self.batch}.")
         if layer not in self.stored:
             self.stored[layer] = k.new_empty(2, self.batch, self.n_ctx, *k.shape[2:])
-        keys, values = self.stored[layer][0], self.stored[layer][1]  # unpacked, they could not be written into
-        keys[:, start:end], values[:, start:end] = k, v
+        both = self.stored[layer]
+        both[0, :, start:end], both[1, :, start:end] = k, v
         self.lengths[layer] = end
-        return keys[:, :end], values[:, :end]
+        return both[0, :, :end], both[1, :, :end]
 
     def select(self, rows: Int[Tensor, " beam"]) -> None:
         """Go on with these rows of the batch, in this order: some may come several times, others not at all."""
