@@ -63,7 +63,11 @@ class PosEmbed(nn.Module):
         The first token stands at position `offset` (0, unless earlier positions are in a key-value cache).
         """
         batch, n_pos = tokens.shape
-        return einops.repeat(self.W_pos[offset : offset + n_pos], "pos d_model -> batch pos d_model", batch=batch)
+        rows = self.W_pos[offset : offset + n_pos]
+        if len(rows) < n_pos:
+            problem = f"PosEmbed: the text goes on beyond n_ctx = {len(self.W_pos)}, the last position with a vector."
+            raise ValueError(problem)
+        return einops.repeat(rows, "pos d_model -> batch pos d_model", batch=batch)
 
 
 def attention_scores(
@@ -100,39 +104,6 @@ def project_heads(
     return einops.rearrange(heads, "head (batch pos) d_head -> batch pos head d_head", batch=resid.shape[0])
 
 
-class KVCache:
-    """The keys and values of the positions that a model has already read, so that they need not be computed again."""
-
-    def __init__(self, cfg: TransformerConfig, batch: int) -> None:
-        self.shape = (batch, cfg.n_ctx, cfg.n_heads, cfg.d_head)
-        self.keys: list[Tensor | None] = [None] * cfg.n_layers
-        self.values: list[Tensor | None] = [None] * cfg.n_layers
-        self.lengths = [0] * cfg.n_layers
-
-    @property
-    def length(self) -> int:
-        """How many positions every layer has stored."""
-        return min(self.lengths)
-
-    def append(
-        self, layer: int, k: Float[Tensor, "batch new head d_head"], v: Float[Tensor, "batch new head d_head"]
-    ) -> tuple[Float[Tensor, "batch key head d_head"], Float[Tensor, "batch key head d_head"]]:
-        """Store the new keys and values of a layer; return all of that layer's, the old before the new.
-
-        Raises ValueError where the sequence would grow beyond n_ctx.
-        """
-        start, end = self.lengths[layer], self.lengths[layer] + k.shape[1]
-        if end > self.shape[1]:
-            raise ValueError(f"KVCache: {end} positions do not fit into n_ctx = {self.shape[1]}; start a new cache.")
-        if self.keys[layer] is None:
-            self.keys[layer], self.values[layer] = k.new_empty(self.shape), v.new_empty(self.shape)
-        keys, values = self.keys[layer], self.values[layer]
-        assert keys is not None and values is not None
-        keys[:, start:end], values[:, start:end] = k, v
-        self.lengths[layer] = end
-        return keys[:, :end], values[:, :end]
-
-
 class Attention(nn.Module):
     """Multi-head causal self-attention: every position gathers what its heads find at earlier ones, or its own.
 
@@ -162,7 +133,7 @@ class Attention(nn.Module):
         self.hook_result = HookPoint(on_request=True)
 
     def forward(
-        self, resid: Float[Tensor, "batch pos d_model"], cache: KVCache | None = None
+        self, resid: Float[Tensor, "batch pos d_model"], cache: "KVCache | None" = None
     ) -> Float[Tensor, "batch pos d_model"]:
         """Return what this layer adds to the residual stream (not resid plus it).
 
@@ -194,11 +165,11 @@ def fused_attention(
 ) -> Float[Tensor, "batch query head d_head"]:
     """Compute z in one kernel that never stores the scores; the numbers are those of the explicit steps."""
     n_query, n_key = q.shape[1], k.shape[1]
-    past = None  # the kernel's own causal mask aligns the first query with the first key: right only for square scores
-    if n_query != n_key:
+    square, past = n_query == n_key, None
+    if not square and n_query > 1:  # the kernel's own mask aligns the first query with the first key; ours the last
         past = torch.ones(n_query, n_key, dtype=torch.bool, device=q.device).tril(n_key - n_query)
     q, k, v = (einops.rearrange(heads, "batch pos head d_head -> batch head pos d_head") for heads in (q, k, v))
-    z = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=past, is_causal=past is None)
+    z = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=past, is_causal=square)
     return einops.rearrange(z, "batch head pos d_head -> batch pos head d_head")
 
 
@@ -254,7 +225,7 @@ class TransformerBlock(nn.Module):
             self.hook_resid_mid, self.hook_mlp_out = HookPoint(), HookPoint()
 
     def forward(
-        self, resid: Float[Tensor, "batch pos d_model"], cache: KVCache | None = None
+        self, resid: Float[Tensor, "batch pos d_model"], cache: "KVCache | None" = None
     ) -> Float[Tensor, "batch pos d_model"]:
         """Return the residual stream after this block; `cache` is handed on to attention."""
         resid_pre = self.hook_resid_pre(resid)
@@ -306,7 +277,7 @@ class Transformer(nn.Module):
         self.unembed = Unembed(cfg)
 
     def forward(
-        self, tokens: Int[Tensor, "batch pos"], cache: KVCache | None = None
+        self, tokens: Int[Tensor, "batch pos"], cache: "KVCache | None" = None
     ) -> Float[Tensor, "batch pos d_vocab"]:
         """Return the logits of the next token at every position.
 
@@ -644,6 +615,7 @@ def generate(
     n_new: int,
     pick: Callable[[Tensor], Tensor],
     eos: int | None = None,
+    cache: "KVCache | None" = None,
 ) -> Int[Tensor, "batch longer"]:
     """Continue every row of `tokens` by up to `n_new` tokens and return prompt and continuation together.
 
@@ -651,10 +623,14 @@ def generate(
     has produced `eos` is finished: whatever `pick` says, it goes on with `eos`, and when all rows are finished
     generation stops. It also stops when the sequence is `model.cfg.n_ctx` long. An `eos` in the prompt finishes
     nothing. No gradients are recorded.
+
+    With a key-value cache, hand it to the model, `model(unread, cache)`, together with the tokens that it does not hold
+    yet: those from position `cache.length` on. The result is the same, sooner.
     """
     finished = torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
     for _ in range(min(n_new, model.cfg.n_ctx - tokens.shape[1])):
-        new = pick(model(tokens)[:, -1])
+        unread = tokens if cache is None else tokens[:, cache.length :]
+        new = pick(model(unread, cache)[:, -1])
         if eos is not None:
             new = new.masked_fill(finished, eos)
             finished = finished | (new == eos)
@@ -662,3 +638,138 @@ def generate(
         if finished.all():
             break
     return tokens
+
+
+# ------------------------------------------------------------------------------ the key-value cache, and beam search
+
+
+class KVCache:
+    """The keys and values of the positions that a model has already read, so that they need not be computed again.
+
+    `cfg` says how many layers there are, each with keys and values of its own, and how long a sequence may grow
+    (`n_ctx`); `batch` is the number of rows. Heads, dtype and device are those of what is appended.
+    """
+
+    def __init__(self, cfg: TransformerConfig, batch: int) -> None:
+        """Begin with nothing stored."""
+        self.batch, self.n_ctx = batch, cfg.n_ctx
+        self.lengths = [0] * cfg.n_layers
+        self.stored: dict[int, Tensor] = {}  # for each layer [2 batch n_ctx head d_head]: keys and values, with room
+
+    @property
+    def length(self) -> int:
+        """How many positions all layers have stored.
+
+        While a model reads new ones, its first layers are ahead of the others; until the last has its share, `length`
+        is the old number.
+        """
+        return min(self.lengths)
+
+    def append(
+        self, layer: int, k: Float[Tensor, "batch new head d_head"], v: Float[Tensor, "batch new head d_head"]
+    ) -> tuple[Float[Tensor, "batch key head d_head"], Float[Tensor, "batch key head d_head"]]:
+        """Store the new keys and values of a layer; return all of that layer's, the old before the new.
+
+        Raises ValueError, and stores nothing, where the sequence would grow beyond n_ctx, or the number of rows is not
+        that of the cache.
+        """
+        start, end = self.lengths[layer], self.lengths[layer] + k.shape[1]
+        if end > self.n_ctx:
+            raise ValueError(f"KVCache: {end} positions do not fit into n_ctx = {self.n_ctx}; start a new cache.")
+        if len(k) != self.batch:
+            raise ValueError(f"KVCache: the number of rows must be that of the cache, {self.batch}.")
+        if layer not in self.stored:
+            self.stored[layer] = k.new_empty(2, self.batch, self.n_ctx, *k.shape[2:])
+        both = self.stored[layer]
+        both[0, :, start:end], both[1, :, start:end] = k, v
+        self.lengths[layer] = end
+        return both[0, :, :end], both[1, :, :end]
+
+    def select(self, rows: Int[Tensor, " beam"]) -> None:
+        """Go on with these rows of the batch, in this order: some may come several times, others not at all."""
+        self.batch = len(rows)
+        for layer, old in self.stored.items():
+            end = self.lengths[layer]
+            self.stored[layer] = old.new_empty(2, self.batch, self.n_ctx, *old.shape[3:])
+            self.stored[layer][:, :, :end] = old[:, rows, :end]
+
+
+def ban_repeated_ngrams(
+    logits: Float[Tensor, "batch d_vocab"], tokens: Int[Tensor, "batch pos"], n: int
+) -> Float[Tensor, "batch d_vocab"]:
+    """Set to -inf every token that would complete a run of `n` tokens which its row already holds.
+
+    `tokens` are the sequences so far, one row per row of `logits`, and only a row's own runs count. A row shorter than
+    `n` has no such run; with `n` = 1 no token may come twice. Raises ValueError for an `n` below 1. The input is left
+    unchanged.
+    """
+    if n < 1:
+        raise ValueError(f"ban_repeated_ngrams: n must be at least 1, got {n}.")
+    banned = torch.zeros_like(logits, dtype=torch.bool)
+    for index, row in enumerate(tokens.tolist()):
+        begun = row[len(row) - n + 1 :]  # the last n - 1 tokens
+        for start in range(len(row) - n + 1):
+            if row[start : start + n - 1] == begun:
+                banned[index, row[start + n - 1]] = True
+    return logits.masked_fill(banned, -torch.inf)
+
+
+@torch.no_grad()
+def beam_search(
+    model: nn.Module,
+    tokens: Int[Tensor, "1 pos"],
+    n_beams: int,
+    n_new: int,
+    no_repeat_ngram: int | None = None,
+    eos: int | None = None,
+    cache: "KVCache | None" = None,
+) -> list[tuple[float, Int[Tensor, " longer"]]]:
+    """Look for the likeliest continuations of one prompt, keeping the `n_beams` best so far; return them, best first.
+
+    A beam is a sequence with its log probability: the sum of the model's log p over the tokens that follow the prompt.
+    In each step every beam is extended by every token, and of all these candidates together the `n_beams` likeliest
+    stay. A beam that has produced `eos` is finished: it remains a candidate as it is, beside the extensions of the
+    others. The search ends after `n_new` tokens, at `model.cfg.n_ctx`, or when all beams are finished. An `eos` in the
+    prompt finishes nothing.
+
+    With `no_repeat_ngram`, a beam may not produce a token that completes an n-gram of that length which this same beam
+    (prompt included) already holds; the log p of the other tokens stay what the model said. A beam that may not go on
+    at all is dropped, unless that would leave none: then the search ends.
+
+    Returns pairs of log probability and tokens (prompt included, nothing after `eos`); log probabilities are not
+    divided by the length. Fewer than `n_beams` come back where there are fewer candidates. With a key-value cache for
+    one row, the model reads only what is new: `cache.select` makes its rows follow the beams. No gradients are
+    recorded. Raises ValueError for `n_beams` below 1.
+    """
+    if n_beams < 1:
+        raise ValueError(f"beam_search: n_beams must be at least 1, got {n_beams}.")
+    beams, totals = tokens, torch.zeros(1, device=tokens.device)
+    finished = torch.zeros(1, dtype=torch.bool, device=tokens.device)
+    for _ in range(min(n_new, model.cfg.n_ctx - tokens.shape[1])):
+        unread = beams if cache is None else beams[:, cache.length :]
+        logprobs = model(unread, cache)[:, -1].log_softmax(dim=-1)
+        if no_repeat_ngram is not None:
+            logprobs = ban_repeated_ngrams(logprobs, beams, no_repeat_ngram)
+        if eos is not None:  # a finished beam goes on with eos at no cost, and so stays what it is
+            logprobs[finished] = -torch.inf
+            logprobs[finished, eos] = 0.0
+        candidates = (totals[:, None] + logprobs).flatten()
+        best = candidates.topk(min(n_beams, len(candidates)))
+        possible = best.values > -torch.inf
+        if not possible.any():
+            break
+        totals, places = best.values[possible], best.indices[possible]
+        rows, new = places // logprobs.shape[1], places % logprobs.shape[1]
+        beams = torch.cat([beams[rows], new[:, None]], dim=1)
+        if cache is not None:
+            cache.select(rows)
+        if eos is not None:
+            finished = finished[rows] | (new == eos)
+            if finished.all():
+                break
+    found = []
+    for total, beam in zip(totals.tolist(), beams, strict=True):
+        new = beam[tokens.shape[1] :].tolist()
+        n_new = new.index(eos) + 1 if eos in new else len(new)
+        found.append((total, beam[: tokens.shape[1] + n_new]))
+    return found

@@ -374,14 +374,83 @@ def sample(logits, generator):
     return (logits - (-uniform.log()).log()).argmax(dim=-1)  # the Gumbel-max trick
 
 
-def generate(model, tokens, n_new, pick, eos=None):
+def generate(model, tokens, n_new, pick, eos=None, cache=None):
     with torch.no_grad():
         running = torch.ones(len(tokens), dtype=torch.bool, device=tokens.device)
         while n_new > 0 and tokens.size(1) < model.cfg.n_ctx and running.any():
-            choice = pick(model(tokens)[:, -1, :])
+            n_read = 0 if cache is None else cache.length
+            logits = model(tokens[:, n_read - tokens.size(1) :], cache=cache)
+            choice = pick(logits[:, -1, :])
             if eos is not None:
                 choice = torch.where(running, choice, torch.full_like(choice, eos))
                 running &= choice != eos
             tokens = torch.hstack([tokens, choice.unsqueeze(1)])
             n_new -= 1
     return tokens
+
+
+class KVCache:
+    def __init__(self, cfg, batch):
+        self.layers = [[None, None] for _ in range(cfg.n_layers)]
+        self.limit, self.n_rows = cfg.n_ctx, batch
+
+    @property
+    def length(self):
+        k = self.layers[-1][0]  # the last layer is the last to be told
+        return 0 if k is None else k.size(1)
+
+    def append(self, layer, k, v):
+        stored = self.layers[layer][0]
+        n_stored = 0 if stored is None else stored.size(1)
+        if k.size(0) != self.n_rows or n_stored + k.size(1) > self.limit:
+            raise ValueError("it does not fit")
+        pairs = zip(self.layers[layer], (k, v), strict=True)
+        pair = [new if old is None else torch.cat((old, new), 1) for old, new in pairs]
+        self.layers[layer] = pair
+        return tuple(pair)
+
+    def select(self, rows):
+        self.n_rows = rows.numel()
+        for pair in self.layers:
+            pair[:] = [old.index_select(0, rows) for old in pair]
+
+
+def ban_repeated_ngrams(logits, tokens, n):
+    if n <= 0:
+        raise ValueError("an n-gram has at least one token")
+    out = logits.clone()
+    if tokens.size(1) >= n:
+        windows = tokens.unfold(1, n, 1)  # [batch start n]
+        end = tokens[:, tokens.size(1) - n + 1 :].unsqueeze(1)
+        row, start = (windows[..., :-1] == end).all(-1).nonzero(as_tuple=True)
+        out[row, windows[row, start, -1]] = float("-inf")
+    return out
+
+
+def beam_search(model, tokens, n_beams, n_new, no_repeat_ngram=None, eos=None, cache=None):
+    if n_beams <= 0:
+        raise ValueError("no beams")
+    start = tokens.size(1)
+    open_beams, ended = [(0.0, tokens[0].tolist())], []
+    with torch.no_grad():
+        while open_beams and len(open_beams[0][1]) < min(start + n_new, model.cfg.n_ctx):
+            texts = torch.tensor([text for _, text in open_beams], device=tokens.device)
+            logits = model(texts) if cache is None else model(texts[:, cache.length :], cache)
+            scores = torch.log_softmax(logits[:, -1], dim=1)
+            if no_repeat_ngram is not None:
+                scores = ban_repeated_ngrams(scores, texts, no_repeat_ngram)
+            candidates = [(total, text, None) for total, text in ended]
+            for row, (total, text) in enumerate(open_beams):
+                for token, score in enumerate(scores[row].tolist()):
+                    if score > float("-inf"):
+                        candidates.append((total + score, [*text, token], row))
+            if not candidates:
+                break
+            candidates = sorted(candidates, key=lambda candidate: candidate[0], reverse=True)[:n_beams]
+            ended = [(total, text) for total, text, row in candidates if row is None or text[-1] == eos]
+            going = [(total, text, row) for total, text, row in candidates if row is not None and text[-1] != eos]
+            open_beams = [(total, text) for total, text, _ in going]
+            if cache is not None and going:
+                cache.select(torch.tensor([row for *_, row in going], device=tokens.device))
+    best = sorted(ended + open_beams, key=lambda beam: beam[0], reverse=True)
+    return [(total, torch.tensor(text, device=tokens.device)) for total, text in best]

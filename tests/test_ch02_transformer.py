@@ -993,6 +993,10 @@ def test_a_full_cache_says_so() -> None:
 
 # Changes after which the reference still does what its statement says.
 STILL_RIGHT = {
+    "len(self.W_pos) -> self.W_pos",  # in a message
+    "len(rows) < n_pos -> len(rows) > n_pos",  # what happens beyond n_ctx is left open
+    "len(rows) < n_pos -> len(rows) != n_pos",
+    "ValueError(problem) -> problem",
     "-1 -> 1",  # of two axes, the last; of four, [-2:] is [2:]
     "-2 -> 2",
     "symbol == 'w' -> symbol >= 'w'",

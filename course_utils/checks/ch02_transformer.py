@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from course_utils.checks import by_loops
+from course_utils.checks.caching import judge_cached_generation
 from course_utils.checks.core import CheckFailed, compare, during, follows_input, unchanged
 from course_utils.checks.drawing import (
     ToyModel,
@@ -993,6 +994,7 @@ def check_generate(fn: Callable[..., Any]) -> None:
     _check_eos(fn, torch.tensor([[6, 1, 6], [8, 1, 5]]), script, eos=6)
     _check_eos(fn, prompt, torch.tensor([[4, 7, 7, 2, 9, 3], [7, 8, 6, 1, 5, 4]]), eos=6)
     _check_eos(fn, prompt, torch.where(script == 6, 0, script), eos=None)
+    judge_cached_generation(fn, CFG, prompt)
 
 
 def _check_greedy_run(fn: Callable[..., Any], prompt: Tensor, n_new: int) -> None:

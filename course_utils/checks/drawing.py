@@ -95,29 +95,44 @@ def _distribution_hint(counts: Tensor, chances: Tensor, kind: int, n: int) -> st
 
 
 class ToyModel(nn.Module):
-    """A model whose logits are known: a hash of all tokens so far. It can also be called with a key-value cache."""
+    """A model whose logits are known: a hash of all tokens so far.
 
-    def __init__(self, cfg: TransformerConfig) -> None:
+    With a key-value cache it remembers the tokens there, as keys, and nowhere else. `widths` notes how many positions
+    each call was given.
+    """
+
+    def __init__(self, cfg: TransformerConfig, name: str = "generate", scale: float = 1.0) -> None:
         super().__init__()
-        self.cfg = cfg
-        self.scale = nn.Parameter(torch.ones(()))
-        self.prefixes: dict[int, Tensor] = {}
+        self.cfg, self.name = cfg, name
+        self.scale = nn.Parameter(torch.tensor(scale))
+        self.widths: list[int] = []
+        self.recorded = False  # whether a call came with gradients switched on
 
     def forward(self, tokens: Tensor, cache: Any = None) -> Tensor:
         n_new = tokens.shape[1]
+        self.widths.append(n_new)
+        self.recorded |= torch.is_grad_enabled()
         if cache is not None:
-            if id(cache) in self.prefixes:
-                tokens = torch.cat([self.prefixes[id(cache)], tokens], dim=1)
-            self.prefixes[id(cache)] = tokens
-            for layer in range(self.cfg.n_layers):
-                empty = torch.zeros(len(tokens), n_new, self.cfg.n_heads, self.cfg.d_head)
-                cache.append(layer, empty, empty)
-        if tokens.shape[1] > self.cfg.n_ctx:
+            tokens = self._remembered(tokens, cache)
+        elif n_new > self.cfg.n_ctx:
             raise CheckFailed(
-                f"generate: the model was given {tokens.shape[1]} positions, but n_ctx is {self.cfg.n_ctx}.\n"
+                f"{self.name}: the model was given {n_new} positions, but n_ctx is {self.cfg.n_ctx}.\n"
                 "  Next: stop when the sequence is n_ctx long."
             )
         return (self.logits(tokens) * self.scale)[:, -n_new:]
+
+    def _remembered(self, tokens: Tensor, cache: Any) -> Tensor:
+        """All tokens so far, by the cache."""
+        marks = tokens.to(self.scale.dtype)[:, :, None, None].expand(-1, -1, self.cfg.n_heads, self.cfg.d_head)
+        known = next(iter(cache.contents.values()))[0] if getattr(cache, "contents", None) else marks
+        if len(known) != len(marks):
+            raise CheckFailed(
+                f"{self.name} with a key-value cache: the model was given {len(marks)} rows while the cache holds "
+                f"{len(known)}.\n  Next: `cache.select` makes its rows follow the beams; call it in every step."
+            )
+        for layer in range(self.cfg.n_layers):
+            keys, _ = cache.append(layer, marks, marks)
+        return keys[:, :, 0, 0].round().long()
 
     def logits(self, tokens: Tensor) -> Tensor:
         """Different at every position, for every history."""
