@@ -240,7 +240,7 @@ def residual_components(cache: ActivationCache, pos: int) -> tuple[list[str], Fl
 
 
 def logit_attribution(
-    cache: ActivationCache, model: nn.Module, tokens: Int[Tensor, "batch pos"]
+    cache: ActivationCache, model: Any, tokens: Int[Tensor, "batch pos"]
 ) -> Float[Tensor, "component batch next"]:
     """Say how much each component adds, directly, to the logit of the token that really comes next.
 

@@ -130,7 +130,7 @@ class End(nn.Module):
             d_model=D_MODEL,
             d_head=6,
             layer_norm_eps=0.2,
-            **size,  # type: ignore[arg-type]
+            **size,
         )
         self.ln_final, self.unembed = nn.Module(), nn.Module()
         self.ln_final.w, self.ln_final.b = nn.Parameter(noise(D_MODEL, seed=41)), nn.Parameter(noise(D_MODEL, seed=42))

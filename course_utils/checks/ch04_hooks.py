@@ -1,3 +1,4 @@
+# ruff: noqa: N802 (check_MyHookPoint is named after its exercise)
 """Checks of chapter 04, seeing inside: a hook system written by hand, and attention rebuilt from a cache."""
 
 import inspect
@@ -63,7 +64,8 @@ FAILING = torch.tensor([[3, 0, 1]])
 
 def by_pytorch(hooks: Sequence[tuple[str, Fn]], tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """The oracle: PyTorch's own forward hooks, on the same model with identity layers. Output, and what was seen."""
-    model, seen = Watched(nn.Identity), {}
+    model = Watched(nn.Identity)
+    seen: dict[str, Tensor] = {}
 
     def keep(name: str) -> Fn:
         return lambda module, inputs, output: seen.__setitem__(name, output)
@@ -82,7 +84,8 @@ def check_MyHookPoint(cls: Any) -> None:
         raise CheckFailed(
             f"{name}: expected a class that inherits from nn.Module.\n  Next: keep the `class` line that was given."
         )
-    point, activation = cls(), noise(2, 5, 7).requires_grad_()
+    point: Any = cls()
+    activation = noise(2, 5, 7).requires_grad_()
     if not isinstance(getattr(point, "fns", None), list) or point.fns:
         raise CheckFailed(
             f"{name}: a new one should have `fns`, an empty list.\n  Next: keep the `__init__` that was given."
@@ -169,12 +172,12 @@ def _earlier(model: nn.Module, calls: list[str]) -> dict[str, list[Fn]]:
         return activation + 0.5
 
     for place, fn in (("blocks.0.hook_out", count), ("blocks.0.hook_out", raise_it), ("hook_end", count)):
-        model.get_submodule(place).fns.append(fn)  # type: ignore[union-attr]
+        model.get_submodule(place).fns.append(fn)
     return _attached(model)
 
 
 def _attached(model: nn.Module) -> dict[str, list[Fn]]:
-    return {name: list(model.get_submodule(name).fns) for name in POINTS}  # type: ignore[arg-type]
+    return {name: list(model.get_submodule(name).fns) for name in POINTS}
 
 
 EARLIER: list[tuple[str, Fn]] = [("blocks.0.hook_out", lambda activation: activation + 0.5)]
