@@ -92,6 +92,12 @@ def check_MyHookPoint(cls: Any) -> None:
         )
     with unchanged(name, activation=activation):
         compare(f"{name} without functions", point(activation), activation, VECTORS)
+    watched = [point.is_watched, [point.fns.append(print), point.is_watched][1]]
+    if watched != [False, True]:
+        raise CheckFailed(
+            f"{name}: `is_watched` is {watched[0]} without functions and {watched[1]} with one.\n"
+            "  Next: keep the one that was given."
+        )
     got: list[Tensor] = []
     double, shift, square = (lambda x: 2 * x), (lambda x: x + 1), (lambda x: x * x)
 

@@ -504,8 +504,6 @@ def check_top_predictions(fn: Fn) -> None:
         exps = [math.exp(value) for value in logits.tolist()]
         best, total, part = order[:k], sum(exps), sum(exps[token] for token in order[:k])
         columns: list[list[Any]] = [list(column) for column in zip(*actual, strict=True)] or [[]] * 4
-        for column in (2, 3):
-            columns[column] = [float(v) if isinstance(v, Tensor) and v.dim() == 0 else v for v in columns[column]]
         worst_first: list[int] = order[::-1][:k]
         agree(
             f"{name}: the tokens",
