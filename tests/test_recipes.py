@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from course_utils import pretrained
 from course_utils.config import TransformerConfig
 from course_utils.data import tales
+from course_utils.pretrained import load_pretrained, save_shipped, shipped_steps
 from solutions.recipes import stories
 from solutions.recipes.evaluation import behaviour, nats_per_story
 from solutions.recipes.tokenizer import END_OF_TEXT, train_tokenizer
@@ -71,6 +73,25 @@ def test_another_seed_gives_another_model(recipe, tokenizer, tmp_path: Path) -> 
     assert not torch.allclose(weights(first), weights(other))
 
 
+def test_snapshots_are_the_weights_on_the_way(recipe, tokenizer, tmp_path: Path, monkeypatch) -> None:
+    recipe = replace(recipe, snapshots=(0, 3, 6, 100))
+    model, history, _ = stories.train(recipe, tokenizer, tmp_path / "run", log_every=6)
+    snapshots = stories.load_snapshots(recipe, tmp_path / "run")
+    assert list(snapshots) == [0, 3, 6]
+    assert all(torch.equal(snapshots[6][name], weight) for name, weight in model.state_dict().items())
+    assert not torch.equal(snapshots[0]["embed.W_E"], snapshots[3]["embed.W_E"])
+    assert not list((tmp_path / "run").glob("*.partial"))
+    monkeypatch.setattr(pretrained, "MODELS", tmp_path / "models")
+    save_shipped(model, None, "tiny", {}, "", history, snapshots)
+    shipped = load_pretrained(stories.Transformer, "tiny", step=3)
+    assert shipped_steps("tiny") == [0, 3, 6]
+    for name, weight in shipped.state_dict().items():
+        torch.testing.assert_close(weight, snapshots[3][name], rtol=1e-3, atol=1e-6)
+    (tmp_path / "run/snapshot_3.pt").unlink()
+    with pytest.raises(SystemExit, match=r"lacks the snapshots of steps \[3\]"):
+        stories.load_snapshots(recipe, tmp_path / "run")
+
+
 def test_a_checkpoint_of_another_recipe_is_refused(recipe, tokenizer, tmp_path: Path) -> None:
     stories.train(recipe, tokenizer, tmp_path, log_every=6)
     with pytest.raises(SystemExit, match="belongs to another recipe"):
@@ -97,14 +118,14 @@ def test_learning_rate_rises_then_falls(recipe) -> None:
 
 
 def test_repeated_rows_repeat_what_they_hold(recipe, tokenizer) -> None:
-    recipe = replace(recipe, batch=8, repeated_share=0.5)
+    recipe = replace(recipe, batch=16, repeated_share=0.5)
     rows = stories.training_batch(tokenizer, recipe, step=3)
-    assert rows.shape == (8, recipe.cfg.n_ctx + 1)
-    periods = set()
-    for row in rows[4:, 1:]:
-        periods |= {next(p for p in range(8, len(row)) if torch.equal(row[p:], row[:-p]))}
-    assert len(periods) > 1 and max(periods) <= recipe.cfg.n_ctx // 2
-    assert (rows[:, 0] == tokenizer.bos_token_id).all() and (rows[4:, 1:] != tokenizer.bos_token_id).all()
+    assert rows.shape == (16, recipe.cfg.n_ctx + 1)
+    assert (rows[:, 0] == tokenizer.bos_token_id).all() and (rows[8:, 1:] != tokenizer.bos_token_id).all()
+    second_half = rows[8:, recipe.cfg.n_ctx // 2 + 1 :]
+    periods = {next((p for p in range(8, 79) if torch.equal(row[p:], row[:-p])), 0) for row in second_half}
+    assert len(periods) > 2 and max(periods) <= recipe.cfg.n_ctx // 2
+    assert len({len(row.unique()) for row in rows[8:]}) > 4
 
 
 def test_every_name_is_one_token_of_the_recipe_s_tokenizer() -> None:

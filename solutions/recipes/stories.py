@@ -50,22 +50,33 @@ class Recipe:
     warmup: int = 300
     weight_decay: float = 0.01
     init_std: float = 0.05
+    position_scale: float = 1.0  # how many times larger position embeddings begin
     clip: float = 1.0
     seed: int = 0
-    snapshots: tuple[int, ...] = ()  # after these steps the weights are kept, to show how the model came about
+    snapshots: tuple[int, ...] = ()  # after these steps the weights are kept, to show how the model came about; 0 too
 
 
 def repeated_rows(recipe: Recipe, step: int) -> Tensor:
     """Rows of n_ctx + 1 tokens: the first of the vocabulary, which is end-of-text, then random ones over and over.
 
-    What is repeated is from 8 to n_ctx / 2 tokens long, another length in each row: no distance gives the answer away.
+    What is repeated is at least 8 tokens long, another length in each row, and begins anywhere in the first half, after
+    other random tokens: no distance and no position gives the answer away. Each row draws from an alphabet of its own,
+    from 16 tokens to all of them: in a small one the same token comes several times with different successors, and only
+    a close look at the token before tells which place is meant.
     """
     cfg, generator = recipe.cfg, torch.Generator().manual_seed(recipe.seed * 100_000_000 + step)
+
+    def between(low: int, high: int) -> int:
+        return int(torch.randint(low, high + 1, (), generator=generator))
+
     rows = torch.zeros(round(recipe.batch * recipe.repeated_share), cfg.n_ctx + 1, dtype=torch.long)
     for row in rows:
-        period = int(torch.randint(8, cfg.n_ctx // 2 + 1, (), generator=generator))
-        once = torch.randint(1, cfg.d_vocab, (period,), generator=generator)
-        row[1:] = once.repeat(cfg.n_ctx // period + 1)[: cfg.n_ctx]
+        size = int(16 * ((cfg.d_vocab - 1) / 16) ** float(torch.rand((), generator=generator)))
+        alphabet = torch.randperm(cfg.d_vocab - 1, generator=generator)[:size] + 1
+        before = between(0, cfg.n_ctx // 2)
+        period = between(8, (cfg.n_ctx - before) // 2)
+        once = alphabet[torch.randint(size, (before + period,), generator=generator)]
+        row[1:] = torch.cat([once, once[before:].repeat(cfg.n_ctx // period)])[: cfg.n_ctx]
     return rows
 
 
@@ -115,19 +126,36 @@ def save_atomically(path: Path, state: dict[str, Any]) -> None:
     os.replace(partial, path)
 
 
+def snapshot_path(out: Path, step: int) -> Path:
+    """Where a run keeps the weights that it had after a step."""
+    return out / f"snapshot_{step}.pt"
+
+
+def load_snapshots(recipe: Recipe, out: Path) -> dict[int, dict[str, Tensor]]:
+    """The weights that a finished run kept on its way, by step."""
+    steps = [step for step in recipe.snapshots if step <= recipe.steps]
+    missing = [step for step in steps if not snapshot_path(out, step).exists()]
+    if missing:
+        raise SystemExit(f"{out} lacks the snapshots of steps {missing}; delete its checkpoint and train again.")
+    return {step: torch.load(snapshot_path(out, step), map_location="cpu", weights_only=True) for step in steps}
+
+
 def train(
     recipe: Recipe, tokenizer: Any, out: Path, device: str = "cpu", log_every: int = 100
 ) -> tuple[Transformer, list[dict], float]:
     """Train, or go on with training, and return the model, its history and the seconds it took.
 
-    The history holds, every `log_every` steps (and ten times as rarely after forty entries), the tokens seen, the training loss (nats per token) and the held-out
-    loss in nats per story, beside the grammar's entropy (no model can be better on average) and the grammar's own score
-    on the same held-out stories (which takes the luck of the draw out of the comparison).
+    The history holds, every `log_every` steps (and ten times as rarely after forty entries), the tokens seen, the
+    training loss (nats per token) and the held-out loss in nats per story, beside the grammar's entropy (no model can
+    be better on average) and the grammar's own score on the same held-out stories (which takes the luck of the draw
+    out of the comparison).
     """
     out.mkdir(parents=True, exist_ok=True)
     checkpoint = out / "checkpoint.pt"
     model = Transformer(recipe.cfg)
     init_weights(model, recipe.init_std, torch.Generator().manual_seed(recipe.seed))
+    with torch.no_grad():
+        model.pos_embed.W_pos.mul_(recipe.position_scale)
     model.to(device)
     optimizer = optimizer_for(model, recipe)
     history: list[dict] = []
@@ -143,6 +171,8 @@ def train(
         "grammar_nats_on_the_same_stories": round(grammar_nats_per_story(HELD_OUT_SEED, N_HELD_OUT), 3),
         "grammar_entropy_per_story": round(tales.GRAMMAR.entropy(), 3),
     }
+    if first == 0 and 0 in recipe.snapshots:
+        save_atomically(snapshot_path(out, 0), model.state_dict())
     began = time.perf_counter() - seconds
     recent: list[float] = []
     bar = tqdm(range(first, recipe.steps), initial=first, total=recipe.steps, desc=recipe.name, mininterval=5)
@@ -156,7 +186,7 @@ def train(
         optimizer.step()
         recent.append(loss.item())
         if step + 1 in recipe.snapshots:
-            torch.save(model.state_dict(), out / f"snapshot_{step + 1}.pt")
+            save_atomically(snapshot_path(out, step + 1), model.state_dict())
         if (step + 1) % (log_every if step < 40 * log_every else 10 * log_every) == 0 or step + 1 == recipe.steps:
             held_out = nats_per_story(model, tokenizer, HELD_OUT_SEED, N_HELD_OUT)
             entry = {
@@ -239,4 +269,5 @@ def main(recipe: Recipe, about: str, prose: str, tokenizer_of: str | None = None
     if options.ship:
         extra = {"tokenizer": tokenizer_of} if tokenizer_of else {}
         own = None if tokenizer_of else tokenizer
-        print("written to", save_shipped(model, own, recipe.name, {**front, **extra}, prose, history))
+        snapshots = load_snapshots(recipe, options.out)
+        print("written to", save_shipped(model, own, recipe.name, {**front, **extra}, prose, history, snapshots))
