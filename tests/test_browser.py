@@ -127,7 +127,7 @@ def test_the_heat_map_is_drawn(page: Any) -> None:
 
 def test_circuitsvis_is_drawn(page: Any) -> None:
     view = show(page, PATTERNS)
-    view.get_by_text("Hart").first.wait_for(timeout=30_000)
+    view.get_by_text("Head Selector").first.wait_for(timeout=30_000)
     canvases = view.locator("canvas")
     assert canvases.count() >= 4
     # something is on them: not every pixel is that of the corner
