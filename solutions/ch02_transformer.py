@@ -31,6 +31,8 @@ class LayerNorm(nn.Module):
 
     def forward(self, resid: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
         """Return the normalised vectors; the residual stream itself stays as it is."""
+        if not (self.hook_scale.is_watched or self.hook_normalized.is_watched):
+            return nn.functional.layer_norm(resid, self.w.shape, self.w, self.b, self.eps)  # the same steps in one
         centred = resid - resid.mean(dim=-1, keepdim=True)
         variance = centred.pow(2).mean(dim=-1, keepdim=True)
         scale = self.hook_scale((variance + self.eps).sqrt())
@@ -387,7 +389,7 @@ class RotaryAttention(Attention):
         self.hook_rot_q, self.hook_rot_k = HookPoint(), HookPoint()
 
     def forward(
-        self, resid: Float[Tensor, "batch pos d_model"], cache: KVCache | None = None
+        self, resid: Float[Tensor, "batch pos d_model"], cache: "KVCache | None" = None
     ) -> Float[Tensor, "batch pos d_model"]:
         """Return what this layer adds to the residual stream (not resid plus it)."""
         q = self.hook_q(project_heads(resid, self.W_Q, self.b_Q))
@@ -425,7 +427,7 @@ class ParallelBlock(TransformerBlock):
         del self.hook_resid_mid  # there is nothing in between
 
     def forward(
-        self, resid: Float[Tensor, "batch pos d_model"], cache: KVCache | None = None
+        self, resid: Float[Tensor, "batch pos d_model"], cache: "KVCache | None" = None
     ) -> Float[Tensor, "batch pos d_model"]:
         """Return the residual stream after this block; `cache` is handed on to attention."""
         resid_pre = self.hook_resid_pre(resid)
