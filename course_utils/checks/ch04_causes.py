@@ -58,12 +58,12 @@ def _run(model: SmallModel, tokens: Tensor, replaced: Callable[[int, Tensor], Te
 def _zs(
     model: SmallModel, tokens: Tensor, replaced: Callable[[int, Tensor], Tensor] = lambda layer, z: z
 ) -> list[Tensor]:
-    """Each layer's z, before it is replaced."""
+    """Each layer's z, as it goes on."""
     seen = []
 
     def note(layer: int, z: Tensor) -> Tensor:
-        seen.append(z)
-        return replaced(layer, z)
+        seen.append(replaced(layer, z))
+        return seen[-1]
 
     _run(model, tokens, note)
     return seen
@@ -149,9 +149,6 @@ def _wrong_stand_ins(kind: str, same_batch: bool) -> dict[str, StandIn]:
             "the mean is taken over the heads; take it over the batch.": lambda z, r: r.mean((0, 2))[
                 None, :, None
             ].expand_as(z),
-            "the mean is that of `tokens`; take it over `reference`.": lambda z, r: z.mean(0, keepdim=True).expand_as(
-                z
-            ),
             "the rows of the reference are summed; take their mean.": lambda z, r: r.sum(0, keepdim=True).expand_as(z),
             "only the first row of the reference is used; take the mean over its rows.": lambda z, r: r[:1].expand_as(
                 z
@@ -232,6 +229,9 @@ def _ablation_mistakes(
 
             return run(heads, KINDS[kind], _zs(model, reference, zeroed))
 
+        if kind == "mean":
+            hint = "the mean is that of `tokens`; take it over `reference`."
+            mistakes[hint] = lambda: run(heads, KINDS[kind], _zs(model, tokens))
         mistakes["the reference is run with heads ablated; there, nothing is."] = while_ablated
     return mistakes
 
