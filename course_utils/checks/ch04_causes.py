@@ -55,15 +55,13 @@ def _run(model: SmallModel, tokens: Tensor, replaced: Callable[[int, Tensor], Te
     return logits
 
 
-def _zs(
-    model: SmallModel, tokens: Tensor, replaced: Callable[[int, Tensor], Tensor] = lambda layer, z: z
-) -> list[Tensor]:
-    """Each layer's z, as it goes on."""
-    seen = []
+def _zs(model: SmallModel, tokens: Tensor) -> list[Tensor]:
+    """Each layer's z."""
+    seen: list[Tensor] = []
 
     def note(layer: int, z: Tensor) -> Tensor:
-        seen.append(replaced(layer, z))
-        return seen[-1]
+        seen.append(z)
+        return z
 
     _run(model, tokens, note)
     return seen
@@ -221,18 +219,9 @@ def _ablation_mistakes(
     mistakes |= {
         hint: partial(run, heads, stand_in, zs) for hint, stand_in in _wrong_stand_ins(kind, same_batch).items()
     }
-    if reference is not None and kind != "zero":
-
-        def while_ablated() -> Tensor:
-            def zeroed(layer: int, z: Tensor) -> Tensor:
-                return z * torch.tensor([float((layer, head) not in heads) for head in range(CFG.n_heads)])[:, None]
-
-            return run(heads, KINDS[kind], _zs(model, reference, zeroed))
-
-        if kind == "mean":
-            hint = "the mean is that of `tokens`; take it over `reference`."
-            mistakes[hint] = lambda: run(heads, KINDS[kind], _zs(model, tokens))
-        mistakes["the reference is run with heads ablated; there, nothing is."] = while_ablated
+    if kind == "mean":
+        hint = "the mean is that of `tokens`; take it over `reference`."
+        mistakes[hint] = lambda: run(heads, KINDS[kind], _zs(model, tokens))
     return mistakes
 
 
