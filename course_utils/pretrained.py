@@ -2,11 +2,13 @@
 
 A shipped model is a folder in `course_utils/models` that holds `model.safetensors`, `config.json` (the fields of
 `TransformerConfig`), `card.md` (front matter with the weights' SHA-256, then prose), `history.json` (how training went)
-and, unless the card names another model's, a tokenizer. Nothing here ever unpickles a file.
+and, unless the card names another model's, a tokenizer. Where the card has a SHA-256 for them, `snapshots` holds the
+weights after some steps of training, in half the precision. Nothing here ever unpickles a file.
 """
 
 import hashlib
 import json
+import shutil
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
@@ -21,6 +23,7 @@ from course_utils.config import TransformerConfig
 
 MODELS = Path(__file__).parent / "models"
 WEIGHTS = "model.safetensors"
+SNAPSHOT_KEY = "sha256_step_"  # and the step: what the card calls the checksum of a snapshot
 HUB = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2")
 
 StateDict = Mapping[str, Tensor]
@@ -40,6 +43,7 @@ def load_pretrained(
     device: torch.device | str | None = None,
     convert: Convert | None = None,
     download: bool = False,
+    step: int | None = None,
 ) -> Any:
     """A `ModelClass(cfg)` with trained weights, in evaluation mode, with its `tokenizer` and `cfg` as attributes.
 
@@ -47,13 +51,16 @@ def load_pretrained(
     `GPT2LMHeadModel.save_pretrained` wrote. A hub model is read from the local cache of `transformers`; only with
     `download=True` is it fetched, once, when it is not there (GPT-2 small is half a gigabyte). For hub models and
     folders `convert(state_dict, cfg)` renames the weights; without it, the `convert_gpt2_weights` that stands beside
-    `ModelClass` does.
-    Raises PretrainedError for an unknown name, a damaged file, weights that do not fit, and for a hub model that is
-    neither cached nor, with `download=True`, within reach.
+    `ModelClass` does. With `step` the weights are those that a shipped model had after so many steps of training, kept
+    as float16 and here float32 again; `shipped_steps(name)` says which there are.
+    Raises PretrainedError for an unknown name or step, a damaged file, weights that do not fit, and for a hub model
+    that is neither cached nor, with `download=True`, within reach.
     """
     if name in _shipped_names():
-        cfg, weights = _read_shipped(name)
+        cfg, weights = _read_shipped(name, step)
         tokenizer = shipped_tokenizer(name)
+    elif step is not None:
+        raise PretrainedError(f"{name} has no snapshots of its training: only models that ship with the course do.")
     else:
         cfg, weights, tokenizer = _read_gpt2(name, ModelClass, convert, download)
     model: Any = ModelClass(cfg)
@@ -68,6 +75,14 @@ def load_pretrained(
 def shipped_models() -> list[dict[str, str]]:
     """The front matter of every shipped model's card, sorted by name; `name` is always there."""
     return [_card(name) for name in _shipped_names()]
+
+
+def shipped_steps(name: str) -> list[int]:
+    """The steps of its training after which a shipped model's weights were kept, for `load_pretrained(..., step=...)`.
+
+    The finished model is not among them; a model without snapshots has none.
+    """
+    return sorted(int(key.removeprefix(SNAPSHOT_KEY)) for key in _card(_known(name)) if key.startswith(SNAPSHOT_KEY))
 
 
 def shipped_tokenizer(name: str) -> Any:
@@ -86,12 +101,19 @@ def load_history(name: str) -> Any:
 
 
 def save_shipped(
-    model: Any, tokenizer: Any, name: str, card: Mapping[str, object], prose: str, history: object
+    model: Any,
+    tokenizer: Any,
+    name: str,
+    card: Mapping[str, object],
+    prose: str,
+    history: object,
+    snapshots: Mapping[int, StateDict] | None = None,
 ) -> Path:
     """Write a trained model (a module with a `cfg`) as a shipped one, and return its folder: what the recipes end with.
 
-    `card` becomes the front matter: one short value per key, to which `name` and `sha256` are added. With a tokenizer
-    of None the card may name the model that has it: `{"tokenizer": "tales"}`.
+    `card` becomes the front matter: one short value per key, to which `name` and every file's SHA-256 are added. With
+    a tokenizer of None the card may name the model that has it: `{"tokenizer": "tales"}`. `snapshots` are state dicts
+    from before, by step; they are written as float16 and replace those of a model that shipped under this name.
     """
     from safetensors.torch import save_file
 
@@ -100,11 +122,18 @@ def save_shipped(
     # clone: safetensors refuses tensors that share memory, and keeps their order
     weights = {key: value.detach().cpu().clone().contiguous() for key, value in model.state_dict().items()}
     save_file(weights, folder / WEIGHTS)
+    shutil.rmtree(folder / "snapshots", ignore_errors=True)
+    checksums = {}
+    for step, state in sorted((snapshots or {}).items()):
+        path = folder / _snapshot(step)
+        path.parent.mkdir(exist_ok=True)
+        save_file({key: value.detach().cpu().half().clone().contiguous() for key, value in state.items()}, path)
+        checksums[f"{SNAPSHOT_KEY}{step}"] = _sha256(path)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     _write(folder / "config.json", json.dumps(asdict(model.cfg), indent=2))
     _write(folder / "history.json", json.dumps(history))
-    front = {"name": name, **card, "sha256": _sha256(folder / WEIGHTS)}
+    front = {"name": name, **card, "sha256": _sha256(folder / WEIGHTS), **checksums}
     lines = [f"{key}: {value}" for key, value in front.items()]
     if any("\n" in line for line in lines):
         raise ValueError("save_shipped: every value in the card must fit on one line; longer text belongs in `prose`.")
@@ -147,26 +176,43 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _read_shipped(name: str) -> tuple[TransformerConfig, StateDict]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load
+def _snapshot(step: int) -> str:
+    return f"snapshots/step_{step:05}.safetensors"
 
-    path = MODELS / name / WEIGHTS
-    repair = "Get the file again: `git restore` in a clone, else reinstall the course."
-    if not path.exists():
-        raise PretrainedError(f"{name}: {WEIGHTS} is missing. {repair}")
-    content = path.read_bytes()  # read once, so that what was verified is what gets loaded
-    if hashlib.sha256(content).hexdigest() != _card(name).get("sha256"):
-        raise PretrainedError(f"{name}: {WEIGHTS} is damaged or was changed, its SHA-256 is not the card's. {repair}")
-    try:
-        weights = load(content)
-    except SafetensorError as error:
-        raise PretrainedError(f"{name}: {WEIGHTS} is no safetensors file ({error}). {repair}") from None
+
+def _read_shipped(name: str, step: int | None = None) -> tuple[TransformerConfig, StateDict]:
+    """The config of a shipped model and its weights, in the end or after a step of its training."""
+    if step is not None and step not in shipped_steps(name):
+        steps = ", ".join(map(str, shipped_steps(name))) or "none"
+        raise PretrainedError(f"{name}: no weights were kept after step {step}; there are those after: {steps}.")
+    weights = (
+        _read_weights(name, WEIGHTS, "sha256")
+        if step is None
+        else _read_weights(name, _snapshot(step), f"{SNAPSHOT_KEY}{step}")
+    )
     values = json.loads((MODELS / name / "config.json").read_text(encoding="utf-8"))
     surplus = values.keys() - {field.name for field in fields(TransformerConfig)}
     if surplus:
         raise PretrainedError(f"{name}: config.json has fields that this course does not know: {sorted(surplus)}.")
-    return TransformerConfig(**values), weights
+    return TransformerConfig(**values), {key: value.float() for key, value in weights.items()}
+
+
+def _read_weights(name: str, file: str, checksum: str) -> StateDict:
+    """The tensors in a file of a shipped model, if it is the one whose SHA-256 the card gives under `checksum`."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    path = MODELS / name / file
+    repair = "Get the file again: `git restore` in a clone, else reinstall the course."
+    if not path.exists():
+        raise PretrainedError(f"{name}: {file} is missing. {repair}")
+    content = path.read_bytes()  # read once, so that what was verified is what gets loaded
+    if hashlib.sha256(content).hexdigest() != _card(name).get(checksum):
+        raise PretrainedError(f"{name}: {file} is damaged or was changed, its SHA-256 is not the card's. {repair}")
+    try:
+        return load(content)
+    except SafetensorError as error:
+        raise PretrainedError(f"{name}: {file} is no safetensors file ({error}). {repair}") from None
 
 
 # --- GPT-2 through transformers -----------------------------------------------------------------------------------

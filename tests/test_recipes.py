@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from course_utils import pretrained
 from course_utils.config import TransformerConfig
 from course_utils.data import tales
+from course_utils.pretrained import load_pretrained, save_shipped, shipped_steps
 from solutions.recipes import stories
 from solutions.recipes.evaluation import behaviour, nats_per_story
 from solutions.recipes.tokenizer import END_OF_TEXT, train_tokenizer
@@ -69,6 +71,25 @@ def test_another_seed_gives_another_model(recipe, tokenizer, tmp_path: Path) -> 
     other, _, _ = stories.train(replace(recipe, seed=1), tokenizer, tmp_path / "1", log_every=6)
     assert torch.equal(weights(first), weights(again))
     assert not torch.allclose(weights(first), weights(other))
+
+
+def test_snapshots_are_the_weights_on_the_way(recipe, tokenizer, tmp_path: Path, monkeypatch) -> None:
+    recipe = replace(recipe, snapshots=(0, 3, 6, 100))
+    model, history, _ = stories.train(recipe, tokenizer, tmp_path / "run", log_every=6)
+    snapshots = stories.load_snapshots(recipe, tmp_path / "run")
+    assert list(snapshots) == [0, 3, 6]
+    assert all(torch.equal(snapshots[6][name], weight) for name, weight in model.state_dict().items())
+    assert not torch.equal(snapshots[0]["embed.W_E"], snapshots[3]["embed.W_E"])
+    assert not list((tmp_path / "run").glob("*.partial"))
+    monkeypatch.setattr(pretrained, "MODELS", tmp_path / "models")
+    save_shipped(model, None, "tiny", {}, "", history, snapshots)
+    shipped = load_pretrained(stories.Transformer, "tiny", step=3)
+    assert shipped_steps("tiny") == [0, 3, 6]
+    for name, weight in shipped.state_dict().items():
+        torch.testing.assert_close(weight, snapshots[3][name], rtol=1e-3, atol=1e-6)
+    (tmp_path / "run/snapshot_3.pt").unlink()
+    with pytest.raises(SystemExit, match=r"lacks the snapshots of steps \[3\]"):
+        stories.load_snapshots(recipe, tmp_path / "run")
 
 
 def test_a_checkpoint_of_another_recipe_is_refused(recipe, tokenizer, tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ class Recipe:
     init_std: float = 0.05
     clip: float = 1.0
     seed: int = 0
-    snapshots: tuple[int, ...] = ()  # after these steps the weights are kept, to show how the model came about
+    snapshots: tuple[int, ...] = ()  # after these steps the weights are kept, to show how the model came about; 0 too
 
 
 def repeated_rows(recipe: Recipe, step: int) -> Tensor:
@@ -115,14 +115,29 @@ def save_atomically(path: Path, state: dict[str, Any]) -> None:
     os.replace(partial, path)
 
 
+def snapshot_path(out: Path, step: int) -> Path:
+    """Where a run keeps the weights that it had after a step."""
+    return out / f"snapshot_{step}.pt"
+
+
+def load_snapshots(recipe: Recipe, out: Path) -> dict[int, dict[str, Tensor]]:
+    """The weights that a finished run kept on its way, by step."""
+    steps = [step for step in recipe.snapshots if step <= recipe.steps]
+    missing = [step for step in steps if not snapshot_path(out, step).exists()]
+    if missing:
+        raise SystemExit(f"{out} lacks the snapshots of steps {missing}; delete its checkpoint and train again.")
+    return {step: torch.load(snapshot_path(out, step), map_location="cpu", weights_only=True) for step in steps}
+
+
 def train(
     recipe: Recipe, tokenizer: Any, out: Path, device: str = "cpu", log_every: int = 100
 ) -> tuple[Transformer, list[dict], float]:
     """Train, or go on with training, and return the model, its history and the seconds it took.
 
-    The history holds, every `log_every` steps (and ten times as rarely after forty entries), the tokens seen, the training loss (nats per token) and the held-out
-    loss in nats per story, beside the grammar's entropy (no model can be better on average) and the grammar's own score
-    on the same held-out stories (which takes the luck of the draw out of the comparison).
+    The history holds, every `log_every` steps (and ten times as rarely after forty entries), the tokens seen, the
+    training loss (nats per token) and the held-out loss in nats per story, beside the grammar's entropy (no model can
+    be better on average) and the grammar's own score on the same held-out stories (which takes the luck of the draw
+    out of the comparison).
     """
     out.mkdir(parents=True, exist_ok=True)
     checkpoint = out / "checkpoint.pt"
@@ -143,6 +158,8 @@ def train(
         "grammar_nats_on_the_same_stories": round(grammar_nats_per_story(HELD_OUT_SEED, N_HELD_OUT), 3),
         "grammar_entropy_per_story": round(tales.GRAMMAR.entropy(), 3),
     }
+    if first == 0 and 0 in recipe.snapshots:
+        save_atomically(snapshot_path(out, 0), model.state_dict())
     began = time.perf_counter() - seconds
     recent: list[float] = []
     bar = tqdm(range(first, recipe.steps), initial=first, total=recipe.steps, desc=recipe.name, mininterval=5)
@@ -156,7 +173,7 @@ def train(
         optimizer.step()
         recent.append(loss.item())
         if step + 1 in recipe.snapshots:
-            torch.save(model.state_dict(), out / f"snapshot_{step + 1}.pt")
+            save_atomically(snapshot_path(out, step + 1), model.state_dict())
         if (step + 1) % (log_every if step < 40 * log_every else 10 * log_every) == 0 or step + 1 == recipe.steps:
             held_out = nats_per_story(model, tokenizer, HELD_OUT_SEED, N_HELD_OUT)
             entry = {
@@ -239,4 +256,5 @@ def main(recipe: Recipe, about: str, prose: str, tokenizer_of: str | None = None
     if options.ship:
         extra = {"tokenizer": tokenizer_of} if tokenizer_of else {}
         own = None if tokenizer_of else tokenizer
-        print("written to", save_shipped(model, own, recipe.name, {**front, **extra}, prose, history))
+        snapshots = load_snapshots(recipe, options.out)
+        print("written to", save_shipped(model, own, recipe.name, {**front, **extra}, prose, history, snapshots))

@@ -19,6 +19,7 @@ from course_utils.pretrained import (
     load_pretrained,
     save_shipped,
     shipped_models,
+    shipped_steps,
     shipped_tokenizer,
 )
 
@@ -106,7 +107,12 @@ def test_tied_and_transposed_weights_can_be_saved(shipped: Bigram) -> None:
 
 def test_the_real_models_are_intact() -> None:
     for card in shipped_models():
-        assert pretrained._sha256(pretrained.MODELS / card["name"] / pretrained.WEIGHTS) == card["sha256"]
+        folder = pretrained.MODELS / card["name"]
+        assert pretrained._sha256(folder / pretrained.WEIGHTS) == card["sha256"]
+        files = {pretrained._snapshot(step): step for step in shipped_steps(card["name"])}
+        assert {f"snapshots/{path.name}" for path in folder.glob("snapshots/*")} == set(files)
+        for file, step in files.items():
+            assert pretrained._sha256(folder / file) == card[f"sha256_step_{step}"]
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "empty", "missing"])
@@ -152,6 +158,60 @@ def test_an_unknown_name_is_told_the_nearest(shipped: Bigram) -> None:
             attempt()
     with pytest.raises(PretrainedError, match=r"There is no folder \./pair"):
         load_pretrained(Bigram, "./pair")
+
+
+@pytest.fixture
+def snapshots(shipped: Bigram) -> dict[int, dict[str, Tensor]]:
+    """`grown` ships with what it was after three steps; numbers with few digits survive float16."""
+    states = {step: {"W_E": torch.full((11, 4), step / 8), "W_U": torch.randn(4, 11)} for step in (40, 5, 12000)}
+    save_shipped(shipped, None, "grown", {"tokenizer": "pair"}, "", [], states)
+    return states
+
+
+def test_snapshots_come_back_by_step(shipped: Bigram, snapshots: dict[int, dict[str, Tensor]]) -> None:
+    assert shipped_steps("grown") == [5, 40, 12000] and shipped_steps("pair") == []
+    assert torch.equal(load_pretrained(Bigram, "grown").W_E, shipped.W_E)
+    for step, state in snapshots.items():
+        model = load_pretrained(Bigram, "grown", step=step)
+        assert model.W_E.dtype == torch.float32 and not model.training and model.cfg == CFG
+        assert torch.equal(model.W_E, state["W_E"])
+        assert torch.equal(model.W_U, state["W_U"].half().float()) and not torch.equal(model.W_U, state["W_U"])
+        assert model.tokenizer("once upon").input_ids == [1, 2]
+    save_shipped(shipped, None, "grown", {}, "", [], {7: snapshots[5]})
+    assert shipped_steps("grown") == [7]
+    assert [path.name for path in (pretrained.MODELS / "grown/snapshots").iterdir()] == ["step_00007.safetensors"]
+
+
+def test_a_step_that_was_not_kept_is_refused(snapshots: dict[int, dict[str, Tensor]]) -> None:
+    with pytest.raises(PretrainedError, match=r"grown: no weights were kept after step 6; .* after: 5, 40, 12000\."):
+        load_pretrained(Bigram, "grown", step=6)
+    with pytest.raises(PretrainedError, match=r"pair: no weights .* after: none\."):
+        load_pretrained(Bigram, "pair", step=0)
+    with pytest.raises(PretrainedError, match=r"gpt2 has no snapshots"):
+        load_pretrained(Bigram, "gpt2", step=5)
+    with pytest.raises(PretrainedError, match="There is no model 'groan'"):
+        shipped_steps("groan")
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "another step", "missing", "pickle"])
+def test_damaged_snapshots_are_refused(snapshots: dict[int, dict[str, Tensor]], damage: str) -> None:
+    path, other = (pretrained.MODELS / "grown" / pretrained._snapshot(step) for step in (40, 5))
+    content, before = path.read_bytes(), pretrained._sha256(path)
+    words = "is damaged or was changed"
+    if damage == "missing":
+        path.unlink()
+        words = "is missing"
+    elif damage == "pickle":
+        torch.save(snapshots[40], path)
+        card = pretrained.MODELS / "grown/card.md"
+        card.write_text(card.read_text().replace(before, pretrained._sha256(path)))
+        words = "is no safetensors file"
+    else:
+        flipped = content[:-1] + bytes([content[-1] ^ 1])
+        path.write_bytes({"truncate": content[:-8], "flip": flipped, "another step": other.read_bytes()}[damage])
+    with pytest.raises(PretrainedError, match=rf"grown: snapshots/step_00040.safetensors {words}.*Get the file again"):
+        load_pretrained(Bigram, "grown", step=40)
+    assert torch.equal(load_pretrained(Bigram, "grown", step=5).W_E, snapshots[5]["W_E"])
 
 
 # --- GPT-2 --------------------------------------------------------------------------------------------------------
