@@ -58,6 +58,31 @@ def heatmap(
     return figure
 
 
+def heatmaps(tables: Mapping[str, Tensor], *, x: str, y: str, title: str, signed: bool = True) -> Figure:
+    """Several matrices side by side, in the same colours, each under its name; otherwise as `heatmap`."""
+    import plotly.graph_objects as go
+    from plotly.subplots import make_subplots
+
+    values = [_numbers(table, 2, "heatmaps") for table in tables.values()]
+    largest = max((float(table.nan_to_num().abs().max()) for table in values if table.numel()), default=0.0)
+    colours = {"colorscale": "RdBu", "cmin": -(largest or 1.0), "cmax": largest or 1.0}
+    if not signed:
+        if any((table < 0).any() for table in values):
+            raise ValueError("heatmaps: some values are negative; signed=False is for probabilities and other sizes.")
+        colours = {"colorscale": "Blues", "cmin": 0.0, "cmax": max(1.0, largest)}
+    names = [escape(name) for name in tables]
+    figure = make_subplots(1, len(tables), subplot_titles=names, horizontal_spacing=0.25 / len(tables))
+    for column, table in enumerate(values, start=1):
+        hover = f"{escape(y)} %{{y}}, {escape(x)} %{{x}}: %{{z:.4g}}<extra></extra>"
+        figure.add_trace(go.Heatmap(z=table.numpy(), coloraxis="coloraxis", hovertemplate=hover), 1, column)
+        for update, n in ((figure.update_yaxes, table.shape[0]), (figure.update_xaxes, table.shape[1])):
+            update(_axis(None, n), showgrid=False, zeroline=False, row=1, col=column)
+    _label(figure, x, y, title)
+    figure.update_yaxes(autorange="reversed")
+    figure.update_yaxes(title=None, selector=lambda axis: axis.anchor != "x")  # only the first needs its name
+    return figure.update_layout(coloraxis=colours, margin={"t": 90, "b": 60})
+
+
 def line(
     values: Tensor | Mapping[str, Tensor], *, x: str, y: str, title: str, x_values: Tensor | None = None
 ) -> Figure:
