@@ -763,10 +763,11 @@ def check_random_composition_baseline(fn: Fn) -> None:
     """Its size and its spread, which rotations decide; and where the random numbers come from."""
     name = "random_composition_baseline"
     model = SmallModel(CFG)
-    weights = weights_of(model)
-    with torch.no_grad():  # nearly of rank one: reading for queries and keys; writing is left as it is
+    with torch.no_grad():  # QK nearly of rank one, OV with equal singular values: their scores spread differently
         for block in model.blocks:
             block.attn.W_Q[:, :, 1:] *= 0.02
+            block.attn.W_O.copy_(torch.linalg.qr(block.attn.W_O.mT).Q.mT)
+            block.attn.W_V.copy_(block.attn.W_O.mT)
     weights = weights_of(model)
 
     def draw(kind: str, n: int, seed: int) -> Any:
