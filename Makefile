@@ -8,7 +8,7 @@ TORCH ?=#  a build of PyTorch other than the platform's default: cpu (Linux's de
 ARGS ?=#   passed on, as in: make lab ARGS="--no-browser --port 8899"
 
 help:  ## what can be made
-	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' Makefile
+	@sed -n 's/^\([a-z-]*\):.*## /make \1\t/p' Makefile
 
 lab: $(VENV)/.core  ## set up, copy missing chapters into work/ and open JupyterLab there
 	@$(BIN)/course lab $(ARGS)
@@ -16,6 +16,9 @@ lab: $(VENV)/.core  ## set up, copy missing chapters into work/ and open Jupyter
 test: $(VENV)/.test  ## set up, run the whole suite, then every cell of the solution notebooks
 	$(BIN)/python -m pytest $(ARGS)
 	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout 600 solutions/*.ipynb
+
+test-browser: $(VENV)/.browser  ## see in a real browser, without network, that pictures are drawn (needs Debian's chromium)
+	$(BIN)/python -m pytest -m browser tests/test_browser.py $(ARGS)
 
 # Without the suite's options: the shape checks at every call would be timed too.
 bench: $(VENV)/.test  ## measure speed against transformers and torch, and print the ratios
@@ -32,8 +35,9 @@ format: $(VENV)/.test  ## put the code into the one format
 
 setup: $(VENV)/.test  ## only the environment, with what the tests need
 
-# Installs again only when a requirement or a pin is newer than the stamp. The extra `test` includes the core.
-$(VENV)/.core $(VENV)/.test: pyproject.toml constraints.txt
+# Installs again only when a requirement or a pin is newer than the stamp. Each includes the one before: the core, the
+# extra `test`, the extra `browser`.
+$(VENV)/.core $(VENV)/.test $(VENV)/.browser: pyproject.toml constraints.txt
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { \
 	  for python in $(PYTHON) python3 python3.13 python3.12 python3.11; do \
 	    if $$python -c 'import sys, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; then \
@@ -45,7 +49,7 @@ $(VENV)/.core $(VENV)/.test: pyproject.toml constraints.txt
 	  exit 1; }
 	@echo "Installing into $(VENV): some minutes the first time."
 	@$(if $(TORCH),$(BIN)/python -m pip install --no-deps --index-url https://download.pytorch.org/whl/$(TORCH) -c constraints.txt torch)
-	@$(BIN)/python -m pip install -c constraints.txt -e '.$(if $(filter %.test,$@),[test])'
-	@touch $(VENV)/.core $@
+	@$(BIN)/python -m pip install -c constraints.txt -e '.$(if $(filter %.test,$@),[test])$(if $(filter %.browser,$@),[test,browser])'
+	@touch $(VENV)/.core $(if $(filter %.browser,$@),$(VENV)/.test) $@
 
-.PHONY: help lab test bench lint format setup
+.PHONY: help lab test test-browser bench lint format setup

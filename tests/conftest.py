@@ -128,6 +128,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--notebook", type=Path, help="check this notebook instead of the reference solutions")
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests in a browser run only where `-m` names them: they need chromium, and the extra `browser`."""
+    if "browser" not in config.getoption("markexpr"):
+        left_out = [item for item in items if item.get_closest_marker("browser")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
 @pytest.fixture
 def small_course(tmp_path: Path) -> Path:
     """The root of a course with one chapter of two exercises, not built yet."""

@@ -118,14 +118,14 @@ def test_learning_rate_rises_then_falls(recipe) -> None:
 
 
 def test_repeated_rows_repeat_what_they_hold(recipe, tokenizer) -> None:
-    recipe = replace(recipe, batch=8, repeated_share=0.5)
+    recipe = replace(recipe, batch=16, repeated_share=0.5)
     rows = stories.training_batch(tokenizer, recipe, step=3)
-    assert rows.shape == (8, recipe.cfg.n_ctx + 1)
-    periods = set()
-    for row in rows[4:, 1:]:
-        periods |= {next(p for p in range(8, len(row)) if torch.equal(row[p:], row[:-p]))}
-    assert len(periods) > 1 and max(periods) <= recipe.cfg.n_ctx // 2
-    assert (rows[:, 0] == tokenizer.bos_token_id).all() and (rows[4:, 1:] != tokenizer.bos_token_id).all()
+    assert rows.shape == (16, recipe.cfg.n_ctx + 1)
+    assert (rows[:, 0] == tokenizer.bos_token_id).all() and (rows[8:, 1:] != tokenizer.bos_token_id).all()
+    second_half = rows[8:, recipe.cfg.n_ctx // 2 + 1 :]
+    periods = {next((p for p in range(8, 79) if torch.equal(row[p:], row[:-p])), 0) for row in second_half}
+    assert len(periods) > 2 and max(periods) <= recipe.cfg.n_ctx // 2
+    assert len({len(row.unique()) for row in rows[8:]}) > 4
 
 
 def test_every_name_is_one_token_of_the_recipe_s_tokenizer() -> None:

@@ -50,6 +50,7 @@ class Recipe:
     warmup: int = 300
     weight_decay: float = 0.01
     init_std: float = 0.05
+    position_scale: float = 1.0  # how many times larger position embeddings begin
     clip: float = 1.0
     seed: int = 0
     snapshots: tuple[int, ...] = ()  # after these steps the weights are kept, to show how the model came about; 0 too
@@ -58,14 +59,24 @@ class Recipe:
 def repeated_rows(recipe: Recipe, step: int) -> Tensor:
     """Rows of n_ctx + 1 tokens: the first of the vocabulary, which is end-of-text, then random ones over and over.
 
-    What is repeated is from 8 to n_ctx / 2 tokens long, another length in each row: no distance gives the answer away.
+    What is repeated is at least 8 tokens long, another length in each row, and begins anywhere in the first half, after
+    other random tokens: no distance and no position gives the answer away. Each row draws from an alphabet of its own,
+    from 16 tokens to all of them: in a small one the same token comes several times with different successors, and only
+    a close look at the token before tells which place is meant.
     """
     cfg, generator = recipe.cfg, torch.Generator().manual_seed(recipe.seed * 100_000_000 + step)
+
+    def between(low: int, high: int) -> int:
+        return int(torch.randint(low, high + 1, (), generator=generator))
+
     rows = torch.zeros(round(recipe.batch * recipe.repeated_share), cfg.n_ctx + 1, dtype=torch.long)
     for row in rows:
-        period = int(torch.randint(8, cfg.n_ctx // 2 + 1, (), generator=generator))
-        once = torch.randint(1, cfg.d_vocab, (period,), generator=generator)
-        row[1:] = once.repeat(cfg.n_ctx // period + 1)[: cfg.n_ctx]
+        size = int(16 * ((cfg.d_vocab - 1) / 16) ** float(torch.rand((), generator=generator)))
+        alphabet = torch.randperm(cfg.d_vocab - 1, generator=generator)[:size] + 1
+        before = between(0, cfg.n_ctx // 2)
+        period = between(8, (cfg.n_ctx - before) // 2)
+        once = alphabet[torch.randint(size, (before + period,), generator=generator)]
+        row[1:] = torch.cat([once, once[before:].repeat(cfg.n_ctx // period)])[: cfg.n_ctx]
     return rows
 
 
@@ -143,6 +154,8 @@ def train(
     checkpoint = out / "checkpoint.pt"
     model = Transformer(recipe.cfg)
     init_weights(model, recipe.init_std, torch.Generator().manual_seed(recipe.seed))
+    with torch.no_grad():
+        model.pos_embed.W_pos.mul_(recipe.position_scale)
     model.to(device)
     optimizer = optimizer_for(model, recipe)
     history: list[dict] = []

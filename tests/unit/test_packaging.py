@@ -25,6 +25,7 @@ def requirements(lines: list[str]) -> dict[str, SpecifierSet]:
 
 CORE = requirements(PYPROJECT["project"]["dependencies"])
 TEST = requirements(PYPROJECT["project"]["optional-dependencies"]["test"])
+BROWSER = requirements(PYPROJECT["project"]["optional-dependencies"]["browser"])
 
 
 def constraints() -> dict[str, SpecifierSet]:
@@ -54,7 +55,7 @@ def imported(folder: str) -> set[str]:
 def test_constraints_pin_every_requirement_exactly_and_within_its_range() -> None:
     pins = constraints()
     assert {str(pin)[:2] for pin in pins.values()} == {"=="}
-    for name, allowed in (CORE | TEST).items():
+    for name, allowed in (CORE | TEST | BROWSER).items():
         version = str(pins[name]).removeprefix("==")
         assert version in allowed, f"{name}: constraints.txt has {version}, pyproject.toml asks for {allowed}"
 
@@ -69,7 +70,7 @@ def test_environment_names_the_same_packages_and_ranges() -> None:
     assert environment == CORE | TEST
 
 
-@pytest.mark.parametrize("name", sorted(CORE | TEST))
+@pytest.mark.parametrize("name", sorted(CORE | TEST | BROWSER))
 def test_every_requirement_says_why(name: str) -> None:
     lines = (ROOT / "pyproject.toml").read_text(encoding="utf-8").splitlines()
     (line,) = [line for line in lines if re.match(rf'\s+"{name}[<>=]', line)]
@@ -78,14 +79,15 @@ def test_every_requirement_says_why(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("folder", "declared"),
-    [("course_utils", CORE), ("solutions", CORE), ("tests", CORE | TEST), ("benchmarks", CORE | TEST)],
+    [("course_utils", CORE), ("solutions", CORE), ("tests", CORE | TEST | BROWSER), ("benchmarks", CORE | TEST)],
 )
 def test_every_import_is_declared(folder: str, declared: dict[str, SpecifierSet]) -> None:
     distributions = packages_distributions()
     missing = {
         module
         for module in imported(folder)
-        if not {canonicalize_name(name) for name in distributions.get(module, [])} & set(declared)
+        # an extra that is not installed goes by the name of its module
+        if not {canonicalize_name(name) for name in distributions.get(module, [module])} & set(declared)
     }
     assert not missing, f"{folder} imports {sorted(missing)}: declare them in pyproject.toml"
 

@@ -32,6 +32,21 @@ def test_probabilities_run_from_0_to_1() -> None:
         plots.heatmap(MATRIX, x="key", y="query", title="Pattern", signed=False)
 
 
+def test_heatmaps_stand_side_by_side_in_the_same_colours() -> None:
+    tables = {"small": MATRIX.abs() / 100, "large <b>": torch.ones(2, 4)}
+    figure = plots.heatmaps(tables, x="head", y="layer", title="Scores", signed=False)
+    assert [tuple(picture.z.shape) for picture in figure.data] == [(3, 5), (2, 4)]
+    assert {picture.coloraxis for picture in figure.data} == {"coloraxis"}
+    assert (figure.layout.coloraxis.cmin, figure.layout.coloraxis.cmax) == (0, 1)
+    assert [note.text for note in figure.layout.annotations] == ["small", "large &lt;b&gt;"]
+    assert figure.layout.xaxis2.title.text == "head" and figure.layout.yaxis.title.text == "layer"
+    assert figure.layout.yaxis2.title.text is None and figure.layout.yaxis2.autorange == "reversed"
+    signed = plots.heatmaps({"a": MATRIX, "b": 2 * MATRIX}, x="a", y="b", title="c").layout.coloraxis
+    assert (signed.cmin, signed.cmax) == (-20, 20)
+    with pytest.raises(ValueError, match="some values are negative"):
+        plots.heatmaps({"a": MATRIX}, x="a", y="b", title="c", signed=False)
+
+
 def test_masked_scores_stay_blank_and_do_not_spoil_the_scale() -> None:
     scores = MATRIX.masked_fill(torch.ones(3, 5).triu(1).bool(), -torch.inf)
     picture = plots.heatmap(scores, x="key", y="query", title="Scores").data[0]
