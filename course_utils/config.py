@@ -3,26 +3,36 @@
 from dataclasses import dataclass
 from typing import Literal
 
+CHOICES = {
+    "act": ("gelu_new", "gelu", "relu"),
+    "normalization": ("LN", "none"),
+    "positions": ("learned", "rotary"),
+}
+
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """The shape of a transformer: GPT-2, the models that ship, and toy models alike.
+    """The shape of a transformer: GPT-2, Pythia, the models that ship, and toy models alike.
 
     `d_head * n_heads` is usually `d_model`, but need not be. Raises ValueError, naming the field, for a size that is
-    not a positive integer or an unknown choice.
+    not a positive integer, an unknown choice, or fields that do not go together.
     """
 
     d_vocab: int
-    n_ctx: int  # the longest sequence that has position embeddings
+    n_ctx: int  # the longest sequence: so many position embeddings there are, or room in a key-value cache
     n_layers: int
     n_heads: int
     d_model: int
     d_head: int
     d_mlp: int = 0  # 0 only where attn_only
     attn_only: bool = False  # blocks without an MLP
-    act: Literal["gelu_new", "relu"] = "gelu_new"
+    act: Literal["gelu_new", "gelu", "relu"] = "gelu_new"  # "gelu" is the exact one
     normalization: Literal["LN", "none"] = "LN"
     layer_norm_eps: float = 1e-5
+    positions: Literal["learned", "rotary"] = "learned"  # a table added to the embeddings, or turned queries and keys
+    rotary_dim: int = 0  # how many coordinates of a query or key are turned; 0 only where positions are learned
+    rotary_base: float = 10000.0
+    parallel: bool = False  # attention and MLP of a block read the same stream, as in Pythia
 
     def __post_init__(self) -> None:
         sizes = ["d_vocab", "n_ctx", "n_layers", "n_heads", "d_model", "d_head"] + ["d_mlp"] * (not self.attn_only)
@@ -30,6 +40,24 @@ class TransformerConfig:
             value = getattr(self, field)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"TransformerConfig: {field} must be a positive integer, got {value!r}.")
-        for field, choices in {"act": ("gelu_new", "relu"), "normalization": ("LN", "none")}.items():
+        for field, choices in CHOICES.items():
             if getattr(self, field) not in choices:
                 raise ValueError(f"TransformerConfig: {field} must be one of {choices}, got {getattr(self, field)!r}.")
+        self._check_rotary()
+        if self.parallel and self.attn_only:
+            raise ValueError("TransformerConfig: parallel is about attention and MLP, and attn_only has no MLP.")
+
+    def _check_rotary(self) -> None:
+        n_turned = self.rotary_dim
+        if self.positions == "learned":
+            if n_turned:
+                raise ValueError(f'TransformerConfig: rotary_dim {n_turned} needs positions="rotary".')
+            return
+        whole = isinstance(n_turned, int) and not isinstance(n_turned, bool)
+        if not whole or n_turned % 2 or not 0 < n_turned <= self.d_head:
+            raise ValueError(
+                f"TransformerConfig: rotary_dim must be even, above 0 and at most d_head = {self.d_head}, "
+                f"got {n_turned!r}."
+            )
+        if not self.rotary_base > 0:
+            raise ValueError(f"TransformerConfig: rotary_base must be positive, got {self.rotary_base!r}.")

@@ -259,21 +259,26 @@ def mine(chapter: str, reference: type) -> type:
     """The learner's own class of that name if its checks pass, otherwise the reference; prints one line saying which.
 
     The class is looked for in the chapter's notebook in `work/`. Its checks are that of the class itself and those of
-    every exercise of the chapter that its code uses.
+    every exercise of the chapter that its code uses. A part that is not written yet may be missing where the class
+    passes without it: a GPT-2 needs no `RotaryAttention`.
     """
     verify_solutions()
     name = reference.__name__
     try:
-        own = checked(chapter, name)
+        own, unwritten = checked(chapter, name)
     except CourseError as error:
         print(f"{name}: the reference ({error})")
         return reference
-    print(f"{name}: yours, from chapter {chapter}")
+    without = f"; not written yet: {', '.join(unwritten)}" if unwritten else ""
+    print(f"{name}: yours, from chapter {chapter}{without}")
     return own
 
 
-def checked(chapter: str, name: str) -> type:
-    """The learner's object if it and all exercises that it uses are right, else CourseError with the reason."""
+def checked(chapter: str, name: str) -> tuple[type, list[str]]:
+    """The learner's object, and which of the exercises that its code names are not written and were not missed.
+
+    Raises CourseError, with the reason, where it or an exercise that it uses is wrong, or one that it needs unwritten.
+    """
     from course_utils.checks import CheckFailed, NotWritten, check, find_checks
 
     paths = sorted(work_folder().glob(f"{chapter}_*.ipynb"))
@@ -286,12 +291,16 @@ def checked(chapter: str, name: str) -> type:
         new = module.__reads__.get(waiting.pop(), set()) - used
         used |= new
         waiting += new
+    unwritten: list[str] = []
     for symbol in [*(s for s in symbols if s in used and s != name), name]:
         try:
             with contextlib.redirect_stdout(io.StringIO()):
                 check(exercise(module, symbol), symbol)
-        except NotWritten:
-            raise CourseError(f"yours needs {symbol}, which is not written yet") from None
+        except NotWritten as error:
+            unwritten.append(symbol)
+            if symbol == name:
+                needed = [s for s in unwritten if f"`{s}`" in str(error)] or unwritten
+                raise CourseError(f"yours needs {needed[0]}, which is not written yet") from None
         except CheckFailed as error:
             raise CourseError(f"yours does not pass: {str(error).splitlines()[0]}") from None
-    return getattr(module, name)
+    return getattr(module, name), unwritten

@@ -1,4 +1,4 @@
-"""Trained weights for a transformer, whoever wrote its class: models that ship with the course, and GPT-2 from the hub.
+"""Trained weights for a transformer, whoever wrote its class: models that ship, and GPT-2 and Pythia from the hub.
 
 A shipped model is a folder in `course_utils/models` that holds `model.safetensors`, `config.json` (the fields of
 `TransformerConfig`), `card.md` (front matter with the weights' SHA-256, then prose), `history.json` (how training went)
@@ -11,7 +11,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from course_utils.config import TransformerConfig
+from course_utils.config import CHOICES, TransformerConfig
 
 MODELS = Path(__file__).parent / "models"
 WEIGHTS = "model.safetensors"
 SNAPSHOT_KEY = "sha256_step_"  # and the step: what the card calls the checksum of a snapshot
-HUB = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2")
+PYTHIA_SIZES = ("14m", "31m", "70m", "160m", "410m", "1b", "1.4b", "2.8b")  # larger ones do not fit into a laptop
+HUB = (
+    *("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2"),
+    *(f"EleutherAI/pythia-{size}" for size in PYTHIA_SIZES),
+    *(f"EleutherAI/pythia-{size}-deduped" for size in PYTHIA_SIZES[2:]),
+)
 
 StateDict = Mapping[str, Tensor]
 Convert = Callable[[dict[str, Tensor], TransformerConfig], StateDict]
@@ -47,12 +52,13 @@ def load_pretrained(
 ) -> Any:
     """A `ModelClass(cfg)` with trained weights, in evaluation mode, with its `tokenizer` and `cfg` as attributes.
 
-    `name` is a shipped model ("tales"), a GPT-2 of the Hugging Face hub ("gpt2"), or a folder that
-    `GPT2LMHeadModel.save_pretrained` wrote. A hub model is read from the local cache of `transformers`; only with
-    `download=True` is it fetched, once, when it is not there (GPT-2 small is half a gigabyte). For hub models and
-    folders `convert(state_dict, cfg)` renames the weights; without it, the `convert_gpt2_weights` that stands beside
-    `ModelClass` does. With `step` the weights are those that a shipped model had after so many steps of training, kept
-    as float16 and here float32 again; `shipped_steps(name)` says which there are.
+    `name` is a shipped model ("tales"), a GPT-2 or Pythia of the Hugging Face hub ("gpt2", "EleutherAI/pythia-70m"),
+    or a folder that `save_pretrained` of transformers wrote for such a model. A hub model is read from the local cache
+    of `transformers`; only with `download=True` is it fetched, once, when it is not there (GPT-2 small is half a
+    gigabyte). For hub models and folders `convert(state_dict, cfg)` renames the weights; without it, the
+    `convert_gpt2_weights` or `convert_neox_weights` that stands beside `ModelClass` does. With `step` the weights are
+    those that a shipped model had after so many steps of training, kept as float16 and here float32 again;
+    `shipped_steps(name)` says which there are.
     Raises PretrainedError for an unknown name or step, a damaged file, weights that do not fit, and for a hub model
     that is neither cached nor, with `download=True`, within reach.
     """
@@ -62,7 +68,7 @@ def load_pretrained(
     elif step is not None:
         raise PretrainedError(f"{name} has no snapshots of its training: only models that ship with the course do.")
     else:
-        cfg, weights, tokenizer = _read_gpt2(name, ModelClass, convert, download)
+        cfg, weights, tokenizer = _read_hub(name, ModelClass, convert, download)
     model: Any = ModelClass(cfg)
     _fit(model, weights, name)
     model.cfg, model.tokenizer = cfg, tokenizer
@@ -160,7 +166,7 @@ def _unknown(name: str) -> PretrainedError:
     nearest = ", ".join(get_close_matches(name, known, n=3, cutoff=0.0))
     return PretrainedError(
         f"There is no model {name!r}. The nearest are: {nearest}; "
-        "a folder written by GPT2LMHeadModel.save_pretrained will do too."
+        "a folder that save_pretrained of transformers wrote for a GPT-2 or a Pythia will do too."
     )
 
 
@@ -215,22 +221,33 @@ def _read_weights(name: str, file: str, checksum: str) -> StateDict:
         raise PretrainedError(f"{name}: {file} is no safetensors file ({error}). {repair}") from None
 
 
-# --- GPT-2 through transformers -----------------------------------------------------------------------------------
+# --- GPT-2 and Pythia through transformers ------------------------------------------------------------------------
 
 
-def _converter_beside(ModelClass: object) -> Convert:
-    """The `convert_gpt2_weights` of the module, or of the notebook, in which the class is defined."""
+@dataclass(frozen=True)
+class Family:
+    """A kind of hub model that our transformer computes: what transformers calls it, and how to translate it."""
+
+    model_class: str
+    converter: str  # the function that a learner writes
+    whose: str
+    cfg: Callable[[Any, str], TransformerConfig]
+    leftovers: tuple[str, ...]  # masks and tables, which old files store among the weights
+
+
+def _converter_beside(ModelClass: object, family: Family) -> Convert:
+    """The converter of the module, or of the notebook, in which the class is defined."""
     module = sys.modules.get(getattr(ModelClass, "__module__", ""))
-    convert = getattr(module, "convert_gpt2_weights", None)
+    convert = getattr(module, family.converter, None)
     if convert is None:
         raise PretrainedError(
-            f"GPT-2's weights have other names than yours: write convert_gpt2_weights(state_dict, cfg) where "
+            f"{family.whose} weights have other names than yours: write {family.converter}(state_dict, cfg) where "
             f"{getattr(ModelClass, '__name__', ModelClass)} is defined (chapter 02), or hand one in as convert=..."
         )
     return convert
 
 
-def _read_gpt2(
+def _read_hub(
     name: str, ModelClass: object, convert: Convert | None, download: bool
 ) -> tuple[TransformerConfig, StateDict, Any]:
     is_folder = Path(name).is_dir()
@@ -238,16 +255,19 @@ def _read_gpt2(
         raise PretrainedError(f"There is no folder {name}.")
     if not is_folder and name not in HUB and "/" not in name:
         raise _unknown(name)
-    convert = convert or _converter_beside(ModelClass)
+    import transformers
     from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoTokenizer, GPT2LMHeadModel
 
     try:
-        hf_cfg = AutoConfig.from_pretrained(name, local_files_only=not download)
-        if hf_cfg.model_type != "gpt2":
-            raise PretrainedError(f"{name} is a {hf_cfg.model_type} model; this course loads GPT-2 and its own.")
-        cfg = _gpt2_config(hf_cfg, name)
-        hf_model, report = GPT2LMHeadModel.from_pretrained(
+        hf_cfg = transformers.AutoConfig.from_pretrained(name, local_files_only=not download)
+        family = FAMILIES.get(hf_cfg.model_type)
+        if family is None:
+            raise PretrainedError(
+                f"{name} is a {hf_cfg.model_type} model; this course loads GPT-2, Pythia and its own."
+            )
+        cfg = family.cfg(hf_cfg, name)
+        convert = convert or _converter_beside(ModelClass, family)
+        hf_model, report = getattr(transformers, family.model_class).from_pretrained(
             name,
             use_safetensors=True,
             ignore_mismatched_sizes=True,
@@ -255,7 +275,9 @@ def _read_gpt2(
             local_files_only=not download,
         )
         has_tokenizer = not is_folder or _has_tokenizer(Path(name))
-        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=not download) if has_tokenizer else None
+        tokenizer = None
+        if has_tokenizer:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(name, local_files_only=not download)
     except SafetensorError as error:
         raise PretrainedError(f"{name}: the weights are damaged ({error}); download them again.") from None
     except (OSError, ValueError, RuntimeError) as error:
@@ -267,9 +289,7 @@ def _read_gpt2(
         keys = {
             key if isinstance(key, str) else key[0] for key in report[f"{what}_keys"]
         }  # mismatched: with the shapes
-        keys = {
-            key for key in keys if not key.endswith((".attn.bias", ".attn.masked_bias"))
-        }  # old files store the mask
+        keys = {key for key in keys if not key.endswith(family.leftovers)}
         if keys:
             complaints.append(f"{what}: {_some(keys)}")
     if complaints:
@@ -287,8 +307,8 @@ def _out_of_reach(name: str, is_folder: bool, download: bool, error: Exception) 
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if is_folder:
         return PretrainedError(
-            f"{name} cannot be read ({reason}); it must hold config.json and {WEIGHTS}, as "
-            "GPT2LMHeadModel.save_pretrained writes them (older .bin files are pickles and are never opened)."
+            f"{name} cannot be read ({reason}); it must hold config.json and {WEIGHTS}, as save_pretrained of "
+            "transformers writes them (older .bin files are pickles and are never opened)."
         )
     if not download:
         return PretrainedError(
@@ -301,10 +321,14 @@ def _out_of_reach(name: str, is_folder: bool, download: bool, error: Exception) 
     )
 
 
+def _known_act(act: str, name: str) -> Any:
+    if act not in CHOICES["act"]:
+        raise PretrainedError(f"{name} uses the activation {act!r}; ours are {', '.join(CHOICES['act'])}.")
+    return act
+
+
 def _gpt2_config(hf_cfg: Any, name: str) -> TransformerConfig:
     """The same shape in our words; refuses the variants of GPT-2 that our transformer does not compute."""
-    if hf_cfg.activation_function not in ("gelu_new", "relu"):
-        raise PretrainedError(f"{name} uses the activation {hf_cfg.activation_function!r}; ours are gelu_new and relu.")
     if hf_cfg.scale_attn_by_inverse_layer_idx or not hf_cfg.scale_attn_weights:
         raise PretrainedError(f"{name} scales its attention scores unlike GPT-2, which our transformer does not.")
     return TransformerConfig(
@@ -315,9 +339,55 @@ def _gpt2_config(hf_cfg: Any, name: str) -> TransformerConfig:
         d_model=hf_cfg.n_embd,
         d_head=hf_cfg.n_embd // hf_cfg.n_head,
         d_mlp=hf_cfg.n_inner or 4 * hf_cfg.n_embd,
-        act=hf_cfg.activation_function,
+        act=_known_act(hf_cfg.activation_function, name),
         layer_norm_eps=hf_cfg.layer_norm_epsilon,
     )
+
+
+def _neox_config(hf_cfg: Any, name: str) -> TransformerConfig:
+    """The same shape in our words; refuses the variants of GPT-NeoX that our transformer does not compute."""
+    if not getattr(hf_cfg, "attention_bias", True):
+        raise PretrainedError(f"{name} has no biases in its attention, unlike Pythia and our transformer.")
+    rope = getattr(hf_cfg, "rope_parameters", None)
+    if rope is None:  # transformers before version 5
+        rope = {"rope_theta": hf_cfg.rotary_emb_base, "partial_rotary_factor": hf_cfg.rotary_pct}
+        rope |= getattr(hf_cfg, "rope_scaling", None) or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        raise PretrainedError(f"{name} stretches its rotary positions ({kind!r}), which our transformer does not.")
+    d_head = hf_cfg.hidden_size // hf_cfg.num_attention_heads
+    rotary_dim = int(d_head * rope["partial_rotary_factor"])
+    if rotary_dim < 2 or rotary_dim % 2:
+        raise PretrainedError(f"{name} turns {rotary_dim} coordinates of each query and key; ours come in pairs.")
+    return TransformerConfig(
+        d_vocab=hf_cfg.vocab_size,
+        n_ctx=hf_cfg.max_position_embeddings,
+        n_layers=hf_cfg.num_hidden_layers,
+        n_heads=hf_cfg.num_attention_heads,
+        d_model=hf_cfg.hidden_size,
+        d_head=d_head,
+        d_mlp=hf_cfg.intermediate_size,
+        act=_known_act(hf_cfg.hidden_act, name),
+        layer_norm_eps=hf_cfg.layer_norm_eps,
+        positions="rotary",
+        rotary_dim=rotary_dim,
+        rotary_base=float(rope["rope_theta"]),
+        parallel=hf_cfg.use_parallel_residual,
+    )
+
+
+FAMILIES = {
+    "gpt2": Family(
+        "GPT2LMHeadModel", "convert_gpt2_weights", "GPT-2's", _gpt2_config, (".attn.bias", ".attn.masked_bias")
+    ),
+    "gpt_neox": Family(
+        "GPTNeoXForCausalLM",
+        "convert_neox_weights",
+        "Pythia's",
+        _neox_config,
+        (".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq"),
+    ),
+}
 
 
 # --- fitting weights into a model ---------------------------------------------------------------------------------

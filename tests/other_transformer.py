@@ -105,13 +105,18 @@ class MLP(nn.Module):
         self.W_out = nn.Parameter(torch.empty(cfg.d_mlp, cfg.d_model).normal_())
         self.b_in = nn.Parameter(torch.zeros(cfg.d_mlp))
         self.b_out = nn.Parameter(torch.zeros(cfg.d_model))
-        self.relu = cfg.act == "relu"
+        self.act = cfg.act
         self.hook_pre, self.hook_post = HookPoint(), HookPoint()
 
     def forward(self, resid):
         neurons = self.hook_pre(F.linear(resid, self.W_in.mT, self.b_in))
-        neurons = self.hook_post(neurons.clamp(min=0) if self.relu else gelu_new(neurons))
+        neurons = self.hook_post(self.bend(neurons))
         return F.linear(neurons, self.W_out.mT, self.b_out)
+
+    def bend(self, neurons):
+        if self.act == "gelu":
+            return neurons * (1 + torch.erf(neurons / 2**0.5)) / 2
+        return neurons.clamp(min=0) if self.act == "relu" else gelu_new(neurons)
 
 
 class TransformerBlock(nn.Module):
@@ -121,7 +126,7 @@ class TransformerBlock(nn.Module):
         def norm():
             return LayerNorm(cfg) if cfg.normalization == "LN" else nn.Identity()
 
-        self.attn, self.ln1 = Attention(cfg), norm()
+        self.attn, self.ln1 = {"learned": Attention, "rotary": RotaryAttention}[cfg.positions](cfg), norm()
         hooks = ["resid_pre", "attn_out", "resid_post"]
         if not cfg.attn_only:
             self.mlp, self.ln2 = MLP(cfg), norm()
@@ -157,15 +162,17 @@ class Transformer(nn.Module):
         self.ln_final = LayerNorm(cfg) if cfg.normalization == "LN" else nn.Identity()
         self.blocks = nn.ModuleList()
         for layer in range(cfg.n_layers):
-            self.blocks.append(TransformerBlock(cfg))
+            self.blocks.append((ParallelBlock if cfg.parallel else TransformerBlock)(cfg))
             self.blocks[layer].attn.layer = layer
-        self.pos_embed, self.embed = PosEmbed(cfg), Embed(cfg)
-        self.hook_embed, self.hook_pos_embed = HookPoint(), HookPoint()
+        self.embed, self.hook_embed = Embed(cfg), HookPoint()
+        if cfg.positions == "learned":
+            self.pos_embed, self.hook_pos_embed = PosEmbed(cfg), HookPoint()
 
     def forward(self, tokens, cache=None):
         start = cache.length if cache is not None else 0
-        positions = self.hook_pos_embed(self.pos_embed(tokens, offset=start))
-        stream = positions + self.hook_embed(self.embed(tokens))
+        stream = self.hook_embed(self.embed(tokens))
+        if self.cfg.positions == "learned":
+            stream = self.hook_pos_embed(self.pos_embed(tokens, offset=start)) + stream
         for layer in range(len(self.blocks)):
             stream = self.blocks[layer](stream, cache=cache)
         return self.unembed(self.ln_final(stream))
@@ -217,6 +224,113 @@ def convert_gpt2_weights(state_dict, cfg):
                 heads = third.split(cfg.d_head, dim=-1)
                 ours[f"{prefix}attn.{kind}_{letter}"] = torch.stack(heads)
     return ours
+
+
+def apply_rotary(x, positions, rotary_dim, base):
+    """Pairs as complex numbers: turning is multiplication."""
+    turning, still = x[..., :rotary_dim], x[..., rotary_dim:]
+    exponents = torch.arange(0, rotary_dim, 2, device=x.device, dtype=torch.float64) / rotary_dim
+    angles = torch.outer(positions.double(), torch.exp(-exponents * torch.log(torch.tensor(float(base)))))
+    turn = torch.polar(torch.ones_like(angles), angles).unsqueeze(1)
+    pairs = torch.view_as_complex(turning.double().unflatten(-1, (2, -1)).transpose(-1, -2).contiguous())
+    turned = torch.view_as_real(pairs * turn).transpose(-1, -2).flatten(-2)
+    return torch.cat([turned.to(x.dtype), still], dim=-1)
+
+
+class RotaryAttention(Attention):
+    def __init__(self, cfg: TransformerConfig) -> None:
+        super().__init__(cfg)
+        self.rotary = {"rotary_dim": cfg.rotary_dim, "base": cfg.rotary_base}
+        self.hook_rot_k, self.hook_rot_q = HookPoint(), HookPoint()
+
+    def forward(self, resid, cache=None):
+        n_old = cache.length if cache is not None else 0
+        positions = torch.arange(resid.size(1), device=resid.device) + n_old
+        v, k, q = (getattr(self, f"hook_{letter.lower()}")(self.view(letter, resid)) for letter in "VKQ")
+        k = self.hook_rot_k(apply_rotary(k, positions, **self.rotary))
+        q = self.hook_rot_q(apply_rotary(q, positions, **self.rotary))
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)
+        scores = causal_mask(attention_scores(q, k))
+        pattern = self.hook_pattern(self.hook_attn_scores(scores).softmax(dim=-1))
+        z = self.hook_z((pattern @ v.transpose(1, 2)).transpose(1, 2))
+        heads = [z[:, :, head] @ W for head, W in enumerate(self.W_O)]
+        if self.hook_result.is_watched:
+            heads = self.hook_result(torch.stack(heads, dim=2)).unbind(2)
+        return torch.stack(list(heads)).sum(0) + self.b_O
+
+
+class ParallelBlock(TransformerBlock):
+    def __init__(self, cfg: TransformerConfig) -> None:
+        super().__init__(cfg)
+        del self.hook_resid_mid
+
+    def forward(self, resid, cache=None):
+        resid = self.hook_resid_pre(resid)
+        neurons = self.hook_mlp_out(self.mlp(self.ln2(resid)))
+        return self.hook_resid_post(neurons + self.hook_attn_out(self.attn(self.ln1(resid), cache=cache)) + resid)
+
+
+def convert_neox_weights(state_dict, cfg):
+    ours = {}
+    vectors = {
+        "input_layernorm": "ln1",
+        "post_attention_layernorm": "ln2",
+        "final_layer_norm": "ln_final",
+    }
+    for name, weight in state_dict.items():
+        name = name.removeprefix("gpt_neox.")
+        prefix = ""
+        if name.startswith("layers."):
+            _, layer, name = name.split(".", 2)
+            prefix = f"blocks.{layer}."
+        owner, _, kind = name.rpartition(".")
+        symbol = "W" if kind == "weight" else "b"
+        if owner in vectors:
+            ours[f"{prefix}{vectors[owner]}.{symbol.lower()}"] = weight
+        elif owner == "attention.query_key_value":
+            for rows in weight.chunk(cfg.n_heads):
+                for letter, part in zip("QKV", rows.chunk(3), strict=True):
+                    ours.setdefault(f"{prefix}attn.{symbol}_{letter}", []).append(part.T if symbol == "W" else part)
+        elif owner == "attention.dense":
+            dense = weight if symbol == "b" else torch.stack(weight.T.split(cfg.d_head))
+            ours[f"{prefix}attn.{symbol}_O"] = dense
+        elif owner in ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"):
+            direction = "in" if owner.endswith("4h") else "out"
+            ours[f"{prefix}mlp.{symbol}_{direction}"] = weight if symbol == "b" else weight.mT.contiguous()
+        elif owner == "embed_in":
+            ours["embed.W_E"] = weight
+        elif owner in ("lm_head", "embed_out"):
+            ours["unembed.W_U"] = weight.t().contiguous()
+            ours["unembed.b_U"] = torch.zeros_like(weight[:, 0])
+    return {name: torch.stack(weight) if isinstance(weight, list) else weight for name, weight in ours.items()}
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, cfg: TransformerConfig) -> None:
+        super().__init__()
+        self.w, self.epsilon = nn.Parameter(torch.ones(cfg.d_model)), cfg.layer_norm_eps
+        self.hook_normalized, self.hook_scale = HookPoint(), HookPoint()
+
+    def forward(self, resid):
+        norm = torch.linalg.vector_norm(resid, dim=-1, keepdim=True)
+        scale = self.hook_scale(torch.sqrt(norm**2 / resid.size(-1) + self.epsilon))
+        return self.w * self.hook_normalized(resid * scale.reciprocal())
+
+
+class GatedMLP(nn.Module):
+    def __init__(self, cfg: TransformerConfig) -> None:
+        super().__init__()
+        for name in ("W_gate", "W_in"):
+            self.register_parameter(name, nn.Parameter(torch.empty(cfg.d_model, cfg.d_mlp).normal_()))
+        self.W_out = nn.Parameter(torch.empty(cfg.d_mlp, cfg.d_model).normal_())
+        for name in ("hook_pre", "hook_pre_linear", "hook_post"):
+            setattr(self, name, HookPoint())
+
+    def forward(self, resid):
+        gate, up = (resid @ torch.cat([self.W_gate, self.W_in], dim=1)).chunk(2, dim=-1)
+        gate = self.hook_pre(gate)
+        return F.linear(self.hook_post(self.hook_pre_linear(up) * gate * gate.sigmoid()), self.W_out.mT)
 
 
 def greedy(logits):

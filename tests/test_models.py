@@ -31,7 +31,7 @@ def model(request) -> Transformer:
 
 def test_the_models_are_those_of_the_recipes() -> None:
     cards = {card["name"]: card for card in shipped_models()}
-    assert set(cards) == set(RECIPES)
+    assert set(cards) == {*RECIPES, "reverse-increment"}  # which has a test file of its own
     for name, recipe in RECIPES.items():
         shipped = load_pretrained(Transformer, name)
         assert shipped.cfg == recipe.cfg

@@ -1,10 +1,11 @@
-"""A GPT-2 that spells everything out, slowly: what the checks of chapter 02 compare with.
+"""A GPT-2, or a Pythia, that spells everything out, slowly: what the checks of chapter 02 compare with.
 
 Each function returns what every hook point sees, by name and in order, and last the "output". `replaced` gives the
 tensors that hooks put in the place of what was computed. Written for reading, apart from the reference solution.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -33,8 +34,26 @@ def layer_norm(weights: Weights, resid: Tensor, eps: float, replaced: Weights | 
     return seen
 
 
-def attention(weights: Weights, resid: Tensor, replaced: Weights | None = None) -> Seen:
-    """Visit every sequence, head and position; a query sees the keys up to its own position."""
+def rotated(x: Tensor, positions: Sequence[int], rotary_dim: int, base: float) -> Tensor:
+    """Visit every position and pair of coordinates, and turn the pair by its angle."""
+    half = rotary_dim // 2
+    out = x.clone()
+    for place, position in enumerate(positions):
+        for first in range(half):
+            angle = position / base ** (2 * first / rotary_dim)
+            a, b = x[:, place, :, first], x[:, place, :, first + half]
+            out[:, place, :, first] = a * math.cos(angle) - b * math.sin(angle)
+            out[:, place, :, first + half] = a * math.sin(angle) + b * math.cos(angle)
+    return out
+
+
+def attention(
+    weights: Weights, resid: Tensor, replaced: Weights | None = None, rotary: tuple[int, float] | None = None
+) -> Seen:
+    """Visit every sequence, head and position; a query sees the keys up to its own position.
+
+    `rotary` holds rotary_dim and base, for models that turn their queries and keys.
+    """
     replaced = replaced or {}
     n_batch, n_pos, d_model = resid.shape
     n_heads, d_head = weights["b_Q"].shape
@@ -47,6 +66,9 @@ def attention(weights: Weights, resid: Tensor, replaced: Weights | None = None) 
         hook = f"hook_{letter.lower()}"
         seen[hook] = replaced.get(hook, vectors)
     q, k, v = seen["hook_q"], seen["hook_k"], seen["hook_v"]
+    if rotary:
+        q = seen["hook_rot_q"] = replaced.get("hook_rot_q", rotated(q, positions, *rotary))
+        k = seen["hook_rot_k"] = replaced.get("hook_rot_k", rotated(k, positions, *rotary))
 
     scores = resid.new_full((n_batch, n_heads, n_pos, n_pos), -torch.inf)
     for row in rows:
@@ -82,26 +104,29 @@ def mlp(weights: Weights, resid: Tensor, act: str, replaced: Weights | None = No
     replaced = replaced or {}
     seen = {"hook_pre": replaced.get("hook_pre", F.linear(resid, weights["W_in"].T, weights["b_in"]))}
     pre = seen["hook_pre"]
-    post = F.relu(pre) if act == "relu" else F.gelu(pre, approximate="tanh")
+    post = F.relu(pre) if act == "relu" else F.gelu(pre, approximate="tanh" if act == "gelu_new" else "none")
     seen["hook_post"] = replaced.get("hook_post", post)
     seen["output"] = F.linear(seen["hook_post"], weights["W_out"].T, weights["b_out"])
     return seen
 
 
 def block(weights: Weights, cfg: TransformerConfig, resid: Tensor) -> Seen:
-    """Attention adds to the stream, then the MLP does."""
+    """Attention adds to the stream, then the MLP does; in parallel, both read what came in."""
     seen: Seen = {"hook_resid_pre": resid}
 
     def run(owner: str, inner: Seen) -> Tensor:
         seen.update({f"{owner}.{name}": tensor for name, tensor in inner.items() if name != "output"})
         return inner["output"]
 
+    rotary = (cfg.rotary_dim, cfg.rotary_base) if cfg.positions == "rotary" else None
     normed = run("ln1", layer_norm(part(weights, "ln1"), resid, cfg.layer_norm_eps))
-    seen["hook_attn_out"] = run("attn", attention(part(weights, "attn"), normed))
-    resid = resid + seen["hook_attn_out"]
+    seen["hook_attn_out"] = run("attn", attention(part(weights, "attn"), normed, rotary=rotary))
+    resid_pre, resid = resid, resid + seen["hook_attn_out"]
     if not cfg.attn_only:
-        seen["hook_resid_mid"] = resid
-        normed = run("ln2", layer_norm(part(weights, "ln2"), resid, cfg.layer_norm_eps))
+        if not cfg.parallel:
+            seen["hook_resid_mid"] = resid
+        read = resid_pre if cfg.parallel else resid
+        normed = run("ln2", layer_norm(part(weights, "ln2"), read, cfg.layer_norm_eps))
         seen["hook_mlp_out"] = run("mlp", mlp(part(weights, "mlp"), normed, cfg.act))
         resid = resid + seen["hook_mlp_out"]
     seen["hook_resid_post"] = resid
@@ -111,9 +136,11 @@ def block(weights: Weights, cfg: TransformerConfig, resid: Tensor) -> Seen:
 def transformer(weights: Weights, cfg: TransformerConfig, tokens: Tensor) -> Seen:
     """The whole model on tokens that begin at position 0; "output" holds the logits."""
     embedded = torch.stack([torch.stack([weights["embed.W_E"][t] for t in row]) for row in tokens])
-    positions = weights["pos_embed.W_pos"][: tokens.shape[1]].expand_as(embedded)
-    seen: Seen = {"hook_embed": embedded, "hook_pos_embed": positions}
-    resid = embedded + positions
+    seen: Seen = {"hook_embed": embedded}
+    resid = embedded
+    if cfg.positions == "learned":
+        seen["hook_pos_embed"] = weights["pos_embed.W_pos"][: tokens.shape[1]].expand_as(embedded)
+        resid = embedded + seen["hook_pos_embed"]
     for layer in range(cfg.n_layers):
         inner = block(part(weights, f"blocks.{layer}"), cfg, resid)
         resid = inner.pop("output")

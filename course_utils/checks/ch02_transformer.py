@@ -28,7 +28,12 @@ from course_utils.checks.drawing import (
     sorted_nucleus,
     with_first,
 )
-from course_utils.checks.gpt2_weights import CONVERTED_AXES, conversion_mistakes, converted_by_columns, gpt2_state_dict
+from course_utils.checks.gpt2_weights import (
+    check_converted,
+    conversion_mistakes,
+    converted_by_columns,
+    gpt2_state_dict,
+)
 from course_utils.checks.modules import (
     Oracle,
     Toy,
@@ -743,36 +748,15 @@ def check_convert_gpt2_weights(fn: Callable[..., Any]) -> None:
     """Every entry, put together column by column from a state dict with GPT-2's names."""
     cfg = TransformerConfig(d_vocab=13, n_ctx=9, n_layers=2, n_heads=3, d_model=12, d_head=4, d_mlp=11)
     theirs = gpt2_state_dict(cfg)
-    with unchanged("convert_gpt2_weights", **theirs):
-        n_entries = len(theirs)
-        ours = fn(theirs, cfg)
-        if len(theirs) != n_entries:
-            raise CheckFailed(
-                "convert_gpt2_weights: it added or removed entries of the dict that it was given.\n"
-                "  Next: put what you return into a new dict."
-            )
-    if not isinstance(ours, Mapping):
-        got = "None" if ours is None else f"a {type(ours).__name__}"
-        raise CheckFailed(f"convert_gpt2_weights: expected a dict, got {got}.\n  Next: return the new dict.")
     expected = converted_by_columns(theirs, cfg)
-    for what, names in (
-        ("has no entry", [n for n in expected if n not in ours]),
-        ("has an entry that our Transformer does not know,", [n for n in ours if n not in expected]),
-    ):
-        if names:
-            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-            raise CheckFailed(
-                f"convert_gpt2_weights: the result {what} `{names[0]}`{more}.\n"
-                "  Next: compare with the names in Transformer(cfg).state_dict()."
-            )
-    for name, weight in expected.items():
-        axes = CONVERTED_AXES[name.split(".")[-1]]
-        mistakes = conversion_mistakes(name, theirs, expected, cfg)
-        compare(f"convert_gpt2_weights: `{name}`", ours[name], weight, axes, mistakes)
-    doubled = fn({name: tensor.double() for name, tensor in theirs.items()}, cfg)
-    for name, weight in expected.items():
-        axes = CONVERTED_AXES[name.split(".")[-1]]
-        compare(f"convert_gpt2_weights: `{name}` from float64", doubled[name], weight.double(), axes)
+    check_converted(
+        "convert_gpt2_weights",
+        fn,
+        cfg,
+        theirs,
+        expected,
+        lambda entry: conversion_mistakes(entry, theirs, expected, cfg),
+    )
 
 
 # --------------------------------------------------------------------------------------------------- drawing tokens

@@ -1,10 +1,12 @@
 """GPT-2's weights under Hugging Face's names, and where each column belongs: the oracle of `convert_gpt2_weights`."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from course_utils.checks.core import CheckFailed, Mistakes, compare, unchanged
 from course_utils.checks.modules import noise
 from course_utils.checks.transformer_interface import transformer_parameters
 from course_utils.config import TransformerConfig
@@ -25,6 +27,45 @@ CONVERTED_AXES = {
     "W_U": "d_model d_vocab",
     "b_U": "d_vocab",
 }
+
+
+def check_converted(
+    name: str,
+    fn: Callable[..., Any],
+    cfg: TransformerConfig,
+    theirs: dict[str, Tensor],
+    expected: Mapping[str, Tensor],
+    mistakes: Callable[[str], Mistakes],
+) -> None:
+    """The converter returns the expected entries, no more and no fewer, and changes nothing; `mistakes(entry)`."""
+    with unchanged(name, **theirs):
+        n_entries = len(theirs)
+        ours = fn(theirs, cfg)
+        if len(theirs) != n_entries:
+            raise CheckFailed(
+                f"{name}: it added or removed entries of the dict that it was given.\n"
+                "  Next: put what you return into a new dict."
+            )
+    if not isinstance(ours, Mapping):
+        got = "None" if ours is None else f"a {type(ours).__name__}"
+        raise CheckFailed(f"{name}: expected a dict, got {got}.\n  Next: return the new dict.")
+    for what, names in (
+        ("has no entry", [n for n in expected if n not in ours]),
+        ("has an entry that our Transformer does not know,", [n for n in ours if n not in expected]),
+    ):
+        if names:
+            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+            raise CheckFailed(
+                f"{name}: the result {what} `{names[0]}`{more}.\n"
+                "  Next: compare with the names in Transformer(cfg).state_dict()."
+            )
+    for entry, weight in expected.items():
+        axes = CONVERTED_AXES[entry.split(".")[-1]]
+        compare(f"{name}: `{entry}`", ours[entry], weight, axes, mistakes(entry))
+    doubled = fn({entry: tensor.double() for entry, tensor in theirs.items()}, cfg)
+    for entry, weight in expected.items():
+        axes = CONVERTED_AXES[entry.split(".")[-1]]
+        compare(f"{name}: `{entry}` from float64", doubled[entry], weight.double(), axes)
 
 
 def gpt2_state_dict(cfg: TransformerConfig) -> dict[str, Tensor]:

@@ -130,7 +130,7 @@ def check_module(
             compare(f"{name}: what `{hook}` sees", seen[hook], expected[hook], HOOK_AXES[hook.split(".")[-1]], known)
         compare(f"{name} while watched", output, expected["output"], axes)
         for seed, hook in enumerate(wanted if replace else ()):
-            _check_replacement(name, module, inputs, oracle, axes, hook, seed, expected["output"])
+            _check_replacement(name, module, inputs, oracle, axes, hook, seed, expected)
     if not toys:
         check_gradient(name, module, inputs)
         follows_input(name, lambda moved, *values: moved(*values), (module, *inputs), axes)
@@ -163,16 +163,19 @@ def _check_replacement(
     axes: str,
     hook: str,
     seed: int,
-    usual: Tensor,
+    usual: Mapping[str, Tensor],
 ) -> None:
     """A tensor that a hook returns must be the one that the module goes on with."""
-    original = oracle({})[hook]
-    other = noise(*original.shape, seed=seed + 50).abs().add(0.5)  # positive: it may stand for a scale or a pattern
+    other = noise(*usual[hook].shape, seed=seed + 50).abs().add(0.5)  # positive: it may stand for a scale or a pattern
     with hooks(module, {hook: lambda activation, hook: other}):
         actual = module(*inputs)
     thrown_away = f"what `{hook}` returns is thrown away: go on with `tensor = self.{hook.split('.')[-1]}(tensor)`."
     compare(
-        f"{name} when a hook replaces `{hook}`", actual, oracle({hook: other})["output"], axes, {thrown_away: usual}
+        f"{name} when a hook replaces `{hook}`",
+        actual,
+        oracle({hook: other})["output"],
+        axes,
+        {thrown_away: usual["output"]},
     )
 
 
@@ -195,11 +198,12 @@ class ToyCache:
     """Keys and values in a list, for learners' modules that come without `KVCache`."""
 
     def __init__(self, cfg: TransformerConfig, batch: int) -> None:
+        self.n_layers = cfg.n_layers
         self.stored: dict[int, tuple[Tensor, Tensor]] = {}
 
     @property
     def length(self) -> int:
-        return min((k.shape[1] for k, _ in self.stored.values()), default=0)
+        return min(self.stored[layer][0].shape[1] if layer in self.stored else 0 for layer in range(self.n_layers))
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         if layer in self.stored:

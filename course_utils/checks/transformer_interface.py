@@ -16,11 +16,14 @@ HOOK_AXES = {
     "hook_q": "batch pos head d_head",
     "hook_k": "batch pos head d_head",
     "hook_v": "batch pos head d_head",
+    "hook_rot_q": "batch pos head d_head",
+    "hook_rot_k": "batch pos head d_head",
     "hook_attn_scores": "batch head query key",
     "hook_pattern": "batch head query key",
     "hook_z": "batch pos head d_head",
     "hook_result": "batch pos head d_model",
     "hook_pre": "batch pos d_mlp",
+    "hook_pre_linear": "batch pos d_mlp",
     "hook_post": "batch pos d_mlp",
     "hook_resid_pre": "batch pos d_model",
     "hook_attn_out": "batch pos d_model",
@@ -39,6 +42,7 @@ ATTENTION_HOOKS = (
     "hook_z",
     "hook_result",  # on request: seen only by those who ask for it by name
 )
+ROTARY_HOOKS = ("hook_rot_q", "hook_rot_k")  # with rotary positions; these see what the scores are computed from
 MLP_HOOKS = ("hook_pre", "hook_post")
 
 
@@ -74,28 +78,37 @@ def block_parameters(cfg: TransformerConfig) -> Shapes:
 
 
 def transformer_parameters(cfg: TransformerConfig) -> Shapes:
-    """Every entry of the state dict, such as `blocks.0.attn.W_Q`, with its shape."""
-    shapes: Shapes = {"embed.W_E": (cfg.d_vocab, cfg.d_model), "pos_embed.W_pos": (cfg.n_ctx, cfg.d_model)}
+    """Every entry of the state dict, such as `blocks.0.attn.W_Q`, with its shape; rotary positions have none."""
+    shapes: Shapes = {"embed.W_E": (cfg.d_vocab, cfg.d_model)}
+    if cfg.positions == "learned":
+        shapes["pos_embed.W_pos"] = (cfg.n_ctx, cfg.d_model)
     for layer in range(cfg.n_layers):
         shapes |= _inside(f"blocks.{layer}", block_parameters(cfg))
     shapes |= _inside("ln_final", norm_parameters(cfg))
     return shapes | {"unembed.W_U": (cfg.d_model, cfg.d_vocab), "unembed.b_U": (cfg.d_vocab,)}
 
 
+def attention_hooks(cfg: TransformerConfig) -> list[str]:
+    """The hook points of attention, in the order in which they see their tensors."""
+    after_v = ATTENTION_HOOKS.index("hook_v") + 1
+    rotary = ROTARY_HOOKS if cfg.positions == "rotary" else ()
+    return [*ATTENTION_HOOKS[:after_v], *rotary, *ATTENTION_HOOKS[after_v:]]
+
+
 def block_hooks(cfg: TransformerConfig) -> list[str]:
-    """The hook points of one block, in the order in which they see their tensors."""
+    """The hook points of one block, in the order in which they see their tensors; a parallel one has no "mid"."""
     norm = NORM_HOOKS if cfg.normalization == "LN" else ()
-    names = ["hook_resid_pre", *(f"ln1.{hook}" for hook in norm), *(f"attn.{hook}" for hook in ATTENTION_HOOKS)]
+    names = ["hook_resid_pre", *(f"ln1.{hook}" for hook in norm), *(f"attn.{hook}" for hook in attention_hooks(cfg))]
     names += ["hook_attn_out"]
     if not cfg.attn_only:
-        names += ["hook_resid_mid", *(f"ln2.{hook}" for hook in norm), *(f"mlp.{hook}" for hook in MLP_HOOKS)]
-        names += ["hook_mlp_out"]
+        names += [] if cfg.parallel else ["hook_resid_mid"]
+        names += [*(f"ln2.{hook}" for hook in norm), *(f"mlp.{hook}" for hook in MLP_HOOKS), "hook_mlp_out"]
     return [*names, "hook_resid_post"]
 
 
 def transformer_hooks(cfg: TransformerConfig) -> list[str]:
     """The hook points of the whole model by full name, in the order in which they see their tensors."""
-    names = ["hook_embed", "hook_pos_embed"]
+    names = ["hook_embed"] + ["hook_pos_embed"] * (cfg.positions == "learned")
     for layer in range(cfg.n_layers):
         names += [f"blocks.{layer}.{hook}" for hook in block_hooks(cfg)]
     return names + [f"ln_final.{hook}" for hook in NORM_HOOKS if cfg.normalization == "LN"]

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -357,3 +358,176 @@ def test_offline_without_cache_one_sentence_names_the_ways_out(tmp_path: Path, d
     assert "\n" not in message
     assert message.startswith("gpt2 ")
     assert all(word in message for word in words)
+
+
+# --- Pythia -------------------------------------------------------------------------------------------------------
+
+
+def make_neox(folder: Path, **changes: Any) -> Path:
+    """A GPT-NeoX with two layers and sizes that all differ, in which no parameter is 0 or 1 by default."""
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    torch.manual_seed(0)
+    settings: dict[str, Any] = {
+        "vocab_size": 31,
+        "max_position_embeddings": 13,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
+        "hidden_size": 24,
+        "intermediate_size": 20,
+        "rotary_pct": 0.25,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
+    model = GPTNeoXForCausalLM(GPTNeoXConfig(**(settings | changes)))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    model.save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def neox_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_neox(tmp_path_factory.mktemp("neox"))
+
+
+@pytest.fixture
+def damaged_neox(neox_folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(neox_folder, tmp_path / "copy"))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"use_parallel_residual": False, "hidden_act": "gelu_new"},
+        {"rotary_pct": 1.0, "rotary_emb_base": 500, "num_attention_heads": 2, "layer_norm_eps": 1e-3},
+    ],
+    ids=["pythia", "one after the other", "all coordinates turn"],
+)
+def test_pythia_has_the_logits_of_transformers(tmp_path: Path, changes: dict[str, Any]) -> None:
+    from transformers import GPTNeoXForCausalLM
+
+    from solutions.ch02_transformer import Transformer
+
+    folder = make_neox(tmp_path, **changes)
+    model = load_pretrained(Transformer, str(folder))
+    tokens = torch.randint(31, (2, 13), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = GPTNeoXForCausalLM.from_pretrained(folder).eval()(tokens).logits
+        torch.testing.assert_close(model(tokens), expected, rtol=1e-4, atol=1e-4)
+    assert expected.std() > 0.1  # otherwise agreement would say nothing
+    assert model.cfg.positions == "rotary" and model.cfg.d_mlp == 20 and not model.training
+    assert model.cfg.parallel == changes.get("use_parallel_residual", True)
+    assert model.cfg.rotary_dim == (12 if "rotary_pct" in changes else 2)
+    assert model.tokenizer("once upon").input_ids == [1, 2]
+
+
+def test_pythia_s_converter_comes_from_beside_the_class(neox_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from solutions import ch02_transformer as solution
+
+    class Mine(solution.Transformer):
+        """A class in a module, this one, that has no converter for Pythia."""
+
+    monkeypatch.setattr(sys.modules[__name__], "convert_gpt2_weights", solution.convert_gpt2_weights, raising=False)
+    with pytest.raises(PretrainedError, match=r"Pythia's weights .* write convert_neox_weights\(state_dict, cfg\)"):
+        load_pretrained(Mine, str(neox_folder))
+    load_pretrained(Mine, str(neox_folder), convert=solution.convert_neox_weights)
+
+
+def test_the_layout_of_the_hub_s_own_pythia_is_understood(neox_folder: Path, damaged_neox: Path) -> None:
+    """Its files hold 16-bit numbers, masks, and the table of frequencies."""
+    from solutions.ch02_transformer import Transformer
+
+    def as_on_the_hub(weights: dict[str, Tensor]) -> None:
+        for name, weight in list(weights.items()):
+            weights[name] = weight.half()
+        for layer in range(2):
+            attention = f"gpt_neox.layers.{layer}.attention"
+            weights[f"{attention}.bias"] = torch.ones(13, 13).tril().bool()[None, None]
+            weights[f"{attention}.masked_bias"] = torch.tensor(-1e9)
+            weights[f"{attention}.rotary_emb.inv_freq"] = torch.ones(1)
+
+    edit_weights(damaged_neox, as_on_the_hub)
+    expected = load_pretrained(Transformer, str(neox_folder)).state_dict()
+    actual = load_pretrained(Transformer, str(damaged_neox)).state_dict()
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[name], expected[name].half().float()) for name in expected)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-40]), "are damaged"),
+        (lambda f: (f / "model.safetensors").unlink(), "cannot be read"),
+        (lambda f: edit_weights(f, lambda w: w.pop("gpt_neox.final_layer_norm.bias")), "missing: gpt_neox.final_layer"),
+        (lambda f: edit_weights(f, lambda w: w.update(extra=torch.zeros(2))), "unexpected: extra"),
+        (lambda f: edit_config(f, intermediate_size=24), "mismatched: gpt_neox.layers.0.mlp"),
+        (lambda f: edit_config(f, hidden_act="gelu_fast"), "uses the activation 'gelu_fast'"),
+        (lambda f: edit_config(f, attention_bias=False), "has no biases in its attention"),
+        (lambda f: edit_rope(f, rope_type="linear", factor=2.0), "stretches its rotary positions"),
+        (lambda f: edit_rope(f, partial_rotary_factor=0.4), "turns 3 coordinates"),
+        (lambda f: edit_rope(f, partial_rotary_factor=0.1), "turns 0 coordinates"),
+    ],
+)
+def test_damaged_and_other_neox_folders_are_refused(damaged_neox: Path, damage, words: str) -> None:
+    from solutions.ch02_transformer import Transformer
+
+    damage(damaged_neox)
+    with pytest.raises(PretrainedError, match=words) as caught:
+        load_pretrained(Transformer, str(damaged_neox))
+    assert "\n" not in str(caught.value)
+
+
+def edit_rope(folder: Path, **changes: object) -> None:
+    rope = json.loads((folder / "config.json").read_text())["rope_parameters"]
+    edit_config(folder, rope_parameters=rope | changes)
+
+
+def test_a_class_that_knows_only_gpt2_is_told_what_does_not_fit(neox_folder: Path) -> None:
+    from solutions import ch02_transformer as solution
+
+    class OnlyGPT2(solution.Transformer):
+        def __init__(self, cfg: TransformerConfig) -> None:
+            super().__init__(cfg)
+            self.pos_embed = solution.PosEmbed(cfg)
+
+    with pytest.raises(PretrainedError, match=r"do not fit this OnlyGPT2: no weights for pos_embed\.W_pos"):
+        load_pretrained(OnlyGPT2, str(neox_folder), convert=solution.convert_neox_weights)
+
+
+def test_pythia_offline_without_cache(tmp_path: Path) -> None:
+    script = (
+        "from course_utils.pretrained import load_pretrained, PretrainedError\n"
+        "from solutions.ch02_transformer import Transformer\n"
+        "try: load_pretrained(Transformer, 'EleutherAI/pythia-70m')\n"
+        "except PretrainedError as error: print(error)\n"
+    )
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "HF_HUB_CACHE": str(tmp_path)}
+    run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert run.stdout.startswith("EleutherAI/pythia-70m is not in the local cache: load_pretrained(..., download=True)")
+    assert len(run.stdout.splitlines()) == 1
+
+
+def test_an_old_configuration_of_neox_is_read(neox_folder: Path) -> None:
+    """transformers before version 5 keeps the rotary settings in three fields of their own."""
+    from types import SimpleNamespace
+
+    from transformers import AutoConfig
+
+    now = AutoConfig.from_pretrained(neox_folder)
+    values = {key: value for key, value in now.to_dict().items() if key != "rope_parameters"}
+    old = SimpleNamespace(**values, rotary_pct=0.25, rotary_emb_base=10000, rope_scaling=None)
+    assert pretrained._neox_config(old, "old") == pretrained._neox_config(now, "new")
+    old.rope_scaling = {"type": "dynamic", "factor": 2.0}
+    with pytest.raises(PretrainedError, match="stretches"):
+        pretrained._neox_config(old, "old")
+
+
+def test_the_models_that_ship_keep_their_shapes() -> None:
+    """Their config.json were written before there were rotary positions."""
+    for card in shipped_models():
+        cfg, _ = pretrained._read_shipped(card["name"])
+        assert (cfg.positions, cfg.rotary_dim, cfg.parallel) == ("learned", 0, False)
