@@ -124,6 +124,7 @@ def check_FactoredMatrix(cls: Any) -> None:
             compare(f"{case}: norm()", one.norm(), M.square().sum((-2, -1)).sqrt(), batch, _norm_mistakes(M))
     _eigenvalues(name, cls)
     must_raise(name, ValueError, "eigenvalues() of a 5 x 7 matrix", lambda: cls(A, B).eigenvalues())
+    must_raise(name, ValueError, "eigenvalues() of a 7 x 5 matrix", lambda: cls(B.mT, A.mT).eigenvalues())
     wide = cls(noise(2, 5, seed=5), noise(5, 4, seed=6))  # more inner than outer
     _decomposition(f"{name} whose inner size is the largest", wide, wide.A @ wide.B, "")
     follows_input(name, lambda A, B: cls(A, B).norm(), (noise(5, 3), noise(3, 7)), "")
@@ -795,12 +796,27 @@ def check_random_composition_baseline(fn: Fn) -> None:
         raise CheckFailed(f"{name}: some of the 5 scores are the same.\n  Next: draw a new rotation for each.")
     for kind in KINDS:
         _check_spread(name, draw(kind, 100, 3), weights, kind)
+    _check_layers(name, fn)
     must_raise(name, ValueError, 'random_composition_baseline(model, "O", ...)', lambda: draw("O", 2, 1))
     single = SmallModel(
         TransformerConfig(d_vocab=5, n_ctx=4, n_layers=1, n_heads=3, d_model=6, d_head=2, attn_only=True)
     )
     generator = torch.Generator().manual_seed(0)
     must_raise(name, ValueError, "for a model of one layer it", lambda: fn(single, "K", 2, generator))
+
+
+def _check_layers(name: str, fn: Fn) -> None:
+    """What the first layer reads and what the last one writes is zero: such a pair has no score, 0 / 0."""
+    model = SmallModel(WITH_MLP)
+    with torch.no_grad():
+        model.blocks[0].attn.W_Q.zero_()
+        model.blocks[-1].attn.W_V.zero_()
+        scores = fn(model, "K", 40, torch.Generator().manual_seed(4))
+    if scores.isnan().any():
+        raise CheckFailed(
+            f"{name}: it draws pairs in which the first head is in the last layer, or the second in layer 0.\n"
+            "  Next: the second head is in a later layer than the first."
+        )
 
 
 def _refuse_own_pairs(name: str, scores: Tensor, weights: dict[str, Tensor], kind: str) -> None:
