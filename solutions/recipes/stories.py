@@ -277,7 +277,6 @@ def main(recipe: Recipe, about: str, prose: str, tokenizer_of: str | None = None
     front = card(model, tokenizer, recipe, about, history, seconds)
     for key, value in front.items():
         print(f"{key}: {value}")
-    (options.out / "card.json").write_text(json.dumps(front, indent=2), encoding="utf-8")
     if options.ship:
         extra = {"tokenizer": tokenizer_of} if tokenizer_of else {}
         own = None if tokenizer_of else tokenizer
