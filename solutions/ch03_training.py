@@ -33,13 +33,13 @@ def flops_per_token(cfg: TransformerConfig, n_ctx: int) -> int:
 def memory_bytes(cfg: TransformerConfig, batch: int, n_ctx: int, dtype: torch.dtype) -> dict[str, int]:
     """What a step of training keeps in memory, in bytes: "weights", "gradients", "optimizer" and "activations".
 
-    Every number has the size of `dtype` (`dtype.itemsize` bytes). Weights: all parameters of chapter 02's `Transformer`,
-    `cfg.n_ctx` position embeddings among them. The optimizer is AdamW: two numbers per parameter.
+    Every number has the size of `dtype` (`dtype.itemsize` bytes). Weights are all parameters of chapter 02's
+    `Transformer`, `cfg.n_ctx` position embeddings among them. The optimizer is AdamW: two numbers per parameter.
     Activations are what forward must keep for backward, for `batch` rows of `n_ctx` tokens, with PyTorch's own
     LayerNorm, fused attention and GELU. Of each token: the input and the output of every LayerNorm (`ln_final` too;
     without normalisation there is one vector instead of two), q, k, v and z in each layer, the neurons of each
-    MLP before and after the non-linearity, and the log-probabilities of the vocabulary. The pattern is not kept, for fused
-    attention works it out again; a few numbers per token, such as LayerNorm's scale, are left out.
+    MLP before and after the non-linearity, and the log-probabilities of the vocabulary. The pattern is not kept:
+    fused attention works it out again. A few numbers per token, such as LayerNorm's scale, are left out.
     Source: Korthikanti et al. 2022, section 4.1, for other kernels.
     """
     width = cfg.n_heads * cfg.d_head
@@ -70,7 +70,8 @@ def average_gradients(grads_per_rank: list[dict[str, Tensor]]) -> list[dict[str,
 
     `grads_per_rank[r]` holds the gradients by parameter name that rank r worked out from its share of the batch; all
     shares are of one size. The result has the same form, in the same order. Each rank owns its tensors: writing into
-    one changes no other rank's, and no input. Raises ValueError if there are no ranks, or if their parameter names differ.
+    one changes no other rank's, and no input. Raises ValueError if there are no ranks, or if their parameter names
+    differ.
     """
     if not grads_per_rank or any(grads.keys() != grads_per_rank[0].keys() for grads in grads_per_rank):
         raise ValueError("average_gradients: it needs at least one rank, and the same parameters in each.")
