@@ -10,6 +10,7 @@ import io
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -112,6 +113,7 @@ def lab(port: int | None, no_browser: bool, rest: list[str]) -> int:
     # In a container one is root, and Jupyter refuses to start; it listens on this machine only, behind a token.
     command += ["--allow-root"] * (getattr(os, "geteuid", lambda: 1)() == 0)
     command += [f"--port={port}"] * (port is not None) + ["--no-browser"] * no_browser + rest
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through `finally`: Jupyter must not outlive the command
     server = subprocess.Popen(command, cwd=work)
     try:
         address = wait_for_address(server)
