@@ -24,7 +24,7 @@ from course_utils.checks.core import _run
 from course_utils.config import TransformerConfig
 
 ALL_CHECKS = find_checks()["02"]
-CHECKS = {name: check for name, check in ALL_CHECKS.items() if check.__module__.endswith("ch02_generation")}
+CHECKS = {name: check for name, check in ALL_CHECKS.items() if check.__module__.endswith("ch02_2_generation")}
 INF = torch.inf
 MISTAKES: list[Mistake] = []
 

@@ -23,14 +23,14 @@ from torch.nn import functional as F
 import solutions.ch02_transformer as ref
 from course_utils.checks import CheckFailed, find_checks, run_check
 from course_utils.checks.by_loops import transformer
-from course_utils.checks.ch02_transformer import CFG
+from course_utils.checks.ch02_1_transformer import CFG
 from course_utils.checks.core import _run
 from course_utils.checks.transformer_interface import transformer_hooks, transformer_parameters
 from course_utils.config import TransformerConfig
 from course_utils.hooks import hook_points, run_with_cache
 from solutions.ch02_transformer import attention_scores, causal_mask, project_heads
 
-CHECKS = {name: fn for name, fn in find_checks()["02"].items() if fn.__module__.endswith(".ch02_transformer")}
+CHECKS = {name: fn for name, fn in find_checks()["02"].items() if fn.__module__.endswith(".ch02_1_transformer")}
 INF = torch.inf
 
 

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 import solutions.ch02_transformer as ref
 from course_utils.checks import CheckFailed, NotWritten, by_loops, find_checks, run_check
-from course_utils.checks.ch02_variants import CFG
+from course_utils.checks.ch02_3_variants import CFG
 from course_utils.checks.core import _run
 from course_utils.checks.modules import ToyCache, randomise
 from course_utils.checks.transformer_interface import transformer_hooks, transformer_parameters
@@ -29,7 +29,7 @@ from course_utils.config import TransformerConfig
 from course_utils.hooks import hook_points, run_with_cache
 from solutions.ch02_transformer import apply_rotary, attention_scores, causal_mask, project_heads
 
-CHECKS = {name: fn for name, fn in find_checks()["02"].items() if fn.__module__.endswith(".ch02_variants")}
+CHECKS = {name: fn for name, fn in find_checks()["02"].items() if fn.__module__.endswith(".ch02_3_variants")}
 MODULES = pytest.mark.parametrize("module", [ref, other], ids=["reference", "other"])
 MISTAKES: list[Mistake] = []
 

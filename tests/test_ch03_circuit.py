@@ -15,10 +15,12 @@ from torch import nn
 from torch.nn import functional as F
 
 import solutions.ch03_training as ref
-from course_utils.checks import CheckFailed, ch03_circuit, run_check
+from course_utils.checks import CheckFailed, ch03_1_circuit, run_check
 from course_utils.checks.core import _run
 
-CHECKS = {name.removeprefix("check_"): check for name, check in vars(ch03_circuit).items() if name.startswith("check_")}
+CHECKS = {
+    name.removeprefix("check_"): check for name, check in vars(ch03_1_circuit).items() if name.startswith("check_")
+}
 MISTAKES: list[Mistake] = []
 
 

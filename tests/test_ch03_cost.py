@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import solutions.ch03_training as ref
-from course_utils.checks import CheckFailed, ch03_cost, run_check
-from course_utils.checks.ch03_cost import activation_numbers, count_parameters, operations
+from course_utils.checks import CheckFailed, ch03_3_cost, run_check
+from course_utils.checks.ch03_3_cost import activation_numbers, count_parameters, operations
 from course_utils.checks.core import _run
 from course_utils.config import TransformerConfig
 from course_utils.hooks import run_with_cache
@@ -28,7 +28,7 @@ from solutions.ch02_transformer import Transformer
 
 CHECKS: dict[str, Callable[[Any], None]] = {
     name.removeprefix("check_"): value
-    for name, value in vars(ch03_cost).items()
+    for name, value in vars(ch03_3_cost).items()
     if name in ("check_flops_per_token", "check_memory_bytes", "check_average_gradients")
 }
 MISTAKES: list[Mistake] = []

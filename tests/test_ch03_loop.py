@@ -29,7 +29,7 @@ import solutions.ch03_training as ref
 from course_utils.checks import CheckFailed, find_checks, run_check
 from course_utils.checks.core import _run
 
-CHECKS = {name: fn for name, fn in find_checks()["03"].items() if fn.__module__.endswith("ch03_loop")}
+CHECKS = {name: fn for name, fn in find_checks()["03"].items() if fn.__module__.endswith("ch03_2_loop")}
 
 MISTAKES: list[Mistake] = []
 

@@ -13,7 +13,7 @@ from mutation import mutants
 
 import solutions.ch04_induction as ref
 from course_utils.checks import CheckFailed, find_checks, run_check
-from course_utils.checks.ch04_causes import CFG, some_tokens
+from course_utils.checks.ch04_4_causes import CFG, some_tokens
 from course_utils.checks.core import _run
 from course_utils.checks.small_model import SmallModel
 from course_utils.hooks import add_hook, hooks, reset_hooks, run_with_cache, run_with_hooks

@@ -20,14 +20,14 @@ from torch import nn
 import solutions.ch02_transformer as ch02
 import solutions.ch04_induction as ref
 from course_utils.checks import CheckFailed, find_checks, run_check
-from course_utils.checks.ch04_hooks import Watched
+from course_utils.checks.ch04_1_hooks import Watched
 from course_utils.checks.core import _run
 from course_utils.config import TransformerConfig
 from course_utils.hooks import hooks as attached
 from course_utils.hooks import reset_hooks, run_with_cache, run_with_hooks
 from solutions.ch04_induction import MyHookPoint, residual_components
 
-OURS = ("ch04_hooks", "ch04_looking", "ch04_attribution")
+OURS = ("ch04_1_hooks", "ch04_2_looking", "ch04_3_attribution")
 CHECKS = {
     name: check for name, check in find_checks()["04"].items() if check.__module__.rpartition(".")[2].startswith(OURS)
 }

@@ -16,7 +16,7 @@ from conftest import ROOT
 import solutions.ch02_transformer as reference
 import solutions.ch04_induction as ch04
 from course_utils.build import build_chapter
-from course_utils.checks.ch04_weights import CFG, NO_NORM, WITH_MLP
+from course_utils.checks.ch04_5_weights import CFG, NO_NORM, WITH_MLP
 from course_utils.checks.modules import noise
 from course_utils.cli import execute
 from course_utils.hooks import run_with_cache

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import solutions.ch04_induction as ours
-from course_utils.checks.ch04_weights import CFG, WITH_MLP
+from course_utils.checks.ch04_5_weights import CFG, WITH_MLP
 from course_utils.checks.modules import noise
 from course_utils.hooks import run_with_cache
 from solutions.ch02_transformer import Transformer

@@ -49,7 +49,7 @@ class NotWritten(NotImplementedError):
 
 
 def find_checks() -> dict[str, dict[str, CheckFn]]:
-    """All checks, as {"02": {"LayerNorm": check_LayerNorm, ...}}, from every module `chNN_*` of this package."""
+    """All checks, as {"02": {"LayerNorm": check_LayerNorm, ...}}, module after module (`chNN_*`)."""
     import course_utils.checks as package
 
     found: dict[str, dict[str, CheckFn]] = {}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from course_utils.checks import by_loops
-from course_utils.checks.ch04_causes import nothing_left_behind, some_tokens
+from course_utils.checks.ch04_4_causes import nothing_left_behind, some_tokens
 from course_utils.checks.core import CheckFailed, Mistakes, compare, during, follows_input, unchanged
 from course_utils.checks.counting import Watched
 from course_utils.checks.modules import noise, weights_of

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from course_utils.checks.ch04_hooks import Stop, assert_stops
+from course_utils.checks.ch04_1_hooks import Stop, assert_stops
 from course_utils.checks.core import CheckFailed, Mistakes, compare, follows_input, unchanged
 from course_utils.checks.modules import noise
 from course_utils.checks.plain import agree, shown
