@@ -473,9 +473,12 @@ def test_another_right_answer_passes(exercise: str) -> None:
 def test_check_is_quick(exercise: str) -> None:
     answer = getattr(other, exercise)
     run_check(CHECKS[exercise], answer)  # torch warms up
-    start = time.process_time()
-    run_check(CHECKS[exercise], answer)
-    assert time.process_time() - start < 1.0  # 50 ms is the aim; machines that run the suite are busy
+    times = []
+    for _ in range(3):  # the best of three: 50 ms is the aim, but machines that run the suite are busy
+        start = time.process_time()
+        run_check(CHECKS[exercise], answer)
+        times.append(time.process_time() - start)
+    assert min(times) < 1.0
 
 
 # ------------------------------------------------------------------------------- the reference, from other sides

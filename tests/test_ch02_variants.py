@@ -648,7 +648,6 @@ STILL_RIGHT = {
     "dim=-1",
     "True -> False",  # zip(strict=True) of equal lengths
     "zip('QKV', weights, biases, strict=True) -> zip('QKV', weights, biases)",
-    "angles.cos().to(x.dtype) -> angles.cos()",
 }
 
 

@@ -152,6 +152,12 @@ def check_apply_rotary(fn: Callable[..., Any]) -> None:
         name = f"apply_rotary with positions {places}, rotary_dim {rotary_dim} and base {base:g}"
         compare(name, actual, expected, HEADS, mistakes, atol=1e-4, inputs={"x": x})
         follows_input("apply_rotary", fn, (x, positions, rotary_dim, base), HEADS)
+    dtype = fn(x.bfloat16(), positions, rotary_dim, base).dtype
+    if dtype != torch.bfloat16:
+        raise CheckFailed(
+            f"apply_rotary: for x in bfloat16, expected an answer in bfloat16, got {str(dtype).removeprefix('torch.')}."
+            "\n  Next: bring cosine and sine to the dtype of x."
+        )
 
 
 def _attend(weights: Mapping[str, Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
