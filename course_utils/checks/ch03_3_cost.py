@@ -229,10 +229,10 @@ def check_memory_bytes(fn: Callable[[TransformerConfig, int, int, torch.dtype], 
     """Weights from the parameters of PyTorch's own layers, activations from what autograd keeps, in several dtypes."""
     cases = ((CFG, 3, 14, torch.float32), (ATTN_ONLY, 5, 11, torch.bfloat16), (WIDE, 1, 37, torch.float64))
     for cfg, batch, n_ctx, dtype in (*cases, (PLAIN, 2, 9, torch.float32)):
-        check_memory(fn, cfg, batch, n_ctx, dtype)
+        _check_memory(fn, cfg, batch, n_ctx, dtype)
 
 
-def check_memory(fn: Callable[..., Any], cfg: TransformerConfig, batch: int, n_ctx: int, dtype: torch.dtype) -> None:
+def _check_memory(fn: Callable[..., Any], cfg: TransformerConfig, batch: int, n_ctx: int, dtype: torch.dtype) -> None:
     name = "memory_bytes"
     call = f"{name}({described(cfg)}, batch={batch}, n_ctx={n_ctx}, dtype={dtype})"
     kinds, size = count_parameters(cfg), dtype.itemsize
@@ -329,7 +329,7 @@ def check_average_gradients(fn: Callable[[list[dict[str, Tensor]]], list[dict[st
         with unchanged(name, **tensors), untouched(name, grads_per_rank=names):
             answer = fn(ranks)
             names[:] = [list(grads) for grads in ranks]
-        check_form(name, answer, ranks)
+        _check_form(name, answer, ranks)
         for key, axes in (("W", "d_model d_mlp"), ("b", "d_mlp"), ("scale", "")):
             mine = [grads[key] for grads in ranks]
             for rank, grads in reversed(list(enumerate(answer))):  # at rank 0 its own and rank 0's are the same
@@ -347,7 +347,7 @@ def check_average_gradients(fn: Callable[[list[dict[str, Tensor]]], list[dict[st
         must_raise(name, ValueError, call, lambda order=order: fn(order))  # type: ignore[misc]
 
 
-def check_form(name: str, answer: Any, ranks: list[dict[str, Tensor]]) -> None:
+def _check_form(name: str, answer: Any, ranks: list[dict[str, Tensor]]) -> None:
     """One dictionary per rank, with the names that it had."""
     if answer is None:
         raise CheckFailed(f"{name}: returned None.\n  Next: end the function with `return ...`.")
