@@ -1,7 +1,7 @@
-"""Draw the README's picture of chapter 04 anew: `python docs/pictures.py` writes docs/induction.png.
+"""Draw the README's pictures anew: `python docs/pictures.py` writes docs/induction.png and docs/attention.png.
 
-It is the chapter's main figure, from the shipped weights, photographed by Debian's chromium. The weights decide what it
-shows, so draw it again whenever they change.
+The one is the main figure of chapter 04, the other a single head at work. Both are of the shipped weights, photographed
+by Debian's chromium. The weights decide what they show, so draw them again whenever these change.
 """
 
 import shutil
@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from course_utils.hooks import run_with_cache
-from course_utils.plots import Figure, heatmaps
+from course_utils.plots import Figure, heatmap, heatmaps
 from course_utils.pretrained import load_pretrained
 from solutions.ch02_transformer import Transformer
 from solutions.ch04_induction import (
@@ -23,8 +23,8 @@ from solutions.ch04_induction import (
     repeated_tokens,
 )
 
-N_HALF = 40
-WIDTH, HEIGHT = 1000, 330
+N_HALF = 24
+WORDS = " apple river stone table cloud candle garden"
 
 
 def two_steps() -> Figure:
@@ -42,19 +42,37 @@ def two_steps() -> Figure:
     return heatmaps(tables, x="head", y="layer", title="Mean attention, on random tokens that repeat", signed=False)
 
 
-def photograph(figure: Figure, path: Path) -> None:
+def one_head() -> Figure:
+    """The pattern of the head of `attn-only-2l` that does induction best on a list of words that is read out twice."""
+    model = load_pretrained(Transformer, "attn-only-2l")
+    ids = [model.tokenizer.bos_token_id, *model.tokenizer.encode(f"List:{WORDS} ;{WORDS}")]
+    with torch.no_grad():
+        _, cache = run_with_cache(model, torch.tensor([ids]), names="*hook_pattern")
+    patterns = cache.stack("pattern")[:, 0]
+    n = len(WORDS.split())
+    looks = patterns.diagonal(-n, -2, -1)[..., -n:-1].mean(dim=-1)  # from a word to what followed it, n tokens before
+    layer, head = divmod(int(looks.argmax()), model.cfg.n_heads)
+    ticks = [model.tokenizer.decode([token]) for token in ids]
+    title = f"Head {layer}.{head}: each word of the second reading looks at what followed the first"
+    axes = {"x": "key: the token that is looked at", "y": "query: the token that looks"}
+    return heatmap(patterns[layer, head], **axes, title=title, x_ticks=ticks, y_ticks=ticks, signed=False)
+
+
+def photograph(figure: Figure, path: Path, width: int, height: int) -> None:
     """The figure as chromium draws it, without network."""
     chromium = shutil.which("chromium")
     if chromium is None:
         sys.exit("There is no chromium: apt-get install chromium")
     with tempfile.TemporaryDirectory() as folder:
         page = Path(folder) / "figure.html"
-        figure.update_layout(width=WIDTH - 20, height=HEIGHT - 10)
+        figure.update_layout(width=width - 20, height=height - 10)
         figure.write_html(page, config={"displayModeBar": False})
         options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--virtual-time-budget=8000"]
-        options += [f"--user-data-dir={folder}/profile", f"--window-size={WIDTH},{HEIGHT}", f"--screenshot={path}"]
+        options += [f"--user-data-dir={folder}/profile", f"--window-size={width},{height}", f"--screenshot={path}"]
         subprocess.run([chromium, *options, page.as_uri()], check=True, capture_output=True)
 
 
 if __name__ == "__main__":
-    photograph(two_steps(), Path(__file__).parent / "induction.png")
+    here = Path(__file__).parent
+    photograph(two_steps(), here / "induction.png", 1000, 330)
+    photograph(one_head(), here / "attention.png", 900, 790)

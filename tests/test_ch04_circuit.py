@@ -15,10 +15,10 @@ pytestmark = pytest.mark.slow
 def found() -> tuple:
     """The model, LayerNorm folded; previous-token and induction scores on repeated random tokens."""
     model = load_pretrained(Transformer, "attn-only-2l")
-    tokens = ch04.repeated_tokens(16, 40, model.cfg.d_vocab, torch.Generator().manual_seed(1), bos=0)
+    tokens = ch04.repeated_tokens(16, 24, model.cfg.d_vocab, torch.Generator().manual_seed(1), bos=0)
     with torch.no_grad():
         _, cache = run_with_cache(model, tokens, names="*hook_pattern")
-        return ch04.fold_layer_norm(model), ch04.previous_token_scores(cache), ch04.induction_scores(cache, 40)
+        return ch04.fold_layer_norm(model), ch04.previous_token_scores(cache), ch04.induction_scores(cache, 24)
 
 
 def test_the_largest_k_composition_is_previous_token_head_with_an_induction_head(found: tuple) -> None:

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from course_utils.data import tales
+from course_utils.hooks import run_with_cache
 from course_utils.pretrained import MODELS, load_history, load_pretrained, shipped_models
 from solutions.ch02_transformer import Transformer
-from solutions.recipes import attn_only_4l
+from solutions.ch04_induction import induction_scores, per_token_losses, previous_token_scores, repeated_tokens
+from solutions.recipes import attn_only_2l, attn_only_4l
 from solutions.recipes import tales as tales_recipe
 from solutions.recipes.evaluation import (
     accepted_share,
@@ -20,11 +22,17 @@ from solutions.recipes.evaluation import (
     writing_heads,
 )
 
-RECIPES = {"tales": tales_recipe.RECIPE, "attn-only-4l": attn_only_4l.RECIPE}
+RECIPES = {
+    "tales": tales_recipe.RECIPE,
+    "attn-only-4l": attn_only_4l.RECIPE,
+    "attn-only-2l": attn_only_2l.RECIPE,
+}
+STORYTELLERS = ("tales", "attn-only-4l")  # attn-only-2l saw stories in a fifth of its training: it copies, no more
 SEED = 424_242  # of no training batch and no evaluation in a recipe
+N_SEEDS = 3  # of 200 samples: what they accept has a standard error of about 0.01
 
 
-@pytest.fixture(scope="module", params=RECIPES)
+@pytest.fixture(scope="module", params=STORYTELLERS)
 def model(request) -> Transformer:
     return load_pretrained(Transformer, request.param)
 
@@ -44,7 +52,9 @@ def test_all_shipped_models_together_are_small() -> None:
     assert sum(file.stat().st_size for file in MODELS.rglob("*") if file.is_file()) < 25e6
 
 
-def test_every_name_is_one_token_with_its_space(model: Transformer) -> None:
+@pytest.mark.parametrize("model_name", RECIPES)
+def test_every_name_is_one_token_with_its_space(model_name: str) -> None:
+    model = load_pretrained(Transformer, model_name)
     for name in [*tales.NAMES, *tales.LAST_NAMES]:
         assert len(model.tokenizer.encode(" " + name)) == 1, name
 
@@ -62,7 +72,7 @@ def test_full_names_and_agreement(model: Transformer) -> None:
     assert measured["agreement_right"] >= 0.9
 
 
-@pytest.mark.parametrize(("name", "share"), [("tales", 0.9), ("attn-only-4l", 0.8)])
+@pytest.mark.parametrize(("name", "share"), [("tales", 0.9), ("attn-only-4l", 0.8), ("attn-only-2l", 0.9)])
 def test_a_repeated_full_name_is_completed(name: str, share: float) -> None:
     """Stricter than a comparison with one other name: the last name must be the model's first choice."""
     model = load_pretrained(Transformer, name)
@@ -82,11 +92,12 @@ def test_held_out_loss_is_close_to_the_grammar_s_own(model: Transformer) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("temperature", "share"), [(1.0, 0.8), (0.4, 0.95)])
+@pytest.mark.parametrize(("temperature", "share"), [(1.0, 0.88), (0.7, 0.94)])
 def test_the_grammar_accepts_what_tales_writes(temperature: float, share: float) -> None:
-    """Means over five seeds: 0.85 at temperature 1, 0.92 at 0.7, 0.96 at 0.4. One wrong word spoils a story."""
+    """Means over five seeds of 200: 0.906 at temperature 1, 0.955 at 0.7. One wrong word spoils a story."""
     tales_model = load_pretrained(Transformer, "tales")
-    assert accepted_share(tales_model, tales_model.tokenizer, SEED, n=200, temperature=temperature) >= share
+    shares = [accepted_share(tales_model, tales_model.tokenizer, SEED + n, 200, temperature) for n in range(N_SEEDS)]
+    assert sum(shares) / len(shares) >= share, shares
 
 
 def test_one_head_of_attn_only_4l_writes_a_third_of_the_answer() -> None:
@@ -95,3 +106,16 @@ def test_one_head_of_attn_only_4l_writes_a_third_of_the_answer() -> None:
     direct = writing_heads(model, model.tokenizer, prompts)["direct"]
     difference = logit_differences(model, model.tokenizer, prompts).mean()
     assert direct.max() >= difference / 3
+
+
+def test_attn_only_2l_copies_random_tokens_by_two_heads() -> None:
+    """Random tokens that it never saw: a head of layer 0 looks one back, one of layer 1 at what came next last time."""
+    model, n_half = load_pretrained(Transformer, "attn-only-2l"), 24
+    rng = torch.Generator().manual_seed(SEED)
+    tokens = repeated_tokens(64, n_half, model.cfg.d_vocab, rng, bos=model.tokenizer.bos_token_id)
+    with torch.no_grad():
+        logits, cache = run_with_cache(model, tokens, names="*hook_pattern")
+    losses = per_token_losses(logits, tokens).mean(dim=0)
+    assert previous_token_scores(cache)[0].max() > 0.8
+    assert induction_scores(cache, n_half)[1].max() > 0.8
+    assert losses[n_half:].mean() < losses[:n_half].mean() - 3
