@@ -93,7 +93,7 @@ def test_held_out_loss_is_close_to_the_grammar_s_own(model: Transformer) -> None
 @pytest.mark.slow
 @pytest.mark.parametrize(("temperature", "share", "n_seeds"), [(1.0, 0.88, 3), (0.7, 0.94, 5)])
 def test_the_grammar_accepts_what_tales_writes(temperature: float, share: float, n_seeds: int) -> None:
-    """One wrong word spoils a story. One seed of 200 samples has a standard error of 0.02; hence the means of several."""
+    """One wrong word spoils a story. The standard error of 200 samples is about 0.02: hence means over seeds."""
     tales_model = load_pretrained(Transformer, "tales")
     shares = [accepted_share(tales_model, tales_model.tokenizer, SEED + n, 200, temperature) for n in range(n_seeds)]
     assert sum(shares) / len(shares) >= share, shares
