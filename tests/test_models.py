@@ -29,7 +29,6 @@ RECIPES = {
 }
 STORYTELLERS = ("tales", "attn-only-4l")  # attn-only-2l saw stories in a fifth of its training: it copies, no more
 SEED = 424_242  # of no training batch and no evaluation in a recipe
-N_SEEDS = 3  # of 200 samples: what they accept has a standard error of about 0.01
 
 
 @pytest.fixture(scope="module", params=STORYTELLERS)
@@ -92,11 +91,11 @@ def test_held_out_loss_is_close_to_the_grammar_s_own(model: Transformer) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("temperature", "share"), [(1.0, 0.88), (0.7, 0.94)])
-def test_the_grammar_accepts_what_tales_writes(temperature: float, share: float) -> None:
-    """Means over five seeds of 200: 0.906 at temperature 1, 0.955 at 0.7. One wrong word spoils a story."""
+@pytest.mark.parametrize(("temperature", "share", "n_seeds"), [(1.0, 0.88, 3), (0.7, 0.94, 5)])
+def test_the_grammar_accepts_what_tales_writes(temperature: float, share: float, n_seeds: int) -> None:
+    """One wrong word spoils a story. The standard error of 200 samples is about 0.02: hence means over seeds."""
     tales_model = load_pretrained(Transformer, "tales")
-    shares = [accepted_share(tales_model, tales_model.tokenizer, SEED + n, 200, temperature) for n in range(N_SEEDS)]
+    shares = [accepted_share(tales_model, tales_model.tokenizer, SEED + n, 200, temperature) for n in range(n_seeds)]
     assert sum(shares) / len(shares) >= share, shares
 
 
