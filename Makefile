@@ -35,6 +35,9 @@ format: $(VENV)/.test  ## put the code into the one format
 
 setup: $(VENV)/.test  ## only the environment, with what the tests need
 
+EXTRAS.test := [test]
+EXTRAS.browser := [test,browser]
+
 # Installs again only when a requirement or a pin is newer than the stamp. Each includes the one before: the core, the
 # extra `test`, the extra `browser`.
 $(VENV)/.core $(VENV)/.test $(VENV)/.browser: pyproject.toml constraints.txt
@@ -49,7 +52,7 @@ $(VENV)/.core $(VENV)/.test $(VENV)/.browser: pyproject.toml constraints.txt
 	  exit 1; }
 	@echo "Installing into $(VENV): some minutes the first time."
 	@$(if $(TORCH),$(BIN)/python -m pip install --no-deps --index-url https://download.pytorch.org/whl/$(TORCH) -c constraints.txt torch)
-	@$(BIN)/python -m pip install -c constraints.txt -e '.$(if $(filter %.test,$@),[test])$(if $(filter %.browser,$@),[test,browser])'
+	@$(BIN)/python -m pip install -c constraints.txt -e '.$(EXTRAS$(suffix $@))'
 	@touch $(VENV)/.core $(if $(filter %.browser,$@),$(VENV)/.test) $@
 
 .PHONY: help lab test test-browser bench lint format setup

@@ -84,6 +84,8 @@ def test_solution_notebook_runs_with_it(lesson: Path) -> None:
     notebook = nbformat.reads(solution, as_version=4)
     if not any("mine(" in cell.source for cell in notebook.cells if cell.cell_type == "code"):
         pytest.skip("this chapter takes no class from the learner")
+    for cell in notebook.cells:  # the language model of chapter 03 need not become good here
+        cell.source = cell.source.replace("N_STEPS, BATCH, N_CTX = 2000,", "N_STEPS, BATCH, N_CTX = 100,")
     notebook.cells.insert(0, nbformat.v4.new_code_cell(SUBSTITUTE.format(tests=str(ROOT / "tests"))))
     notebook.cells.append(nbformat.v4.new_code_cell("print(Transformer.__module__)"))
     execute(notebook, {})

@@ -91,12 +91,11 @@ def test_held_out_loss_is_close_to_the_grammar_s_own(model: Transformer) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("temperature", "share", "n_seeds"), [(1.0, 0.88, 3), (0.7, 0.94, 5)])
-def test_the_grammar_accepts_what_tales_writes(temperature: float, share: float, n_seeds: int) -> None:
-    """One wrong word spoils a story. The standard error of 200 samples is about 0.02: hence means over seeds."""
+@pytest.mark.parametrize(("temperature", "share"), [(1.0, 0.86), (0.7, 0.92), (0.4, 0.95)])
+def test_the_grammar_accepts_what_tales_writes(temperature: float, share: float) -> None:
+    """One wrong word spoils a story; the standard error of 200 samples is about 0.02, and the card states the means."""
     tales_model = load_pretrained(Transformer, "tales")
-    shares = [accepted_share(tales_model, tales_model.tokenizer, SEED + n, 200, temperature) for n in range(n_seeds)]
-    assert sum(shares) / len(shares) >= share, shares
+    assert accepted_share(tales_model, tales_model.tokenizer, SEED, n=200, temperature=temperature) >= share
 
 
 def test_one_head_of_attn_only_4l_writes_a_third_of_the_answer() -> None:
