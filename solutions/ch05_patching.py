@@ -123,13 +123,13 @@ def patch_residual_stream(
     of its own with that one patch and no other, and the mean over the prompts of what `metric(logits)` says.
     Source: Meng et al. 2022, section 2.1.
     """
-    n_layers = model.cfg.n_layers
+    n_layers, n_pos = model.cfg.n_layers, tokens.shape[1]
     names = [f"blocks.{layer}.hook_resid_pre" for layer in range(n_layers)]
-    table = torch.zeros(n_layers + 1, tokens.shape[1])
-    for depth, name in enumerate([*names, f"blocks.{n_layers - 1}.hook_resid_post"]):
-        for pos in range(tokens.shape[1]):
-            table[depth, pos] = metric(run_patched(model, tokens, source_cache, name, (pos,))).mean()
-    return table
+    values = []
+    for name in [*names, f"blocks.{n_layers - 1}.hook_resid_post"]:
+        for pos in range(n_pos):
+            values.append(metric(run_patched(model, tokens, source_cache, name, (pos,))).mean())
+    return torch.stack(values).reshape(n_layers + 1, n_pos)
 
 
 def patch_components(
@@ -141,16 +141,17 @@ def patch_components(
     there is nothing to exchange: component 1 then holds the metric's mean of the run without a patch.
     """
     n_layers, n_pos = model.cfg.n_layers, tokens.shape[1]
-    table = torch.zeros(2, n_layers, n_pos)
-    for component, place in enumerate(["attn_out", "mlp_out"]):
-        if component == 1 and model.cfg.attn_only:
-            with torch.no_grad():
-                table[1] = metric(model(tokens)).mean()
-            break
+    values = []
+    for place in ["attn_out"] if model.cfg.attn_only else ["attn_out", "mlp_out"]:
         for layer in range(n_layers):
             for pos in range(n_pos):
                 logits = run_patched(model, tokens, source_cache, f"blocks.{layer}.hook_{place}", (pos,))
-                table[component, layer, pos] = metric(logits).mean()
+                values.append(metric(logits).mean())
+    table = torch.stack(values).reshape(-1, n_layers, n_pos)
+    if model.cfg.attn_only:
+        with torch.no_grad():
+            unpatched = metric(model(tokens)).mean()
+        table = torch.cat([table, unpatched.expand_as(table)])
     return table
 
 
@@ -158,12 +159,12 @@ def patch_heads(
     model: Any, tokens: Int[Tensor, "batch pos"], source_cache: Any, metric: Metric
 ) -> Float[Tensor, "layer head"]:
     """Exchange what one head found (its `z`), at all positions at once; return the metric's mean for each head."""
-    table = torch.zeros(model.cfg.n_layers, model.cfg.n_heads)
+    values = []
     for layer in range(model.cfg.n_layers):
         for head in range(model.cfg.n_heads):
             logits = run_patched(model, tokens, source_cache, f"blocks.{layer}.attn.hook_z", (slice(None), head))
-            table[layer, head] = metric(logits).mean()
-    return table
+            values.append(metric(logits).mean())
+    return torch.stack(values).reshape(model.cfg.n_layers, model.cfg.n_heads)
 
 
 @torch.no_grad()
@@ -173,7 +174,7 @@ def batched_sweep(
     source_cache: Any,
     metric: Metric,
     patches: Sequence[Patch],
-    max_rows: int = 256,
+    max_rows: int = 64,
 ) -> Float[Tensor, " patch"]:
     """Try many patches, several of them in one forward: the metric's mean for each, in the order given.
 
