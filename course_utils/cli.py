@@ -10,6 +10,7 @@ import io
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -43,6 +44,10 @@ def main(argv: list[str] | None = None) -> int:
             return run(args.chapter, args.html)
         if args.command == "status":
             return status(args.notebook)
+        if args.command == "models" and args.action == "train":
+            from course_utils.retraining import train_again
+
+            return train_again(args.name, args.out, args.device, args.steps)
         return {"build": build, "models": models}[args.command]()
     except CourseError as error:
         print(error, file=sys.stderr)
@@ -70,7 +75,13 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     add.add_argument("chapter", metavar="NN", help="a chapter's number, such as 02")
     add.add_argument("--html", type=Path, metavar="OUT", help="write what came out to this file")
     commands.add_parser("build", help="build the notebooks from chapters/src and solutions (for authors)")
-    commands.add_parser("models", help="the models that ship with the course")
+    add = commands.add_parser("models", help="the models that ship with the course; `models train NAME` repeats one")
+    actions = add.add_subparsers(dest="action", metavar="ACTION")
+    add = actions.add_parser("train", help="train a model again and compare it with its card")
+    add.add_argument("name", metavar="NAME", help="a model's name, such as tales")
+    add.add_argument("--out", type=Path, help="where its checkpoint is kept (default: runs/NAME)")
+    add.add_argument("--device", help="where to train, such as cuda (default: the recipe's choice)")
+    add.add_argument("--steps", type=int, help="fewer make a worse model sooner")
     args, rest = parser.parse_known_args(argv)
     if rest and args.command != "lab":
         parser.error(f"unknown arguments: {' '.join(rest)}")
@@ -102,6 +113,7 @@ def lab(port: int | None, no_browser: bool, rest: list[str]) -> int:
     # In a container one is root, and Jupyter refuses to start; it listens on this machine only, behind a token.
     command += ["--allow-root"] * (getattr(os, "geteuid", lambda: 1)() == 0)
     command += [f"--port={port}"] * (port is not None) + ["--no-browser"] * no_browser + rest
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through `finally`: Jupyter must not outlive the command
     server = subprocess.Popen(command, cwd=work)
     try:
         address = wait_for_address(server)
@@ -316,6 +328,7 @@ def models() -> int:
     for card in shipped_models():
         print(f"{card['name']:<20} {int(card['parameters']):>10,}  {card['about']}")
     print(f"\nHow each was trained and what it can do: card.md in the folders of {MODELS}")
+    print("`course models train NAME` trains one again and compares it with its card.")
     return 0
 
 

@@ -351,197 +351,6 @@ def convert_gpt2_weights(state_dict: dict[str, Tensor], cfg: TransformerConfig) 
     return ours
 
 
-# --- From GPT-2 to Pythia, and towards Llama ----------------------------------------------------------------------
-
-
-def apply_rotary(
-    x: Float[Tensor, "batch pos head d_head"], positions: Int[Tensor, " pos"], rotary_dim: int, base: float
-) -> Float[Tensor, "batch pos head d_head"]:
-    """Turn pairs of coordinates of every vector, by angles that grow with the vector's position.
-
-    Coordinates i and i + rotary_dim / 2 are a pair, for i = 0 ... rotary_dim / 2 - 1 (GPT-NeoX's layout). At position p
-    the pair (a, b) is turned by the angle p / base^(2 i / rotary_dim), which makes it
-    (a cos - b sin, a sin + b cos). The coordinates from rotary_dim on stay as they are, whatever the position.
-    `positions[n]` is the position of `x[:, n]`. The input is left unchanged.
-    Source: Su et al. 2021, section 3.2; only some of the coordinates: Black et al. 2022, section 2.1.
-    """
-    half = rotary_dim // 2
-    frequencies = base ** (-2 * torch.arange(half, device=x.device) / rotary_dim)
-    angles = positions[:, None, None] * frequencies  # [pos 1 pair]: the same for every head
-    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-    a, b, rest = x.split([half, half, x.shape[-1] - rotary_dim], dim=-1)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos, rest], dim=-1)
-
-
-class RotaryAttention(Attention):
-    """Attention that is told distances, not places: queries and keys are turned by their positions.
-
-    Parameters and steps are those of `Attention`, with one step more: after `hook_q`, `hook_k` and `hook_v`,
-    `apply_rotary` turns queries and keys, not values, and `hook_rot_q` and `hook_rot_k` see what it returns. Scores
-    come from the turned vectors, and a key-value cache is given turned keys. The positions are 0, 1, 2, ...; with a
-    cache they begin at `cache.length`, as it is *before* `append` makes it longer.
-    Source: Su et al. 2021, section 3.2.2.
-    """
-
-    def __init__(self, cfg: TransformerConfig) -> None:  # given
-        super().__init__(cfg)
-        self.rotary_dim, self.rotary_base = cfg.rotary_dim, cfg.rotary_base
-        self.hook_rot_q, self.hook_rot_k = HookPoint(), HookPoint()
-
-    def forward(
-        self, resid: Float[Tensor, "batch pos d_model"], cache: "KVCache | None" = None
-    ) -> Float[Tensor, "batch pos d_model"]:
-        """Return what this layer adds to the residual stream (not resid plus it)."""
-        q = self.hook_q(project_heads(resid, self.W_Q, self.b_Q))
-        k = self.hook_k(project_heads(resid, self.W_K, self.b_K))
-        v = self.hook_v(project_heads(resid, self.W_V, self.b_V))
-        start = 0 if cache is None else cache.length
-        positions = torch.arange(start, start + resid.shape[1], device=resid.device)
-        q = self.hook_rot_q(apply_rotary(q, positions, self.rotary_dim, self.rotary_base))
-        k = self.hook_rot_k(apply_rotary(k, positions, self.rotary_dim, self.rotary_base))
-        if cache is not None:
-            k, v = cache.append(self.layer, k, v)
-        if self.hook_attn_scores.is_watched or self.hook_pattern.is_watched:
-            scores = self.hook_attn_scores(causal_mask(attention_scores(q, k)))
-            pattern = self.hook_pattern(scores.softmax(dim=-1))
-            z = einops.einsum(pattern, v, "batch head query key, batch key head d_head -> batch query head d_head")
-        else:
-            z = fused_attention(q, k, v)
-        z = self.hook_z(z)
-        if self.hook_result.is_watched:
-            result = einops.einsum(z, self.W_O, "batch pos head d_head, head d_head d_model -> batch pos head d_model")
-            return self.hook_result(result).sum(dim=2) + self.b_O
-        return einops.einsum(z, self.W_O, "batch pos head d_head, head d_head d_model -> batch pos d_model") + self.b_O
-
-
-class ParallelBlock(TransformerBlock):
-    """Attention and MLP side by side: both read the stream as it comes in, and both outputs are added to it.
-
-    Each reads its own normalised copy of it (`ln1` for attention, `ln2` for the MLP). Hook points, in order:
-    `hook_resid_pre`, `hook_attn_out`, `hook_mlp_out`, `hook_resid_post`. There is no `hook_resid_mid`.
-    Source: Wang and Komatsuzaki 2021 (GPT-J); Black et al. 2022, section 2.1.
-    """
-
-    def __init__(self, cfg: TransformerConfig) -> None:  # given
-        super().__init__(cfg)
-        del self.hook_resid_mid  # there is nothing in between
-
-    def forward(
-        self, resid: Float[Tensor, "batch pos d_model"], cache: "KVCache | None" = None
-    ) -> Float[Tensor, "batch pos d_model"]:
-        """Return the residual stream after this block; `cache` is handed on to attention."""
-        resid_pre = self.hook_resid_pre(resid)
-        attn_out = self.hook_attn_out(self.attn(self.ln1(resid_pre), cache))
-        mlp_out = self.hook_mlp_out(self.mlp(self.ln2(resid_pre)))
-        return self.hook_resid_post(resid_pre + attn_out + mlp_out)
-
-
-class NoPosEmbed(nn.Module):
-    """Stands where GPT-2 has its table of positions, and adds nothing: for models whose attention turns its vectors."""
-
-    nothing: Tensor
-
-    def __init__(self, cfg: TransformerConfig) -> None:
-        super().__init__()
-        self.register_buffer("nothing", torch.zeros(cfg.d_model), persistent=False)
-
-    def forward(self, tokens: Int[Tensor, "batch pos"], offset: int = 0) -> Float[Tensor, "batch pos d_model"]:
-        """Return zeros, whatever the positions are."""
-        return self.nothing.expand(*tokens.shape, -1)
-
-
-def convert_neox_weights(state_dict: dict[str, Tensor], cfg: TransformerConfig) -> dict[str, Tensor]:
-    """Rename and reshape the weights of Hugging Face's GPTNeoXForCausalLM so that our Transformer can load them.
-
-    All their matrices are stored [out, in] (`nn.Linear`), ours are [in, out]. The rows of `query_key_value` go head by
-    head: first the d_head rows of head 0's queries, then those of its keys, then of its values, then head 1. Its bias
-    goes alike. The columns of `attention.dense` are the heads one after the other. The unembedding is named
-    `lm_head.weight`, or `embed_out.weight` where transformers is older: take the one that is there. It has no bias:
-    ours is zero. Rotary positions have no weights, so there is no `pos_embed`; masks and tables stored among the
-    weights (`attention.bias`, `attention.masked_bias`, `attention.rotary_emb.inv_freq`) are left behind.
-    """
-    neox = {name.removeprefix("gpt_neox."): weight for name, weight in state_dict.items()}
-    unembed = neox["lm_head.weight"] if "lm_head.weight" in neox else neox["embed_out.weight"]
-    ours = {
-        "embed.W_E": neox["embed_in.weight"],
-        "ln_final.w": neox["final_layer_norm.weight"],
-        "ln_final.b": neox["final_layer_norm.bias"],
-        "unembed.W_U": unembed.T,
-        "unembed.b_U": unembed.new_zeros(cfg.d_vocab),
-    }
-    for layer in range(cfg.n_layers):
-        theirs, block = f"layers.{layer}", f"blocks.{layer}"
-        for norm, name in (("input_layernorm", "ln1"), ("post_attention_layernorm", "ln2")):
-            ours[f"{block}.{name}.w"] = neox[f"{theirs}.{norm}.weight"]
-            ours[f"{block}.{name}.b"] = neox[f"{theirs}.{norm}.bias"]
-        weights = einops.rearrange(
-            neox[f"{theirs}.attention.query_key_value.weight"],
-            "(head qkv d_head) d_model -> qkv head d_model d_head",
-            head=cfg.n_heads,
-            qkv=3,
-        )
-        biases = einops.rearrange(
-            neox[f"{theirs}.attention.query_key_value.bias"],
-            "(head qkv d_head) -> qkv head d_head",
-            head=cfg.n_heads,
-            qkv=3,
-        )
-        for letter, weight, bias in zip("QKV", weights, biases, strict=True):
-            ours[f"{block}.attn.W_{letter}"], ours[f"{block}.attn.b_{letter}"] = weight, bias
-        ours[f"{block}.attn.W_O"] = einops.rearrange(
-            neox[f"{theirs}.attention.dense.weight"], "d_model (head d_head) -> head d_head d_model", head=cfg.n_heads
-        )
-        ours[f"{block}.attn.b_O"] = neox[f"{theirs}.attention.dense.bias"]
-        for part, name in (("dense_h_to_4h", "in"), ("dense_4h_to_h", "out")):
-            ours[f"{block}.mlp.W_{name}"] = neox[f"{theirs}.mlp.{part}.weight"].T
-            ours[f"{block}.mlp.b_{name}"] = neox[f"{theirs}.mlp.{part}.bias"]
-    return ours
-
-
-class RMSNorm(nn.Module):
-    """Bring every residual vector to a root mean square of 1, then scale by `w`. The mean is not subtracted.
-
-    The mean of the squares is taken over d_model, separately for each position, and `cfg.layer_norm_eps` is added to it
-    inside the root. `hook_scale` sees that root, which keeps its last axis (size 1); `hook_normalized` sees the vector
-    before `w`. There is no `b`.
-    Source: Zhang and Sennrich 2019, section 4.
-    """
-
-    def __init__(self, cfg: TransformerConfig) -> None:  # given
-        super().__init__()
-        self.eps = cfg.layer_norm_eps
-        self.w = nn.Parameter(torch.ones(cfg.d_model))
-        self.hook_scale, self.hook_normalized = HookPoint(), HookPoint()
-
-    def forward(self, resid: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
-        """Return the normalised vectors; the residual stream itself stays as it is."""
-        scale = self.hook_scale((resid.pow(2).mean(dim=-1, keepdim=True) + self.eps).sqrt())
-        return self.hook_normalized(resid / scale) * self.w
-
-
-class GatedMLP(nn.Module):
-    """An MLP whose neurons are products: what `W_in` proposes, times how far the gate of `W_gate` is open. No biases.
-
-    The gate goes through the SiLU, x sigmoid(x); what `W_in` gives goes through nothing. `W_out` takes the products
-    back to d_model. `hook_pre` sees the gate before the SiLU, `hook_pre_linear` what `W_in` gives, `hook_post` the
-    products.
-    Source: Shazeer 2020, section 2 (there named SwiGLU); Touvron et al. 2023, section 2.2 (Llama).
-    """
-
-    def __init__(self, cfg: TransformerConfig) -> None:  # given
-        super().__init__()
-        self.W_gate = nn.Parameter(torch.randn(cfg.d_model, cfg.d_mlp))
-        self.W_in = nn.Parameter(torch.randn(cfg.d_model, cfg.d_mlp))
-        self.W_out = nn.Parameter(torch.randn(cfg.d_mlp, cfg.d_model))
-        self.hook_pre, self.hook_pre_linear, self.hook_post = HookPoint(), HookPoint(), HookPoint()
-
-    def forward(self, resid: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
-        """Return what this layer adds to the residual stream (not resid plus it)."""
-        gate = self.hook_pre(resid @ self.W_gate)
-        proposed = self.hook_pre_linear(resid @ self.W_in)
-        return self.hook_post(nn.functional.silu(gate) * proposed) @ self.W_out
-
-
 # --- Drawing text -------------------------------------------------------------------------------------------------
 
 
@@ -775,3 +584,194 @@ def beam_search(
         n_new = new.index(eos) + 1 if eos in new else len(new)
         found.append((total, beam[: tokens.shape[1] + n_new]))
     return found
+
+
+# --- From GPT-2 to Pythia, and towards Llama ----------------------------------------------------------------------
+
+
+def apply_rotary(
+    x: Float[Tensor, "batch pos head d_head"], positions: Int[Tensor, " pos"], rotary_dim: int, base: float
+) -> Float[Tensor, "batch pos head d_head"]:
+    """Turn pairs of coordinates of every vector, by angles that grow with the vector's position.
+
+    Coordinates i and i + rotary_dim / 2 are a pair, for i = 0 ... rotary_dim / 2 - 1 (GPT-NeoX's layout). At position p
+    the pair (a, b) is turned by the angle p / base^(2 i / rotary_dim), which makes it
+    (a cos - b sin, a sin + b cos). The coordinates from rotary_dim on stay as they are, whatever the position.
+    `positions[n]` is the position of `x[:, n]`. The input is left unchanged.
+    Source: Su et al. 2021, section 3.2; only some of the coordinates: Black et al. 2022, section 2.1.
+    """
+    half = rotary_dim // 2
+    frequencies = base ** (-2 * torch.arange(half, device=x.device) / rotary_dim)
+    angles = positions[:, None, None] * frequencies  # [pos 1 pair]: the same for every head
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    a, b, rest = x.split([half, half, x.shape[-1] - rotary_dim], dim=-1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos, rest], dim=-1)
+
+
+class RotaryAttention(Attention):
+    """Attention that is told distances, not places: queries and keys are turned by their positions.
+
+    Parameters and steps are those of `Attention`, with one step more: after `hook_q`, `hook_k` and `hook_v`,
+    `apply_rotary` turns queries and keys, not values, and `hook_rot_q` and `hook_rot_k` see what it returns. Scores
+    come from the turned vectors, and a key-value cache is given turned keys. The positions are 0, 1, 2, ...; with a
+    cache they begin at `cache.length`, as it is *before* `append` makes it longer.
+    Source: Su et al. 2021, section 3.2.2.
+    """
+
+    def __init__(self, cfg: TransformerConfig) -> None:  # given
+        super().__init__(cfg)
+        self.rotary_dim, self.rotary_base = cfg.rotary_dim, cfg.rotary_base
+        self.hook_rot_q, self.hook_rot_k = HookPoint(), HookPoint()
+
+    def forward(
+        self, resid: Float[Tensor, "batch pos d_model"], cache: "KVCache | None" = None
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """Return what this layer adds to the residual stream (not resid plus it)."""
+        q = self.hook_q(project_heads(resid, self.W_Q, self.b_Q))
+        k = self.hook_k(project_heads(resid, self.W_K, self.b_K))
+        v = self.hook_v(project_heads(resid, self.W_V, self.b_V))
+        start = 0 if cache is None else cache.length
+        positions = torch.arange(start, start + resid.shape[1], device=resid.device)
+        q = self.hook_rot_q(apply_rotary(q, positions, self.rotary_dim, self.rotary_base))
+        k = self.hook_rot_k(apply_rotary(k, positions, self.rotary_dim, self.rotary_base))
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)
+        if self.hook_attn_scores.is_watched or self.hook_pattern.is_watched:
+            scores = self.hook_attn_scores(causal_mask(attention_scores(q, k)))
+            pattern = self.hook_pattern(scores.softmax(dim=-1))
+            z = einops.einsum(pattern, v, "batch head query key, batch key head d_head -> batch query head d_head")
+        else:
+            z = fused_attention(q, k, v)
+        z = self.hook_z(z)
+        if self.hook_result.is_watched:
+            result = einops.einsum(z, self.W_O, "batch pos head d_head, head d_head d_model -> batch pos head d_model")
+            return self.hook_result(result).sum(dim=2) + self.b_O
+        return einops.einsum(z, self.W_O, "batch pos head d_head, head d_head d_model -> batch pos d_model") + self.b_O
+
+
+class ParallelBlock(TransformerBlock):
+    """Attention and MLP side by side: both read the stream as it comes in, and both outputs are added to it.
+
+    Each reads its own normalised copy of it (`ln1` for attention, `ln2` for the MLP). Hook points, in order:
+    `hook_resid_pre`, `hook_attn_out`, `hook_mlp_out`, `hook_resid_post`. There is no `hook_resid_mid`.
+    Source: Wang and Komatsuzaki 2021 (GPT-J); Black et al. 2022, section 2.1.
+    """
+
+    def __init__(self, cfg: TransformerConfig) -> None:  # given
+        super().__init__(cfg)
+        del self.hook_resid_mid  # there is nothing in between
+
+    def forward(
+        self, resid: Float[Tensor, "batch pos d_model"], cache: "KVCache | None" = None
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """Return the residual stream after this block; `cache` is handed on to attention."""
+        resid_pre = self.hook_resid_pre(resid)
+        attn_out = self.hook_attn_out(self.attn(self.ln1(resid_pre), cache))
+        mlp_out = self.hook_mlp_out(self.mlp(self.ln2(resid_pre)))
+        return self.hook_resid_post(resid_pre + attn_out + mlp_out)
+
+
+class NoPosEmbed(nn.Module):
+    """Stands where GPT-2 has its table of positions, and adds nothing: for models whose attention turns its vectors."""
+
+    nothing: Tensor
+
+    def __init__(self, cfg: TransformerConfig) -> None:
+        super().__init__()
+        self.register_buffer("nothing", torch.zeros(cfg.d_model), persistent=False)
+
+    def forward(self, tokens: Int[Tensor, "batch pos"], offset: int = 0) -> Float[Tensor, "batch pos d_model"]:
+        """Return zeros, whatever the positions are."""
+        return self.nothing.expand(*tokens.shape, -1)
+
+
+def convert_neox_weights(state_dict: dict[str, Tensor], cfg: TransformerConfig) -> dict[str, Tensor]:
+    """Rename and reshape the weights of Hugging Face's GPTNeoXForCausalLM so that our Transformer can load them.
+
+    All their matrices are stored [out, in] (`nn.Linear`), ours are [in, out]. The rows of `query_key_value` go head by
+    head: first the d_head rows of head 0's queries, then those of its keys, then of its values, then head 1. Its bias
+    goes alike. The columns of `attention.dense` are the heads one after the other. The unembedding is named
+    `lm_head.weight`, or `embed_out.weight` where transformers is older: take the one that is there. It has no bias:
+    ours is zero. Rotary positions have no weights, so there is no `pos_embed`; masks and tables stored among the
+    weights (`attention.bias`, `attention.masked_bias`, `attention.rotary_emb.inv_freq`) are left behind.
+    """
+    neox = {name.removeprefix("gpt_neox."): weight for name, weight in state_dict.items()}
+    unembed = neox["lm_head.weight"] if "lm_head.weight" in neox else neox["embed_out.weight"]
+    ours = {
+        "embed.W_E": neox["embed_in.weight"],
+        "ln_final.w": neox["final_layer_norm.weight"],
+        "ln_final.b": neox["final_layer_norm.bias"],
+        "unembed.W_U": unembed.T,
+        "unembed.b_U": unembed.new_zeros(cfg.d_vocab),
+    }
+    for layer in range(cfg.n_layers):
+        theirs, block = f"layers.{layer}", f"blocks.{layer}"
+        for norm, name in (("input_layernorm", "ln1"), ("post_attention_layernorm", "ln2")):
+            ours[f"{block}.{name}.w"] = neox[f"{theirs}.{norm}.weight"]
+            ours[f"{block}.{name}.b"] = neox[f"{theirs}.{norm}.bias"]
+        weights = einops.rearrange(
+            neox[f"{theirs}.attention.query_key_value.weight"],
+            "(head qkv d_head) d_model -> qkv head d_model d_head",
+            head=cfg.n_heads,
+            qkv=3,
+        )
+        biases = einops.rearrange(
+            neox[f"{theirs}.attention.query_key_value.bias"],
+            "(head qkv d_head) -> qkv head d_head",
+            head=cfg.n_heads,
+            qkv=3,
+        )
+        for letter, weight, bias in zip("QKV", weights, biases, strict=True):
+            ours[f"{block}.attn.W_{letter}"], ours[f"{block}.attn.b_{letter}"] = weight, bias
+        ours[f"{block}.attn.W_O"] = einops.rearrange(
+            neox[f"{theirs}.attention.dense.weight"], "d_model (head d_head) -> head d_head d_model", head=cfg.n_heads
+        )
+        ours[f"{block}.attn.b_O"] = neox[f"{theirs}.attention.dense.bias"]
+        for part, name in (("dense_h_to_4h", "in"), ("dense_4h_to_h", "out")):
+            ours[f"{block}.mlp.W_{name}"] = neox[f"{theirs}.mlp.{part}.weight"].T
+            ours[f"{block}.mlp.b_{name}"] = neox[f"{theirs}.mlp.{part}.bias"]
+    return ours
+
+
+class RMSNorm(nn.Module):
+    """Bring every residual vector to a root mean square of 1, then scale by `w`. The mean is not subtracted.
+
+    The mean of the squares is taken over d_model, separately for each position, and `cfg.layer_norm_eps` is added to it
+    inside the root. `hook_scale` sees that root, which keeps its last axis (size 1); `hook_normalized` sees the vector
+    before `w`. There is no `b`.
+    Source: Zhang and Sennrich 2019, section 4.
+    """
+
+    def __init__(self, cfg: TransformerConfig) -> None:  # given
+        super().__init__()
+        self.eps = cfg.layer_norm_eps
+        self.w = nn.Parameter(torch.ones(cfg.d_model))
+        self.hook_scale, self.hook_normalized = HookPoint(), HookPoint()
+
+    def forward(self, resid: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+        """Return the normalised vectors; the residual stream itself stays as it is."""
+        scale = self.hook_scale((resid.pow(2).mean(dim=-1, keepdim=True) + self.eps).sqrt())
+        return self.hook_normalized(resid / scale) * self.w
+
+
+class GatedMLP(nn.Module):
+    """An MLP whose neurons are products: what `W_in` proposes, times how far the gate of `W_gate` is open. No biases.
+
+    The gate goes through the SiLU, x sigmoid(x); what `W_in` gives goes through nothing. `W_out` takes the products
+    back to d_model. `hook_pre` sees the gate before the SiLU, `hook_pre_linear` what `W_in` gives, `hook_post` the
+    products.
+    Source: Shazeer 2020, section 2 (there named SwiGLU); Touvron et al. 2023, section 2.2 (Llama).
+    """
+
+    def __init__(self, cfg: TransformerConfig) -> None:  # given
+        super().__init__()
+        self.W_gate = nn.Parameter(torch.randn(cfg.d_model, cfg.d_mlp))
+        self.W_in = nn.Parameter(torch.randn(cfg.d_model, cfg.d_mlp))
+        self.W_out = nn.Parameter(torch.randn(cfg.d_mlp, cfg.d_model))
+        self.hook_pre, self.hook_pre_linear, self.hook_post = HookPoint(), HookPoint(), HookPoint()
+
+    def forward(self, resid: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+        """Return what this layer adds to the residual stream (not resid plus it)."""
+        gate = self.hook_pre(resid @ self.W_gate)
+        proposed = self.hook_pre_linear(resid @ self.W_in)
+        return self.hook_post(nn.functional.silu(gate) * proposed) @ self.W_out

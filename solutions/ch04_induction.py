@@ -1,14 +1,15 @@
 """Chapter 04: hooks, heads that copy from context, and three ways to prove what they do."""
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import einops
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Complex, Float, Int
 from torch import Tensor, nn
 
-from course_utils.hooks import ActivationCache, HookPoint, run_with_hooks
+from course_utils.hooks import ActivationCache, HookPoint, run_with_cache, run_with_hooks
 
 # ------------------------------------------------------------------------------------------------------ seeing inside
 
@@ -264,6 +265,354 @@ def logit_attribution(
 
 # ---------------------------------------------------------------------------------------------------- causal evidence
 
+
+def ablate_heads(
+    model: nn.Module,
+    tokens: Int[Tensor, "batch pos"],
+    heads: Sequence[tuple[int, int]],
+    kind: str,
+    reference: Int[Tensor, "reference_batch reference_pos"] | None = None,
+) -> Float[Tensor, "batch pos d_vocab"]:
+    """Logits of a run in which some heads, given as (layer, head), no longer say anything about their own text.
+
+    What is replaced is `hook_z`: a head's mixture of values, before `W_O`, at every position. All the heads are
+    replaced in the same run. What stands there instead depends on `kind`:
+
+    - "zero": zeros.
+    - "mean": at each position, the mean over the rows of `reference`, which must have as many positions as `tokens`,
+      and any number of rows. Positions are not averaged: what a head does at the first token, in a text that is still
+      new and in its repetition are different jobs, and the mean over all of them is a vector that it never writes.
+    - "resample": row i gets what the head computed for row i of `reference`, which has the shape of `tokens`.
+
+    What comes from `reference` is computed with nothing replaced; for "zero" it is not needed, and ignored. Raises
+    ValueError for another `kind`, and for a `reference` that is missing or has another shape than said above. The
+    model's weights stay as they are, its other hooks keep working, and nothing stays attached.
+    """
+    if kind not in ("zero", "mean", "resample"):
+        raise ValueError(f'ablate_heads: kind must be "zero", "mean" or "resample", got {kind!r}.')
+    stand_ins: dict[str, Tensor] = {}
+    names = {f"blocks.{layer}.attn.hook_z" for layer, _ in heads}
+    if kind != "zero":
+        if reference is None:
+            raise ValueError(f"ablate_heads: {kind} ablation needs a reference batch.")
+        if reference.shape[1] != tokens.shape[1] or (kind == "resample" and reference.shape != tokens.shape):
+            shapes = f"{tuple(reference.shape)} does not go with tokens of shape {tuple(tokens.shape)}"
+            raise ValueError(f"ablate_heads: a reference of shape {shapes}.")
+        _, cache = run_with_cache(model, reference, names=names)
+        stand_ins = {name: z.mean(dim=0, keepdim=True) if kind == "mean" else z for name, z in cache.items()}
+
+    def replace(z: Tensor, hook: HookPoint) -> Tensor:
+        z = z.clone()
+        stand_in = stand_ins.get(hook.name, torch.zeros_like(z))
+        for layer, head in heads:
+            if hook.name == f"blocks.{layer}.attn.hook_z":
+                z[:, :, head] = stand_in[:, :, head]
+        return z
+
+    return run_with_hooks(model, tokens, hooks=dict.fromkeys(names, replace))
+
+
+@torch.no_grad()
+def ablation_scores(
+    model: nn.Module,
+    tokens: Int[Tensor, "batch pos"],
+    n_half: int,
+    kind: str,
+    reference: Int[Tensor, "reference_batch reference_pos"] | None = None,
+) -> Float[Tensor, "layer head"]:
+    """How much worse the second half is predicted without each head: the mean loss with it ablated minus the usual one.
+
+    `tokens` are those of `repeated_tokens`, so the second half is the last `n_half` tokens of each row; the loss is the
+    mean over these and over the rows. One head at a time is ablated, with `ablate_heads`, which `kind` and `reference`
+    are for. A positive score means that the head helps. No gradients are recorded.
+    """
+
+    def loss(logits: Tensor) -> Tensor:
+        return per_token_losses(logits, tokens)[:, -n_half:].mean()
+
+    usual = loss(model(tokens))
+    scores = usual.new_empty(model.cfg.n_layers, model.cfg.n_heads)
+    for layer in range(model.cfg.n_layers):
+        for head in range(model.cfg.n_heads):
+            scores[layer, head] = loss(ablate_heads(model, tokens, [(layer, head)], kind, reference)) - usual
+    return scores
+
+
 # ---------------------------------------------------------------------------------------------------- reading weights
+
+
+class FactoredMatrix:
+    """The matrix `A @ B` of low rank, known by its two thin factors: whatever is asked of it, it is never formed.
+
+    `A` is [rows inner] and `B` [inner columns], and `inner` is small, while `rows x columns` may be far too large for
+    memory. Factors may have the same axes in front, or ones that broadcast: these are batch axes, as with `@` itself,
+    and then each method works on every matrix of the batch at once.
+    Source: the identities are those of Elhage et al. 2021, "Working with weights that are low-rank".
+    """
+
+    def __init__(self, A: Tensor, B: Tensor) -> None:  # given
+        if A.shape[-1] != B.shape[-2]:
+            raise ValueError(f"FactoredMatrix: {tuple(A.shape)} and {tuple(B.shape)} have no inner size in common.")
+        self.A, self.B = A, B
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # given
+        """The shape that `A @ B` would have."""
+        batch = torch.broadcast_shapes(self.A.shape[:-2], self.B.shape[:-2])
+        return (*batch, self.A.shape[-2], self.B.shape[-1])
+
+    def __repr__(self) -> str:  # given
+        return f"FactoredMatrix(shape={list(self.shape)}, inner={self.A.shape[-1]})"
+
+    @property
+    def T(self) -> "FactoredMatrix":
+        """The transposed matrix (of the last two axes), factored too."""
+        return FactoredMatrix(self.B.mT, self.A.mT)
+
+    def __matmul__(self, other: "Tensor | FactoredMatrix") -> "FactoredMatrix":
+        """This matrix times another, factored or not: a FactoredMatrix, whose inner size is no larger than this one's.
+
+        `other` may be a matrix, [columns anything], or factored, with as many rows as this one has columns.
+        """
+        if isinstance(other, FactoredMatrix):
+            return FactoredMatrix(self.A, (self.B @ other.A) @ other.B)
+        return FactoredMatrix(self.A, self.B @ other)
+
+    def __rmatmul__(self, other: Tensor) -> "FactoredMatrix":
+        """`other @ self` for a matrix `other`, [anything rows]: a FactoredMatrix."""
+        return FactoredMatrix(other @ self.A, self.B)
+
+    def svd(
+        self,
+    ) -> tuple[Float[Tensor, "*batch rows rank"], Float[Tensor, "*batch rank"], Float[Tensor, "*batch rank columns"]]:
+        """U, S, Vh with A B = U diag(S) Vh, as torch.linalg.svd: S descending, columns of U and rows of Vh orthonormal.
+
+        There are as many singular values as the inner size (fewer where rows or columns are fewer still).
+        """
+        Q_A, R_A = torch.linalg.qr(self.A)
+        Q_B, R_B = torch.linalg.qr(self.B.mT)
+        U, S, Vh = torch.linalg.svd(R_A @ R_B.mT, full_matrices=False)
+        return Q_A @ U, S, Vh @ Q_B.mT
+
+    def eigenvalues(self) -> Complex[Tensor, "*batch inner"]:
+        """The eigenvalues, in any order: as many as the inner size; all the others are 0.
+
+        Raises ValueError for a matrix that is not square.
+        """
+        if self.shape[-2] != self.shape[-1]:
+            raise ValueError(f"FactoredMatrix: a matrix of shape {self.shape} has no eigenvalues; it must be square.")
+        return torch.linalg.eigvals(self.B @ self.A)
+
+    def norm(self) -> Float[Tensor, "*batch"]:
+        """The Frobenius norm: the root of the sum of the squares of all entries."""
+        return ((self.A.mT @ self.A) * (self.B @ self.B.mT)).sum(dim=(-2, -1)).clamp(min=0).sqrt()
+
+
+def fold_layer_norm(model: nn.Module) -> nn.Module:
+    """A copy that computes the same logits, in which each LayerNorm's `w`, `b` and centring are part of the weights.
+
+    In every matrix that reads from the residual stream, the row of each direction is multiplied by `w`, and the mean of
+    its rows subtracted (as LayerNorm subtracts the mean, nothing is lost); `b` times the matrix goes into the bias.
+    What LayerNorm still does in the copy is to centre and to divide by its scale.
+    """
+    folded = copy.deepcopy(model)
+    if model.cfg.normalization == "none":
+        return folded
+    readers = [(folded.ln_final, folded.unembed, "U")]
+    readers += [(block.ln1, block.attn, letter) for block in folded.blocks for letter in "QKV"]
+    if not model.cfg.attn_only:
+        readers += [(block.ln2, block.mlp, "in") for block in folded.blocks]
+    with torch.no_grad():
+        for norm, part, letter in readers:
+            W, b = getattr(part, f"W_{letter}"), getattr(part, f"b_{letter}")
+            b.copy_(b + norm.b @ W)
+            W.copy_(norm.w[:, None] * W)
+            W.copy_(W - W.mean(dim=-2, keepdim=True))
+        for norm in {norm for norm, _, _ in readers}:
+            norm.w.copy_(torch.ones_like(norm.w))
+            norm.b.copy_(torch.zeros_like(norm.b))
+    return folded
+
+
+def ov_circuit(model: nn.Module, layer: int, head: int) -> FactoredMatrix:
+    """What a head writes for a token that it attends to: W_E W_V W_O W_U, [d_vocab d_vocab], by its thin factors.
+
+    Row: the token that is attended to. Column: the token whose logit changes. LayerNorm and biases are left out: hand
+    in a model from `fold_layer_norm`, and what is missing is two positive factors per position and a constant.
+    Source: Elhage et al. 2021, "One-layer attention-only transformers".
+    """
+    attn = model.blocks[layer].attn
+    return FactoredMatrix(model.embed.W_E @ attn.W_V[head], attn.W_O[head] @ model.unembed.W_U)
+
+
+def qk_circuit(model: nn.Module, layer: int, head: int) -> FactoredMatrix:
+    """How much a token wants to look at a token, whatever their positions: W_E W_Q W_K^T W_E^T, [d_vocab d_vocab].
+
+    Row: the token that looks (query). Column: the token that is looked at (key). Not divided by sqrt(d_head);
+    LayerNorm and biases are left out, as in `ov_circuit`.
+    Source: Elhage et al. 2021, "One-layer attention-only transformers".
+    """
+    attn = model.blocks[layer].attn
+    W_E = model.embed.W_E
+    return FactoredMatrix(W_E @ attn.W_Q[head], (W_E @ attn.W_K[head]).T)
+
+
+def copying_score(ov: FactoredMatrix) -> Float[Tensor, ""]:
+    """How far a head's OV circuit copies: the sum of its eigenvalues' real parts over the sum of their sizes.
+
+    1 where all eigenvalues are positive (what is attended to becomes likelier), -1 where all are negative, near 0 where
+    they point anywhere. The size of a complex number is its absolute value.
+    Source: Elhage et al. 2021, "Summarizing OV/QK matrices".
+    """
+    eigenvalues = ov.eigenvalues()
+    return eigenvalues.real.sum() / eigenvalues.abs().sum()
+
+
+def top1_accuracy(ov: FactoredMatrix, rows_at_once: int = 1024) -> float:
+    """The share of tokens for which a head writes that same token most: rows with their largest entry on the diagonal.
+
+    All rows count. The matrix is built in blocks of at most `rows_at_once` rows, each of which is thrown away before
+    the next one comes: over GPT-2's vocabulary the whole would take ten gigabytes.
+    """
+    hits = 0
+    for start in range(0, ov.shape[0], rows_at_once):
+        largest = (ov.A[start : start + rows_at_once] @ ov.B).argmax(dim=-1)
+        tokens = torch.arange(start, start + len(largest), device=largest.device)
+        hits += int((largest == tokens).sum())
+    return hits / ov.shape[0]
+
+
+def position_pattern(model: nn.Module, layer: int, head: int) -> Float[Tensor, "query key"]:
+    """Where a head would look if it saw nothing but positions: its attention pattern over all n_ctx of them.
+
+    The residual stream that enters the layer is taken to be `W_pos` alone. From there on all is as in the model: the
+    layer's `ln1` (none where the model does without), queries and keys with their biases, the division by
+    sqrt(d_head), the causal mask, the softmax.
+    """
+    block = model.blocks[layer]
+    resid = block.ln1(model.pos_embed.W_pos[None])[0]
+    q = resid @ block.attn.W_Q[head] + block.attn.b_Q[head]
+    k = resid @ block.attn.W_K[head] + block.attn.b_K[head]
+    scores = q @ k.T / q.shape[-1] ** 0.5
+    future = torch.ones_like(scores, dtype=torch.bool).triu(diagonal=1)
+    return scores.masked_fill(future, -torch.inf).softmax(dim=-1)
+
+
+def decompose_qk(
+    cache: ActivationCache, model: nn.Module, layer: int, head: int
+) -> tuple[list[str], Float[Tensor, "batch query_source key_source query key"]]:
+    """Split a head's attention scores by where its queries and where its keys come from: (labels, scores).
+
+    The residual stream that enters the layer is a sum of sources, and a score is a product of two such sums. So there
+    is a term for every pair of sources, the query's first; over all pairs they sum to the scores that the head has
+    before the mask (divided by sqrt(d_head); keys in the future are left in).
+
+    Sources are in order, and called, as in `residual_components`: "embed", "pos_embed"; for each earlier layer its
+    heads, as "head 0.3", then `b_O`, as "bias 0", then its MLP if there is one (with its bias), as "mlp 0". Last comes
+    "constant", what does not depend on the text: `ln1.b` times W_Q (W_K), plus b_Q (b_K). Each other source is centred,
+    divided by the scale that the cache holds for the layer's `ln1`, and multiplied by `ln1.w`, as the sum of them is in
+    the model; without normalisation, none of it.
+    The cache must hold every head's `hook_result`: `run_with_cache(model, tokens, names="*")`.
+    """
+    block, attn = model.blocks[layer], model.blocks[layer].attn
+    labels, sources = ["embed", "pos_embed"], [cache["embed"], cache["pos_embed"]]
+    for earlier in range(layer):
+        result = cache["result", earlier]
+        labels += [f"head {earlier}.{number}" for number in range(result.shape[2])] + [f"bias {earlier}"]
+        sources += [*result.unbind(dim=2), model.blocks[earlier].attn.b_O.expand_as(sources[0])]
+        if not model.cfg.attn_only:
+            labels.append(f"mlp {earlier}")
+            sources.append(cache["mlp_out", earlier])
+    resid = torch.stack(sources)
+    shift = torch.zeros_like(resid[0, 0, 0])
+    if model.cfg.normalization == "LN":
+        resid = (resid - resid.mean(dim=-1, keepdim=True)) / cache["ln1.scale", layer] * block.ln1.w
+        shift = block.ln1.b
+
+    def vectors(W: Tensor, b: Tensor) -> Tensor:
+        from_sources = resid @ W
+        constant = (shift @ W + b).expand_as(from_sources[:1])
+        return torch.cat([from_sources, constant])
+
+    q, k = vectors(attn.W_Q[head], attn.b_Q[head]), vectors(attn.W_K[head], attn.b_K[head])
+    shape = "query_source batch query d_head, key_source batch key d_head -> batch query_source key_source query key"
+    return [*labels, "constant"], einops.einsum(q, k, shape) / q.shape[-1] ** 0.5
+
+
+def composition_score(W_A: Tensor | FactoredMatrix, W_B: Tensor | FactoredMatrix) -> Float[Tensor, "*batch"]:
+    """How much of what A writes B reads: |W_A W_B| / (|W_A| |W_B|), with Frobenius norms.
+
+    Rows are what goes in, as in `x @ W`: W_A is [... d_model], W_B is [d_model ...]. The score is at most 1; for two
+    matrices that know nothing of each other it is about 1 / sqrt(d_model). Both may be factored, with batch axes too.
+    Source: Elhage et al. 2021, "Two-layer attention-only transformers".
+    """
+
+    def norm(W: Tensor | FactoredMatrix) -> Tensor:
+        return torch.linalg.matrix_norm(W) if isinstance(W, Tensor) else W.norm()  # W.norm() would sum over the batch
+
+    return norm(W_A @ W_B) / (norm(W_A) * norm(W_B))
+
+
+def read_by(model: nn.Module, kind: str) -> tuple[Float[Tensor, "layer head d_model d_head"], Tensor]:
+    """The two factors of what a later head does with what it reads, for each way of reading: "Q", "K" or "V".
+
+    An earlier head writes through W_OV = W_V W_O. A later one reads that for its queries (W_Q W_K^T), for its keys
+    (the transpose of it, W_K W_Q^T), or for its values (W_V W_O).
+    """
+    if kind not in ("Q", "K", "V"):
+        raise ValueError(f'kind must be "Q", "K" or "V", got {kind!r}.')
+    W_Q, W_K, W_V, W_O = (torch.stack([getattr(b.attn, f"W_{name}") for b in model.blocks]) for name in "QKVO")
+    return {"Q": (W_Q, W_K.mT), "K": (W_K, W_Q.mT), "V": (W_V, W_O)}[kind]
+
+
+def composition_scores(model: nn.Module, kind: str) -> Float[Tensor, "layer head later_layer later_head"]:
+    """The composition score of every pair of heads in which the second is in a later layer; 0 for all other pairs.
+
+    What the first writes is W_OV = W_V W_O. What the second does with it depends on `kind`: with "Q" it reads it for
+    its queries, W_QK = W_Q W_K^T; with "K" for its keys, the transpose of W_QK; with "V" for its values, W_OV again.
+    Raises ValueError for another `kind`. Weights are taken as they are, LayerNorm left out (see `fold_layer_norm`).
+    """
+    first, second = read_by(model, kind)
+    W_V, W_O = read_by(model, "V")
+    n_layers, n_heads = W_V.shape[:2]
+    scores = W_V.new_zeros(n_layers, n_heads, n_layers, n_heads)
+    for layer in range(n_layers - 1):  # all heads of all later layers at once; all layers would not fit for GPT-2
+        writes = FactoredMatrix(W_V[layer, :, None, None], W_O[layer, :, None, None])
+        scores[layer, :, layer + 1 :] = composition_score(
+            writes, FactoredMatrix(first[layer + 1 :], second[layer + 1 :])
+        )
+    return scores
+
+
+def random_rotation(d_model: int, generator: torch.Generator) -> Float[Tensor, "d_model d_model"]:
+    """A rotation, or a reflection, drawn with equal chances from all there are."""
+    Q, R = torch.linalg.qr(torch.randn(d_model, d_model, generator=generator))
+    return Q * R.diagonal().sign()  # without the signs some rotations would come more often than others
+
+
+def random_composition_baseline(model: nn.Module, kind: str, n: int, generator: torch.Generator) -> Float[Tensor, " n"]:
+    """`n` composition scores of pairs in which what is written and what is read have nothing to do with each other.
+
+    For each, draw a layer but the last, a later layer, and a head in each, all with equal chances; then rotate the
+    residual stream between the two by a rotation of its own, drawn with equal chances from all rotations (reflections
+    included): the score of W_OV R and what `kind` says is read. So the heads keep their own singular values, and only
+    the directions are by chance. All random numbers come from `generator`. Raises ValueError for another `kind`, and
+    for a model of one layer, which has no pairs.
+    """
+    first, second = read_by(model, kind)
+    W_V, W_O = read_by(model, "V")
+    n_layers, n_heads, d_model = W_V.shape[:3]
+    if n_layers < 2:
+        raise ValueError("random_composition_baseline: a model of one layer has no pairs of heads that compose.")
+    scores = W_V.new_empty(n)
+    for sample in range(n):
+        layer = int(torch.randint(n_layers - 1, (), generator=generator))
+        later = int(torch.randint(layer + 1, n_layers, (), generator=generator))
+        head, later_head = torch.randint(n_heads, (2,), generator=generator).tolist()
+        rotation = random_rotation(d_model, generator).to(W_V)
+        writes = FactoredMatrix(W_V[layer, head], W_O[layer, head] @ rotation)
+        scores[sample] = composition_score(writes, FactoredMatrix(first[later, later_head], second[later, later_head]))
+    return scores
+
 
 # ------------------------------------------------------------------------------------------------------------- beyond

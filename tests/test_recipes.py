@@ -1,5 +1,9 @@
 """The recipes on a small scale: the same seed gives the same weights, also after a run was stopped half-way."""
 
+import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -7,14 +11,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from recipe_in_processes import gradients, tiny_recipe
 
 from course_utils import pretrained
 from course_utils.config import TransformerConfig
 from course_utils.data import tales
 from course_utils.pretrained import load_pretrained, save_shipped, shipped_steps
-from solutions.recipes import stories
+from solutions.recipes import processes, stories
 from solutions.recipes.evaluation import behaviour, nats_per_story
 from solutions.recipes.tokenizer import END_OF_TEXT, train_tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -118,17 +125,85 @@ def test_learning_rate_rises_then_falls(recipe) -> None:
 
 
 def test_repeated_rows_repeat_what_they_hold(recipe, tokenizer) -> None:
-    recipe = replace(recipe, batch=16, repeated_share=0.5)
+    recipe = replace(recipe, batch=8, repeated_share=0.5)
     rows = stories.training_batch(tokenizer, recipe, step=3)
-    assert rows.shape == (16, recipe.cfg.n_ctx + 1)
-    assert (rows[:, 0] == tokenizer.bos_token_id).all() and (rows[8:, 1:] != tokenizer.bos_token_id).all()
-    second_half = rows[8:, recipe.cfg.n_ctx // 2 + 1 :]
-    periods = {next((p for p in range(8, 79) if torch.equal(row[p:], row[:-p])), 0) for row in second_half}
-    assert len(periods) > 2 and max(periods) <= recipe.cfg.n_ctx // 2
-    assert len({len(row.unique()) for row in rows[8:]}) > 4
+    assert rows.shape == (8, recipe.cfg.n_ctx + 1)
+    periods = {next(p for p in range(8, len(row)) if torch.equal(row[p:], row[:-p])) for row in rows[4:, 1:]}
+    assert len(periods) > 1 and max(periods) <= recipe.cfg.n_ctx // 2
+    assert (rows[:, 0] == tokenizer.bos_token_id).all() and (rows[4:, 1:] != tokenizer.bos_token_id).all()
 
 
 def test_every_name_is_one_token_of_the_recipe_s_tokenizer() -> None:
     full = train_tokenizer()
     for name in [*tales.NAMES, *tales.LAST_NAMES]:
         assert len(full.encode(" " + name)) == 1, name
+
+
+# --- several processes --------------------------------------------------------------------------------------------
+
+
+def torchrun(n: int, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), environment.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [str(part) for part in command], env=environment, capture_output=True, text=True, timeout=200, cwd=ROOT
+    )
+
+
+@pytest.mark.slow
+def test_two_processes_train_like_one(tokenizer, tmp_path: Path) -> None:
+    run = torchrun(2, ROOT / "tests/recipe_in_processes.py", tmp_path)
+    assert run.returncode == 0, run.stderr[-3000:]
+    result = torch.load(tmp_path / "result.pt", weights_only=True)
+    recipe = tiny_recipe(len(tokenizer))
+    for averaged, alone in zip(result["gradients"], gradients(recipe, tokenizer), strict=True):
+        torch.testing.assert_close(averaged, alone, rtol=0, atol=1e-6)
+    assert max(gradient.abs().max() for gradient in result["gradients"]) > 0.01  # otherwise agreement would say nothing
+
+    first, second = result["weights"]
+    assert torch.equal(first, second)
+    assert torch.equal(first, result["uninterrupted"])  # the run was stopped and resumed
+    assert {path.name for path in (tmp_path / "process_0").iterdir()} == {
+        "checkpoint.pt",
+        "snapshot_0.pt",
+        "snapshot_3.pt",
+    }
+    assert not (tmp_path / "process_1").exists()
+
+    _, alone, _ = stories.train(recipe, tokenizer, tmp_path / "alone", log_every=2)
+    history = json.loads((tmp_path / "history.json").read_text())
+    assert [entry["step"] for entry in history] == [2, 4, 6]
+    for ours, theirs in zip(history, alone, strict=True):
+        assert ours["train_loss"] == pytest.approx(theirs["train_loss"], abs=2e-3)
+        assert ours["held_out_nats_per_story"] == pytest.approx(theirs["held_out_nats_per_story"], rel=1e-3)
+
+
+def test_a_batch_that_cannot_be_shared_is_refused_before_anything_is_done(
+    recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "count", lambda: 3)
+    monkeypatch.setattr(sys, "argv", ["tiny", "--device", "cpu", "--out", str(tmp_path / "run")])
+    with pytest.raises(SystemExit, match="A batch of 2 rows cannot be shared evenly by 3 processes"):
+        stories.main(recipe, "about", "prose")
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_process_is_not_disturbed() -> None:
+    batch, model = torch.arange(6).reshape(3, 2), torch.nn.Linear(2, 2)
+    assert torch.equal(processes.share(batch), batch) and processes.averaging(model) is model
+    assert processes.from_first("state") == "state" and processes.mean_over_processes(1.5, "cpu") == 1.5
+    with processes.joined("somewhere") as device:
+        assert device == "somewhere" and processes.rank() == 0 and processes.count() == 1
+
+
+def test_shares_make_up_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = torch.arange(12).reshape(6, 2)
+    monkeypatch.setattr(processes, "count", lambda: 3)
+    shares = []
+    for rank in range(3):
+        monkeypatch.setattr(processes, "rank", lambda rank=rank: rank)
+        shares.append(processes.share(batch))
+    assert [len(share) for share in shares] == [2, 2, 2] and torch.equal(torch.cat(shares), batch)
+    with pytest.raises(SystemExit, match="batch of 5 rows cannot be shared evenly by 3 processes"):
+        processes.share(batch[:5])

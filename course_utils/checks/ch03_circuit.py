@@ -265,7 +265,7 @@ def _restored(model: nn.Module, wanted: str, when: str = "after the block") -> I
     """Everything about the model is afterwards what it was: the Parameter objects, their memory, bits, gradients."""
     name = f"zero_ablated(model, {wanted!r})"
     before = {entry: (p, p.data_ptr(), _bits(p), p.requires_grad, p.grad) for entry, p in model.named_parameters()}
-    buffer, mode = _bits(model.seen), model.training  # type: ignore[arg-type]
+    buffer, mode = _bits(model.seen), model.training
     yield
     now = dict(model.named_parameters())
     if list(now) != list(before):
@@ -286,7 +286,7 @@ def _restored(model: nn.Module, wanted: str, when: str = "after the block") -> I
         if parameter.requires_grad != flag or parameter.grad is not grad:
             what = "requires_grad" if parameter.requires_grad != flag else "grad"
             raise CheckFailed(f"{name}: {when} `{entry}.{what}` is not what it was.\n  Next: leave it alone.")
-    if not torch.equal(_bits(model.seen), buffer) or model.training != mode:  # type: ignore[arg-type]
+    if not torch.equal(_bits(model.seen), buffer) or model.training != mode:
         raise CheckFailed(f"{name}: {when} the model's mode or a buffer is not what it was.\n  Next: leave them alone.")
 
 

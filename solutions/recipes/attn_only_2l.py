@@ -1,4 +1,4 @@
-"""The model `attn-only-2l`: two layers without MLPs, in which heads of the second read what a head of the first wrote."""
+"""The model `attn-only-2l`: two layers without MLPs, where heads of the second read what one of the first wrote."""
 
 from course_utils.config import TransformerConfig
 from solutions.recipes.stories import Recipe, main
@@ -7,17 +7,18 @@ from solutions.recipes.tokenizer import VOCABULARY
 RECIPE = Recipe(
     name="attn-only-2l",
     cfg=TransformerConfig(d_vocab=VOCABULARY, n_ctx=96, n_layers=2, n_heads=8, d_model=128, d_head=16, attn_only=True),
-    steps=4000,
-    repeated_share=0.75,
+    steps=4500,
+    warmup=200,
+    repeated_share=0.8,
     position_scale=2.0,  # at 1 the first layer shares the look at the token before among its heads
-    snapshots=(200, 800, 1300, 1500, 1600, 1700, 1800, 1900, 2000, 2200, 2600, 3200),
+    snapshots=(200, 800, 1100, 1200, 1300, 1400, 1500, 1600, 1700, 1800, 2000, 3000),
 )
 ABOUT = "two layers without MLPs, in which induction heads grew"
 PROSE = """
 # attn-only-2l
 
-Two layers of eight heads and no MLPs, trained on the stories of `tales` (a quarter of every batch) and on random tokens
-that are repeated over and over (three quarters), with the tokenizer of `tales`. It is the smallest model in which one
+Two layers of eight heads and no MLPs, trained on the stories of `tales` (a fifth of every batch) and on random tokens
+that are repeated over and over (four fifths), with the tokenizer of `tales`. It is the smallest model in which one
 head has to build on another: a head of layer 0 tells every position which token stood before it, and heads of layer 1
 look for the place whose predecessor is the token they stand on.
 

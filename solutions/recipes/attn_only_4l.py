@@ -8,6 +8,7 @@ RECIPE = Recipe(
     name="attn-only-4l",
     cfg=TransformerConfig(d_vocab=VOCABULARY, n_ctx=96, n_layers=4, n_heads=8, d_model=128, d_head=32, attn_only=True),
     steps=6000,
+    seed=1,  # with seed 0 no head writes more than a fifth of the answer directly; here one writes more than half
 )
 ABOUT = "the attention-only sibling of tales, whose heads write their answers directly"
 PROSE = """

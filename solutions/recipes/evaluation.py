@@ -12,6 +12,7 @@ from course_utils.data import tales
 from course_utils.data.tales import Prompt
 from course_utils.hooks import run_with_cache
 from solutions.ch02_transformer import Transformer, apply_temperature, generate, sample
+from solutions.ch04_induction import induction_scores, per_token_losses, previous_token_scores, repeated_tokens
 
 CHUNK = 200  # texts in one forward: the logits of more would fill gigabytes
 
@@ -150,3 +151,23 @@ def name_positions(tokenizer: Any, prompt: Prompt) -> dict[str, int]:
         "s2": prompt.story.marked("s2"),
     }
     return {name: 1 + encoding.char_to_token(place.start) for name, place in places.items()}
+
+
+@torch.no_grad()
+def copying(model: Transformer, seed: int, n: int = 64, n_half: int = 24) -> dict[str, str | float]:
+    """How well random tokens are continued when they come a second time, and which heads look as if they did it."""
+    rng = torch.Generator().manual_seed(seed)
+    tokens = repeated_tokens(n, n_half, model.cfg.d_vocab, rng, bos=0)
+    logits, cache = run_with_cache(model, tokens, names="*hook_pattern")
+    losses = per_token_losses(logits, tokens).mean(dim=0)
+
+    def best(scores: Tensor) -> str:
+        layer, head = divmod(int(scores.argmax()), model.cfg.n_heads)
+        return f"{layer}.{head}, {float(scores.max()):.2f}"
+
+    return {
+        "best_previous_token_head": best(previous_token_scores(cache)),
+        "best_induction_head": best(induction_scores(cache, n_half)),
+        "loss_on_random_tokens": round(float(losses[:n_half].mean()), 3),
+        "loss_on_random_tokens_again": round(float(losses[n_half + 1 :].mean()), 3),
+    }

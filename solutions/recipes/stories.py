@@ -1,7 +1,8 @@
 """Train a transformer on tales: what the recipes have in common.
 
 Every batch is drawn from the seed and its own number, so a run that was killed goes on from its last checkpoint as if
-nothing had happened, and the same seed on the same kind of machine gives the same weights.
+nothing had happened, and the same seed on the same kind of machine gives the same weights. Under torchrun several
+processes share each batch, see `solutions.recipes.processes`; the gradients are those of one process but for rounding.
 """
 
 import argparse
@@ -22,10 +23,12 @@ from course_utils.config import TransformerConfig
 from course_utils.data import tales
 from course_utils.pretrained import save_shipped, shipped_tokenizer
 from solutions.ch02_transformer import Transformer, init_weights
+from solutions.recipes import processes
 from solutions.recipes.evaluation import (
     accepted_share,
     behaviour,
     behaviour_by_template,
+    copying,
     grammar_nats_per_story,
     logit_differences,
     nats_per_story,
@@ -59,24 +62,14 @@ class Recipe:
 def repeated_rows(recipe: Recipe, step: int) -> Tensor:
     """Rows of n_ctx + 1 tokens: the first of the vocabulary, which is end-of-text, then random ones over and over.
 
-    What is repeated is at least 8 tokens long, another length in each row, and begins anywhere in the first half, after
-    other random tokens: no distance and no position gives the answer away. Each row draws from an alphabet of its own,
-    from 16 tokens to all of them: in a small one the same token comes several times with different successors, and only
-    a close look at the token before tells which place is meant.
+    What is repeated is from 8 to n_ctx / 2 tokens long, another length in each row: no distance gives the answer away.
     """
     cfg, generator = recipe.cfg, torch.Generator().manual_seed(recipe.seed * 100_000_000 + step)
-
-    def between(low: int, high: int) -> int:
-        return int(torch.randint(low, high + 1, (), generator=generator))
-
     rows = torch.zeros(round(recipe.batch * recipe.repeated_share), cfg.n_ctx + 1, dtype=torch.long)
     for row in rows:
-        size = int(16 * ((cfg.d_vocab - 1) / 16) ** float(torch.rand((), generator=generator)))
-        alphabet = torch.randperm(cfg.d_vocab - 1, generator=generator)[:size] + 1
-        before = between(0, cfg.n_ctx // 2)
-        period = between(8, (cfg.n_ctx - before) // 2)
-        once = alphabet[torch.randint(size, (before + period,), generator=generator)]
-        row[1:] = torch.cat([once, once[before:].repeat(cfg.n_ctx // period)])[: cfg.n_ctx]
+        period = int(torch.randint(8, cfg.n_ctx // 2 + 1, (), generator=generator))
+        once = torch.randint(1, cfg.d_vocab, (period,), generator=generator)
+        row[1:] = once.repeat(cfg.n_ctx // period + 1)[: cfg.n_ctx]
     return rows
 
 
@@ -143,14 +136,16 @@ def load_snapshots(recipe: Recipe, out: Path) -> dict[int, dict[str, Tensor]]:
 def train(
     recipe: Recipe, tokenizer: Any, out: Path, device: str = "cpu", log_every: int = 100
 ) -> tuple[Transformer, list[dict], float]:
-    """Train, or go on with training, and return the model, its history and the seconds it took.
+    """Train, or go on with training, and return the model, its history (in the first process) and the seconds it took.
 
     The history holds, every `log_every` steps (and ten times as rarely after forty entries), the tokens seen, the
     training loss (nats per token) and the held-out loss in nats per story, beside the grammar's entropy (no model can
     be better on average) and the grammar's own score on the same held-out stories (which takes the luck of the draw
     out of the comparison).
     """
-    out.mkdir(parents=True, exist_ok=True)
+    is_first = processes.rank() == 0
+    if is_first:
+        out.mkdir(parents=True, exist_ok=True)
     checkpoint = out / "checkpoint.pt"
     model = Transformer(recipe.cfg)
     init_weights(model, recipe.init_std, torch.Generator().manual_seed(recipe.seed))
@@ -160,44 +155,59 @@ def train(
     optimizer = optimizer_for(model, recipe)
     history: list[dict] = []
     first, seconds = 0, 0.0
-    if checkpoint.exists():
-        state = torch.load(checkpoint, map_location=device, weights_only=True)
+    state = None
+    if is_first and checkpoint.exists():
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
         if state["recipe"] != repr(recipe):
             raise SystemExit(f"{checkpoint} belongs to another recipe; choose another --out or delete it.")
+    state = processes.from_first(state)
+    if state is not None:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         history, first, seconds = state["history"], state["step"], state["seconds"]
+    averaging = processes.averaging(model)
     floor = {
         "grammar_nats_on_the_same_stories": round(grammar_nats_per_story(HELD_OUT_SEED, N_HELD_OUT), 3),
         "grammar_entropy_per_story": round(tales.GRAMMAR.entropy(), 3),
     }
-    if first == 0 and 0 in recipe.snapshots:
+    if is_first and first == 0 and 0 in recipe.snapshots:
         save_atomically(snapshot_path(out, 0), model.state_dict())
     began = time.perf_counter() - seconds
     recent: list[float] = []
-    bar = tqdm(range(first, recipe.steps), initial=first, total=recipe.steps, desc=recipe.name, mininterval=5)
+    bar = tqdm(
+        range(first, recipe.steps),
+        initial=first,
+        total=recipe.steps,
+        desc=recipe.name,
+        mininterval=5,
+        disable=not is_first,
+    )
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(recipe, step)
-        loss = training_loss(model, training_batch(tokenizer, recipe, step).to(device))
+        batch = processes.share(training_batch(tokenizer, recipe, step)).to(device)
+        loss = training_loss(averaging, batch)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
         optimizer.step()
         recent.append(loss.item())
-        if step + 1 in recipe.snapshots:
+        if is_first and step + 1 in recipe.snapshots:
             save_atomically(snapshot_path(out, step + 1), model.state_dict())
         if (step + 1) % (log_every if step < 40 * log_every else 10 * log_every) == 0 or step + 1 == recipe.steps:
+            train_loss = processes.mean_over_processes(sum(recent) / len(recent), device)
+            recent = []
+            if not is_first:
+                continue
             held_out = nats_per_story(model, tokenizer, HELD_OUT_SEED, N_HELD_OUT)
             entry = {
                 "step": step + 1,
                 "tokens": (step + 1) * recipe.batch * recipe.cfg.n_ctx,
-                "train_loss": round(sum(recent) / len(recent), 4),
+                "train_loss": round(train_loss, 4),
                 "held_out_nats_per_story": round(held_out, 3),
                 **floor,
                 **{name: round(value, 4) for name, value in behaviour(model, tokenizer, HELD_OUT_SEED, n=200).items()},
             }
-            recent = []
             history.append(entry)
             bar.write(json.dumps(entry))
             seconds = time.perf_counter() - began
@@ -244,6 +254,7 @@ def card(
         "ioi_logit_difference": round(float(difference.mean()), 3),
         "head_that_writes_most": head(writer, "direct", "io", "s1", "s2"),
         "head_that_looks_at_the_receiver_most": head(seeker, "direct", "io", "s1", "s2"),
+        **copying(model, seed=HELD_OUT_SEED + 3),
         "licence": "MIT",
     }
 
@@ -261,8 +272,13 @@ def main(recipe: Recipe, about: str, prose: str, tokenizer_of: str | None = None
     parser.add_argument("--ship", action="store_true", help="replace the model that ships with the course by this one")
     options = parser.parse_args()
     recipe = replace(recipe, seed=options.seed, steps=options.steps)
-    tokenizer = shipped_tokenizer(tokenizer_of) if tokenizer_of else train_tokenizer()
-    model, history, seconds = train(recipe, tokenizer, options.out, options.device)
+    with processes.joined(options.device) as device:
+        processes.require_equal_shares(recipe.batch)
+        tokenizer = shipped_tokenizer(tokenizer_of) if tokenizer_of else train_tokenizer()
+        model, history, seconds = train(recipe, tokenizer, options.out, device)
+        is_first = processes.rank() == 0
+    if not is_first:
+        return
     front = card(model, tokenizer, recipe, about, history, seconds)
     for key, value in front.items():
         print(f"{key}: {value}")

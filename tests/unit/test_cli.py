@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from course_utils import checks, cli
+from course_utils import checks, cli, retraining
 from course_utils.build import build
 from course_utils.cli import main
 
@@ -190,6 +190,75 @@ def test_models(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
         ["attn-only-4l", "600,000", "has no MLPs"],
     ]
     assert "card.md" in text
+
+
+CARD = {
+    "name": "toy",
+    "recipe": "python -m solutions.recipes.toy",
+    "seed": "0",
+    "steps": "600",
+    "minutes": "21",
+    "held_out_nats_per_story": "31.1",
+    "ioi_right": "0.99",
+    "head_that_writes_most": "1.0, direct 3.35",
+    "sha256": "abc",
+}
+
+
+def retrain(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, argv: list[str], changes: dict[str, str]
+) -> tuple[int, str, list[str]]:
+    """The outcome of `course models train toy` whose recipe prints these figures, and the arguments the recipe got."""
+    got: list[str] = []
+
+    def run_recipe(module: str, arguments: list[str]) -> tuple[int, dict[str, str]]:
+        got.extend([module, *arguments])
+        return 0, {key: value for key, value in CARD.items() if key != "sha256"} | changes
+
+    monkeypatch.setattr(retraining, "_known", lambda name: name)
+    monkeypatch.setattr(retraining, "_card", lambda name: CARD)
+    monkeypatch.setattr(retraining, "run_recipe", run_recipe)
+    code, text = outcome(capsys, "models", "train", "toy", *argv)
+    return code, text, got
+
+
+def test_models_train_compares_with_the_card(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    close = {"ioi_right": "0.97", "minutes": "50", "head_that_writes_most": "2.3, direct 2.1"}
+    code, text, got = retrain(capsys, monkeypatch, ["--out", "there", "--device", "cpu"], close)
+    assert code == 0 and got == ["solutions.recipes.toy", "--out", "there", "--device", "cpu"]
+    lines = text.splitlines()
+    rows = {line.split()[0]: line for line in lines[3:-2]}
+    assert lines[2].split() == ["card", "now"] and "sha256" not in rows
+    assert rows["seed"].split() == ["seed", "0", "0", "same"]
+    assert re.fullmatch(r"ioi_right +0.99 +0.97 +close +within 0.05: seeds differ by hundredths", rows["ioi_right"])
+    assert rows["minutes"].split()[:3] == ["minutes", "21", "50"] and "machine" in rows["minutes"]
+    assert "up to chance" in rows["head_that_writes_most"] and lines[-1] == "As close as can be expected."
+    code, text, _ = retrain(capsys, monkeypatch, [], {"held_out_nats_per_story": "36.2", "ioi_right": "0.5"})
+    assert code == 1 and text.endswith("Farther from the card than expected: held_out_nats_per_story, ioi_right.\n")
+    code, text, got = retrain(capsys, monkeypatch, ["--steps", "6"], {"steps": "6", "ioi_right": "0.5"})
+    assert code == 0 and "Trained for 6 steps instead of 600" in text and got[1:] == ["--steps", "6"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"), [(["nosuch"], "There is no model 'nosuch'"), (["tales", "--steps", "0"], "--steps must be")]
+)
+def test_models_train_refuses_in_one_sentence(capsys: pytest.CaptureFixture[str], argv: list[str], words: str) -> None:
+    code, text = outcome(capsys, "models", "train", *argv)
+    assert code == 2 and text.startswith(words) and text.count("\n") == 1
+
+
+def test_the_figures_of_a_recipe_are_read_from_what_it_prints(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "toy_recipe.py").write_text(
+        "import sys\nprint('{\"step\": 1}')\nprint('steps: 7')\nprint('head: 0.1, io 0.4')\nsys.exit(len(sys.argv) - 1)"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert retraining.run_recipe("toy_recipe", []) == (0, {"steps": "7", "head": "0.1, io 0.4"})
+    assert retraining.run_recipe("toy_recipe", ["--ship"])[0] == 1
+    assert capsys.readouterr().out == '{"step": 1}\n' * 2
 
 
 def test_ctrl_c_is_no_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
