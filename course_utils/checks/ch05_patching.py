@@ -456,7 +456,8 @@ def compare_by_name(label: str, actual: Any, right: Named, wrong: dict[str, Call
         mistakes: Wrong = {
             hint: lambda answers=answers, place=place: answers()[place] for hint, answers in wrong.items()
         }
-        compare(f"{label}, at {place}", actual[place], right[place], AXES[place.split(".")[-1]], mistakes)
+        axes = AXES[place.split(".")[-1]]
+        compare(f"{label}, at {place}", actual[place], right[place], axes, mistakes, rtol=1e-3, atol=5e-5)
         if actual[place].requires_grad:
             raise CheckFailed(
                 f"{label}: what it returns still has its graph.\n  Next: detach it; nobody differentiates it again."
