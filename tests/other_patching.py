@@ -33,7 +33,8 @@ def accumulated_residual(cache):
 
 
 def logit_lens(cache, model, directions):
-    return (model.ln_final(accumulated_residual(cache)) @ directions[None, :, :, None])[..., 0]
+    normal = [model.ln_final(resid) for resid in accumulated_residual(cache).unbind()]
+    return torch.cat([(resid @ directions[:, :, None])[None, ..., 0] for resid in normal])
 
 
 def head_attribution(cache, model, directions):

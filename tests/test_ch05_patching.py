@@ -351,8 +351,8 @@ for exercise in GRIDS:
 for exercise in ("patch_residual_stream", "patch_components"):
     sweep(exercise, "everything is patched at once" if "res" in exercise else "at once", how={"whole": True})
     sweep(exercise, "the positions are off by one", then=lambda answer, *_: answer.roll(1, -1))
-sweep("patch_residual_stream", "`resid_mid` is patched", grid=lambda m, t: stream_grid(m, t, *mid(m)))
-sweep("patch_residual_stream", "the depths are off by one", grid=lambda m, t: stream_grid(m, t, "resid_post"))
+sweep("patch_residual_stream", "`resid_post` or `resid_mid`", grid=lambda m, t: stream_grid(m, t, *mid(m)))
+sweep("patch_residual_stream", "`resid_post` or `resid_mid`", grid=lambda m, t: stream_grid(m, t, "resid_post"))
 sweep("patch_residual_stream", "in reverse order", then=lambda answer, *_: answer.flip(0))
 sweep("patch_residual_stream", "became a reshape", then=lambda answer, *_: answer.T.reshape(answer.shape))
 sweep("patch_components", "attention and MLPs are swapped", then=lambda answer, *_: answer.flip(0))
@@ -367,7 +367,7 @@ for exercise in ("patch_heads", "patch_head_inputs"):
     sweep(exercise, "only the last position", patches=lambda p: [(n, (-1, *i[1:]) if len(i) > 1 else i) for n, i in p])
 sweep("patch_head_inputs", "the pattern is transposed", how={"transposed": True})
 sweep("patch_head_inputs", 'it patches "z" here', grid=lambda m, t, which: head_grid(m, t, "z"))
-sweep("patch_head_inputs", 'it patches "k" here', grid=lambda m, t, w: head_grid(m, t, {"v": "k", "k": "v"}.get(w, w)))
+sweep("patch_head_inputs", 'it patches "v" here', grid=lambda m, t, w: head_grid(m, t, {"v": "k", "k": "v"}.get(w, w)))
 sweep(
     "patch_head_inputs",
     "on the wrong axis",

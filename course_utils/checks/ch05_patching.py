@@ -197,8 +197,8 @@ def check_patch_residual_stream(fn: Fn) -> None:
         posts = [("blocks.0.hook_resid_pre", (pos,)) for pos in range(case.n_pos)]
         shifted = [f"blocks.{min(depth, n - 1)}.hook_resid_post" for depth in range(n + 1)]
         mistakes: Wrong = {
-            "the depths are off by one: `resid_post` of a layer stands in the row of its `resid_pre`.": lambda: of(
-                [(name, (pos,)) for name in shifted for pos in range(case.n_pos)]
+            "it is `resid_post` or `resid_mid` that is patched (their effects are the same), not `resid_pre`.": lambda: (
+                of([(name, (pos,)) for name in shifted for pos in range(case.n_pos)])
             ),
             "every row is that of depth 0.": lambda: of(posts * (n + 1)),
             "the rows are in reverse order.": lambda: of(streams(case)[0]).flip(0),
@@ -207,9 +207,6 @@ def check_patch_residual_stream(fn: Fn) -> None:
                 n + 1, case.n_pos
             ),
         }
-        if not case.model.cfg.attn_only:
-            mids = renamed(streams(case)[0], "resid_pre", "resid_mid")
-            mistakes["`resid_mid` is patched; the statement asks for `resid_pre`."] = lambda: of(mids)
         return mistakes
 
     assert_sweep("patch_residual_stream", fn, "depth pos", streams, more)
@@ -240,7 +237,6 @@ def check_patch_components(fn: Fn) -> None:
             ),
             "the positions are off by one.": lambda: of(patches).roll(1, 2),
             "the layers are in reverse order.": lambda: of(patches).flip(1),
-            "all positions are patched at once.": lambda: of([(name, (ALL,)) for name, _ in patches]),
         }
         if case.model.cfg.attn_only:
             mistakes["a model without MLPs gets zeros; nothing exchanged is the run as it is."] = lambda: torch.stack(
@@ -269,7 +265,6 @@ def head_mistakes(case: Case, of: Callable[[list[Patch]], Tensor], place: str) -
         "layers and heads are mixed up: a transpose became a reshape.": lambda: of(patches).T.reshape(shape),
         "the layers are in reverse order.": lambda: of(patches).flip(0),
         "every layer has the numbers of the first.": lambda: of(in_layers(patches, lambda layer: 0)),
-        "every head of a layer is patched at once.": lambda: of([(name, (...,)) for name, _ in patches]),
     }
     if place == "pattern":
         mistakes["the head is looked for on the wrong axis: a pattern is [batch head query key]."] = lambda: of(

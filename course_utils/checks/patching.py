@@ -142,6 +142,7 @@ class Case:
         self.seen, self.source = self.model.seen(self.tokens), self.model.seen(self.source_tokens)
         self.weights = noise(n_batch, 11, seed=seed + 77).to(**target)
         self.n_batch, self.n_pos, self.n_layers, self.n_heads = n_batch, n_pos, n_layers, n_heads
+        self.asking = ""  # which exercise is being checked
         self.sizes = (n_layers, n_heads, n_batch, n_pos, attn_only, moved)
         self.words = f"on {n_batch} prompts of {n_pos} tokens, {n_layers} layers of {n_heads} heads" + (
             ", no MLPs" if attn_only else ""
@@ -156,7 +157,8 @@ class Case:
         if not isinstance(logits, Tensor) or logits.shape != (self.n_batch, self.n_pos, 11):
             got = tuple(logits.shape) if isinstance(logits, Tensor) else f"of type {type(logits).__name__}"
             raise CheckFailed(
-                f"the metric was given logits {got}, expected (batch={self.n_batch}, pos={self.n_pos}, d_vocab=11).\n"
+                f"{self.asking}: the metric was given logits {got}, "
+                f"expected (batch={self.n_batch}, pos={self.n_pos}, d_vocab=11).\n"
                 "  Next: it compares prompt by prompt: hand it the logits of all prompts, once for each patch."
             )
         last, first = ((logits[:, pos] * self.weights).sum(-1) for pos in (-1, 0))
@@ -211,7 +213,7 @@ class Work:
 def leaves_no_trace(name: str, case: Case, cache: ActivationCache) -> Iterator[None]:
     """The cache, the tokens, the parameters, their gradients and everybody's hooks must be there as before."""
     model = case.model
-    model.runs, model.most_rows = 0, 0
+    model.runs, model.most_rows, case.asking = 0, 0, name
     handles = [point.add(lambda activation, hook: None) for point in hook_points(model).values()]
     hooks = {place: list(point._fns.values()) for place, point in hook_points(model).items()}
     tokens, activations = case.tokens.clone(), {key: cache[key].clone() for key in cache}
