@@ -1,6 +1,7 @@
 """Checks of chapter 05, activation and attribution patching, on a toy transformer whose patches are known."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from course_utils.checks.plain import must_raise
 Fn = Callable[..., Any]
 Patch = tuple[str, tuple[Any, ...]]
 ALL = slice(None)
-SIZES = [(2, 3, 4, 5), (3, 2, 1, 4, True, True)]  # layers, heads, batch, pos; the second without MLPs, in float64
+SIZES = [(2, 3, 4, 5), (3, 2, 5, 4, True, True)]  # layers, heads, batch, pos; the second without MLPs, in float64
 
 
 def no_graph(name: str, actual: object) -> None:
@@ -25,6 +26,11 @@ def no_graph(name: str, actual: object) -> None:
 def means(case: Case, patches: Sequence[Patch], shape: tuple[int, ...]) -> Tensor:
     """The definition: for each patch a run of its own, and the mean of the metric."""
     return torch.stack([case.scores({name: [index]}).mean() for name, index in patches]).reshape(shape)
+
+
+def reshaped_means(case: Case, shape: tuple[int, ...], patches: list[Patch]) -> Tensor:
+    """The same, with what is most often known first."""
+    return means(case, patches, shape)
 
 
 def known_means(case: Case, patches: Sequence[Patch], shape: tuple[int, ...]) -> Tensor:
@@ -102,9 +108,7 @@ def assert_sweep(
         with leaves_no_trace(name, case, source_cache), during(f"{words}{case.words}"):
             actual = fn(case.model, case.tokens, source_cache, case.metric, *arguments)
         right = known_means(case, patches, shape)
-        mistakes = sweep_mistakes(case, patches, shape) | more(
-            case, lambda others, case=case, shape=shape: means(case, others, shape)
-        )
+        mistakes = sweep_mistakes(case, patches, shape) | more(case, partial(reshaped_means, case, shape))
         compare(label, actual, right, axes, mistakes)
         no_graph(name, actual)
 
@@ -128,7 +132,7 @@ def in_layers(patches: Sequence[Patch], order: Callable[[int], int]) -> list[Pat
 
 def check_run_patched(fn: Fn) -> None:
     """Streams, heads, and patterns, one patch each."""
-    name, axes = "run_patched", "batch pos d_vocab"
+    name = "run_patched"
     for sizes in SIZES:
         case = case_of(*sizes)
         last = case.n_pos - 1
@@ -140,30 +144,32 @@ def check_run_patched(fn: Fn) -> None:
             ("hook_embed", (ALL,)),
         ]
         for place, index in patches:
-            call = f"{place}, {index}".replace("slice(None, None, None)", "slice(None)")
-            source_cache = case.cache()
-            with leaves_no_trace(name, case, source_cache), during(f"patching {call}"):
-                actual = fn(case.model, case.tokens, source_cache, place, index)
-            right = worked_out(call, case.sizes, Work(lambda case, p=place, i=index: case.logits({p: [i]})))
-            mistakes: Wrong = {
-                "nothing is patched.": lambda case=case: case.logits({}),
-                "clean and corrupted are swapped: it runs on the source's text.": (
-                    lambda case=case, p=place, i=index: case.logits({p: [i]}, True)
-                ),
-            }
-            if index != (ALL,):
-                mistakes["the whole activation is patched, not only the part that `index` names."] = (
-                    lambda case=case, p=place: case.logits({p: [(...,)]})
-                )
-            if isinstance(index[0], int):
-                mistakes["`index` is off by one."] = lambda case=case, p=place, i=index: case.logits(
-                    {p: [(i[0] - 1, *i[1:])]}
-                )
-                mistakes["`index` is taken for the prompt: the batch axis comes before it."] = (
-                    lambda case=case, p=place, i=index: prompt_patched(case, p, i)
-                )
-            compare(f"{name}({call})", actual, right, axes, mistakes)
-            no_graph(name, actual)
+            assert_one_patch(name, fn, case, place, index)
+
+
+def assert_one_patch(name: str, fn: Fn, case: Case, place: str, index: tuple[Any, ...]) -> None:
+    """One patch: the logits, and that nothing else happens."""
+    axes = "batch pos d_vocab"
+    call = f"{place}, {index}".replace("slice(None, None, None)", "slice(None)")
+    source_cache = case.cache()
+    with leaves_no_trace(name, case, source_cache), during(f"patching {call}"):
+        actual = fn(case.model, case.tokens, source_cache, place, index)
+    right = worked_out(call, case.sizes, Work(lambda case: case.logits({place: [index]})))
+    mistakes: Wrong = {
+        "nothing is patched.": lambda: case.logits({}),
+        "clean and corrupted are swapped: it runs on the source's text.": (lambda: case.logits({place: [index]}, True)),
+    }
+    if index != (ALL,):
+        mistakes["the whole activation is patched, not only the part that `index` names."] = lambda: case.logits(
+            {place: [(...,)]}
+        )
+    if isinstance(index[0], int):
+        mistakes["`index` is off by one."] = lambda: case.logits({place: [(index[0] - 1, *index[1:])]})
+        mistakes["`index` is taken for the prompt: the batch axis comes before it."] = lambda: prompt_patched(
+            case, place, index
+        )
+    compare(f"{name}({call})", actual, right, axes, mistakes)
+    no_graph(name, actual)
 
 
 def prompt_patched(case: Case, place: str, index: tuple[Any, ...]) -> Tensor:
@@ -197,8 +203,8 @@ def check_patch_residual_stream(fn: Fn) -> None:
         posts = [("blocks.0.hook_resid_pre", (pos,)) for pos in range(case.n_pos)]
         shifted = [f"blocks.{min(depth, n - 1)}.hook_resid_post" for depth in range(n + 1)]
         mistakes: Wrong = {
-            "it is `resid_post` or `resid_mid` that is patched (their effects are the same), not `resid_pre`.": lambda: (
-                of([(name, (pos,)) for name in shifted for pos in range(case.n_pos)])
+            "`resid_post` or `resid_mid` is patched (which comes to the same), not `resid_pre`.": lambda: of(
+                [(name, (pos,)) for name in shifted for pos in range(case.n_pos)]
             ),
             "every row is that of depth 0.": lambda: of(posts * (n + 1)),
             "the rows are in reverse order.": lambda: of(streams(case)[0]).flip(0),
@@ -289,12 +295,17 @@ def transposed(case: Case, patches: Sequence[Patch], shape: tuple[int, ...]) -> 
         case.source = kept
 
 
+def patched_at(of: Callable[[list[Patch]], Tensor], case: Case, place: str) -> Tensor:
+    """The table of heads with another of their activations patched."""
+    return of(heads(case, place)[0])
+
+
 def check_patch_heads(fn: Fn) -> None:
     """Every head."""
 
     def more(case: Case, of: Callable[[list[Patch]], Tensor]) -> Wrong:
         others: Wrong = {
-            f"hook_{place} is patched; the statement asks for z.": lambda place=place: of(heads(case, place)[0])
+            f"hook_{place} is patched; the statement asks for z.": partial(patched_at, of, case, place)
             for place in ("v", "q", "pattern")
         }
         return head_mistakes(case, of, "z") | others
@@ -335,7 +346,7 @@ def check_patch_head_inputs(fn: Fn) -> None:
 
         def more(case: Case, of: Callable[[list[Patch]], Tensor], which: str = which) -> Wrong:
             others: Wrong = {
-                f'it patches "{place}" here.': lambda place=place: of(heads(case, place)[0])
+                f'it patches "{place}" here.': partial(patched_at, of, case, place)
                 for place in ("q", "k", "v", "pattern", "z")
                 if place != which
             }
@@ -351,7 +362,7 @@ def check_patch_head_inputs(fn: Fn) -> None:
             name,
             ValueError,
             f'which="{wrong}"',
-            lambda wrong=wrong: fn(case.model, case.tokens, case.cache(), case.metric, wrong),
+            partial(fn, case.model, case.tokens, case.cache(), case.metric, wrong),
         )
 
 
@@ -449,7 +460,7 @@ def compare_by_name(label: str, actual: Any, right: Named, wrong: dict[str, Call
         )
     for place in right:
         mistakes: Wrong = {
-            hint: lambda answers=answers, place=place: answers()[place] for hint, answers in wrong.items()
+            hint: partial(lambda place, answers: answers()[place], place, answers) for hint, answers in wrong.items()
         }
         axes = AXES[place.split(".")[-1]]
         compare(f"{label}, at {place}", actual[place], right[place], axes, mistakes, rtol=1e-3, atol=5e-5)
@@ -464,46 +475,51 @@ def check_attribution_patching(fn: Fn) -> None:
     name = "attribution_patching"
     for sizes in SIZES:
         case = case_of(*sizes)
-        source_cache = case.cache()
-        with leaves_no_trace(name, case, source_cache), during(case.words):
-            actual = fn(case.model, case.tokens, source_cache, case.metric, WATCHED)
-        slopes = worked_out("slopes", case.sizes, Work(lambda case: gradients(case, case.tokens)))
-        ways = {place: case.source[place] - case.seen[place] for place in WATCHED}
-        right = {place: slopes[place] * ways[place] for place in WATCHED}
+        assert_estimates(name, fn, case)
 
-        def for_all(answer: Callable[[str], Tensor]) -> Callable[[], Named]:
-            return lambda: {place: answer(place) for place in WATCHED}
 
-        def there(place: str, case: Case = case) -> Tensor:
-            return gradients(case, case.source_tokens)[place]
+def assert_estimates(name: str, fn: Fn, case: Case) -> None:
+    """One case of attribution patching."""
+    source_cache = case.cache()
+    with leaves_no_trace(name, case, source_cache), during(case.words):
+        actual = fn(case.model, case.tokens, source_cache, case.metric, WATCHED)
+    slopes = worked_out("slopes", case.sizes, Work(lambda case: gradients(case, case.tokens)))
+    ways = {place: case.source[place] - case.seen[place] for place in WATCHED}
+    right = {place: slopes[place] * ways[place] for place in WATCHED}
 
-        wrong = {
-            "the sign is wrong: the difference is the source minus the run's own.": for_all(lambda p, r=right: -r[p]),
-            "the gradient is multiplied by the source's activation, not by the difference.": for_all(
-                lambda p, g=slopes, case=case: g[p] * case.source[p]
-            ),
-            "the gradient is multiplied by the run's own activation: that is not a patch.": for_all(
-                lambda p, g=slopes, case=case: g[p] * case.seen[p]
-            ),
-            "it is the gradient alone.": for_all(lambda p, g=slopes: g[p]),
-            "it is the difference alone.": for_all(lambda p, w=ways: w[p]),
-            "the gradient is that of the source's run; take it in the run on `tokens`.": for_all(
-                lambda p, w=ways, there=there: there(p) * w[p]
-            ),
-            "the roles are swapped: a run on the source's text, patched from the other.": for_all(
-                lambda p, w=ways, there=there: -there(p) * w[p]
-            ),
-        }
-        if case.n_batch > 1:
-            wrong["the metric was averaged before the backward: each prompt has its own."] = for_all(
-                lambda p, r=right, n=case.n_batch: r[p] / n
-            )
-        compare_by_name(f"{name} {case.words}", actual, right, wrong)
-        if case.model.runs > 2:
-            raise CheckFailed(
-                f"{name}: it ran the model {case.model.runs} times.\n"
-                "  Next: one forward, one backward; the cache holds the source."
-            )
+    def for_all(answer: Callable[[str], Tensor]) -> Callable[[], Named]:
+        return lambda: {place: answer(place) for place in WATCHED}
+
+    def there(place: str) -> Tensor:
+        return gradients(case, case.source_tokens)[place]
+
+    wrong = {
+        "the sign is wrong: the difference is the source minus the run's own.": for_all(lambda p: -right[p]),
+        "the gradient is multiplied by the source's activation, not by the difference.": for_all(
+            lambda p: slopes[p] * case.source[p]
+        ),
+        "the gradient is multiplied by the run's own activation: that is not a patch.": for_all(
+            lambda p: slopes[p] * case.seen[p]
+        ),
+        "it is the gradient alone.": for_all(lambda p: slopes[p]),
+        "it is the difference alone.": for_all(lambda p: ways[p]),
+        "the gradient is that of the source's run; take it in the run on `tokens`.": for_all(
+            lambda p: there(p) * ways[p]
+        ),
+        "the roles are swapped: a run on the source's text, patched from the other.": for_all(
+            lambda p: -there(p) * ways[p]
+        ),
+    }
+    if case.n_batch > 1:
+        wrong["the metric was averaged before the backward: each prompt has its own."] = for_all(
+            lambda p: right[p] / case.n_batch
+        )
+    compare_by_name(f"{name} {case.words}", actual, right, wrong)
+    if case.model.runs > 2:
+        raise CheckFailed(
+            f"{name}: it ran the model {case.model.runs} times.\n"
+            "  Next: one forward, one backward; the cache holds the source."
+        )
 
 
 def check_integrated_attribution(fn: Fn) -> None:
@@ -511,39 +527,38 @@ def check_integrated_attribution(fn: Fn) -> None:
     name = "integrated_attribution"
     for sizes, steps in [(SIZES[0], 2), (SIZES[1], 1), (SIZES[0], 5)]:
         case = case_of(*sizes)
-        label = f"{name} with steps={steps} {case.words}"
-        source_cache = case.cache()
-        with leaves_no_trace(name, case, source_cache), during(f"with steps={steps}"):
-            actual = fn(case.model, case.tokens, source_cache, case.metric, WATCHED, steps)
-        ways = {place: case.source[place] - case.seen[place] for place in WATCHED}
-        start, far = case.seen["hook_embed"], case.source["hook_embed"] - case.seen["hook_embed"]
+        assert_integrated(name, fn, case, steps)
 
-        def along(
-            shares: Sequence[float],
-            case: Case = case,
-            start: Tensor = start,
-            far: Tensor = far,
-            ways: dict[str, Tensor] = ways,
-        ) -> dict[str, Tensor]:
-            found = [gradients(case, case.tokens, start + share * far) for share in shares]
-            return {p: sum(g[p] for g in found) / len(found) * ways[p] for p in WATCHED}
 
-        middles = [(step + 0.5) / steps for step in range(steps)]
-        right = worked_out(f"along {steps}", case.sizes, Work(lambda case, m=middles, along=along: along(m)))
-        wrong: dict[str, Callable[[], Named]] = {
-            "there is only the gradient at the start: that is attribution_patching.": lambda along=along: along([0.0]),
-            "the steps are taken at their beginnings; take their middles.": lambda along=along, n=steps: along(
-                [step / n for step in range(n)]
-            ),
-            "the steps are taken at their ends; take their middles.": lambda along=along, n=steps: along(
-                [(step + 1) / n for step in range(n)]
-            ),
-            "the sign is wrong: the difference is the source minus the run's own.": lambda right=right: {
-                place: -right[place] for place in WATCHED
-            },
+def assert_integrated(name: str, fn: Fn, case: Case, steps: int) -> None:
+    """One case of attribution along the way."""
+    label = f"{name} with steps={steps} {case.words}"
+    source_cache = case.cache()
+    with leaves_no_trace(name, case, source_cache), during(f"with steps={steps}"):
+        actual = fn(case.model, case.tokens, source_cache, case.metric, WATCHED, steps)
+    ways = {place: case.source[place] - case.seen[place] for place in WATCHED}
+    start, far = case.seen["hook_embed"], case.source["hook_embed"] - case.seen["hook_embed"]
+
+    def along(shares: Sequence[float]) -> Named:
+        found = [gradients(case, case.tokens, start + share * far) for share in shares]
+        return {p: sum(g[p] for g in found) / len(found) * ways[p] for p in WATCHED}
+
+    middles = [(step + 0.5) / steps for step in range(steps)]
+    right = worked_out(f"along {steps}", case.sizes, Work(lambda case: along(middles)))
+    wrong: dict[str, Callable[[], Named]] = {
+        "there is only the gradient at the start: that is attribution_patching.": lambda: along([0.0]),
+        "the steps are taken at their beginnings; take their middles.": lambda: along(
+            [step / steps for step in range(steps)]
+        ),
+        "the steps are taken at their ends; take their middles.": lambda: along(
+            [(step + 1) / steps for step in range(steps)]
+        ),
+        "the sign is wrong: the difference is the source minus the run's own.": lambda: {
+            place: -right[place] for place in WATCHED
+        },
+    }
+    if steps > 1:
+        wrong["the gradients are summed over the steps; take their mean."] = lambda: {
+            place: right[place] * steps for place in WATCHED
         }
-        if steps > 1:
-            wrong["the gradients are summed over the steps; take their mean."] = lambda right=right, n=steps: {
-                place: right[place] * n for place in WATCHED
-            }
-        compare_by_name(label, actual, right, wrong)
+    compare_by_name(label, actual, right, wrong)

@@ -55,13 +55,13 @@ def check_logit_difference(fn: Fn) -> None:
         if n_batch > 1:
             mistakes |= {
                 "it looks at the last position; a prompt ends at its own END.": differences(
-                    logits, dataset, lambda row, n_pos=n_pos: n_pos - 1
+                    logits, dataset, lambda row: -1
                 ),
                 "it looks at S2, the giver's second mention; the answer comes after END.": differences(
-                    logits, dataset, lambda row, dataset=dataset: int(dataset.positions["S2"][row])
+                    logits, dataset, dataset.positions["S2"].tolist().__getitem__
                 ),
                 "every prompt is read at the first one's END.": differences(
-                    logits, dataset, lambda row, dataset=dataset: int(dataset.positions["END"][0])
+                    logits, dataset, [int(dataset.positions["END"][0])].__mul__(n_batch).__getitem__
                 ),
                 "it is the mean over the prompts; give one number for each.": right.mean(),
             }
@@ -203,55 +203,56 @@ def check_logit_lens(fn: Fn) -> None:
 
 def check_head_attribution(fn: Fn) -> None:
     """Every head by a loop; and that the parts sum to the whole."""
-    name, axes = "head_attribution", "layer head batch pos"
+    name = "head_attribution"
     for sizes in SIZES:
-        case, seen, cache, directions = run(sizes)
-        w, b, scale = case.model.ln_final.w.detach(), case.model.ln_final.b.detach(), seen["ln_final.hook_scale"]
+        assert_attribution(name, fn, *run(sizes))
 
-        def table(through: Callable[[Tensor], Tensor], case: Case = case, seen: dict[str, Tensor] = seen) -> Tensor:
-            rows = []
-            for layer in range(case.n_layers):
-                result = seen[f"blocks.{layer}.attn.hook_result"]
-                rows.append(torch.stack([through(result[:, :, head]) for head in range(case.n_heads)]))
-            return torch.stack(rows)
 
-        def centred(part: Tensor) -> Tensor:
-            return part - part.mean(-1, keepdim=True)
+def assert_attribution(
+    name: str, fn: Fn, case: Case, seen: dict[str, Tensor], cache: ActivationCache, directions: Tensor
+) -> None:
+    """One case of attribution to heads."""
+    axes = "layer head batch pos"
+    w, b, scale = case.model.ln_final.w.detach(), case.model.ln_final.b.detach(), seen["ln_final.hook_scale"]
 
-        right = onto(table(lambda part, w=w, scale=scale: centred(part) / scale * w), directions)
-        biases = torch.stack([block.attn.b_O.detach() for block in case.model.blocks])[:, None, None, None]
-        spread = centred(biases).expand(-1, case.n_heads, -1, -1, -1) / case.n_heads / scale * w
-        mistakes = {
-            "the final LayerNorm's scale is left out.": onto(table(lambda part, w=w: centred(part) * w), directions),
-            "the final LayerNorm's `w` is left out.": onto(
-                table(lambda part, scale=scale: centred(part) / scale), directions
-            ),
-            "a head's own mean is not subtracted.": onto(
-                table(lambda part, w=w, scale=scale: part / scale * w), directions
-            ),
-            "the final LayerNorm is left out.": onto(table(lambda part: part), directions),
-            "each head gets a scale of its own; divide by that of the whole stream.": onto(
-                table(lambda part, w=w: F.layer_norm(part, (8,), w, eps=0.1)), directions
-            ),
-            "the model's LayerNorm is applied to each head alone; divide by the scale of the whole stream.": onto(
-                table(lambda part, case=case: normed(case.model, part)), directions
-            ),
-            "`ln_final.b` is added to every head.": onto(
-                table(lambda part, w=w, b=b, scale=scale: centred(part) / scale * w + b), directions
-            ),
-            "`b_O` is spread over the heads.": right + onto(spread.expand(-1, -1, case.n_batch, -1, -1), directions),
-            "every position is divided by the scale of the last.": onto(
-                table(lambda part, w=w, scale=scale: centred(part) / scale[:, -1:] * w), directions
-            ),
-            "the layers are in reverse order.": right.flip(0),
-            "only the last position is read; give all of them.": right[..., -1],
-            "it is the mean over the prompts; give one number for each.": right.mean(2),
-        }
-        if case.n_batch > 1:
-            first = directions[:1].expand_as(directions)
-            mistakes["every prompt is read along the first one's direction."] = onto(
-                table(lambda part, w=w, scale=scale: centred(part) / scale * w), first
-            )
-        with unchanged(name, **in_words(seen), directions=directions):
-            actual = fn(cache, case.model, directions)
-        compare(f"{name} {case.words}", actual, right, axes, mistakes)
+    def table(through: Callable[[Tensor], Tensor]) -> Tensor:
+        rows = []
+        for layer in range(case.n_layers):
+            result = seen[f"blocks.{layer}.attn.hook_result"]
+            rows.append(torch.stack([through(result[:, :, head]) for head in range(case.n_heads)]))
+        return torch.stack(rows)
+
+    def centred(part: Tensor) -> Tensor:
+        return part - part.mean(-1, keepdim=True)
+
+    right = onto(table(lambda part: centred(part) / scale * w), directions)
+    biases = torch.stack([block.attn.b_O.detach() for block in case.model.blocks])[:, None, None, None]
+    spread = centred(biases).expand(-1, case.n_heads, -1, -1, -1) / case.n_heads / scale * w
+    mistakes = {
+        "the final LayerNorm's scale is left out.": onto(table(lambda part: centred(part) * w), directions),
+        "the final LayerNorm's `w` is left out.": onto(table(lambda part: centred(part) / scale), directions),
+        "a head's own mean is not subtracted.": onto(table(lambda part: part / scale * w), directions),
+        "the final LayerNorm is left out.": onto(table(lambda part: part), directions),
+        "each head gets a scale of its own; divide by that of the whole stream.": onto(
+            table(lambda part: F.layer_norm(part, (8,), w, eps=0.1)), directions
+        ),
+        "the model's LayerNorm is applied to each head alone; divide by the scale of the whole stream.": onto(
+            table(lambda part: normed(case.model, part)), directions
+        ),
+        "`ln_final.b` is added to every head.": onto(table(lambda part: centred(part) / scale * w + b), directions),
+        "`b_O` is spread over the heads.": right + onto(spread.expand(-1, -1, case.n_batch, -1, -1), directions),
+        "every position is divided by the scale of the last.": onto(
+            table(lambda part: centred(part) / scale[:, -1:] * w), directions
+        ),
+        "the layers are in reverse order.": right.flip(0),
+        "only the last position is read; give all of them.": right[..., -1],
+        "it is the mean over the prompts; give one number for each.": right.mean(2),
+    }
+    if case.n_batch > 1:
+        first = directions[:1].expand_as(directions)
+        mistakes["every prompt is read along the first one's direction."] = onto(
+            table(lambda part: centred(part) / scale * w), first
+        )
+    with unchanged(name, **in_words(seen), directions=directions):
+        actual = fn(cache, case.model, directions)
+    compare(f"{name} {case.words}", actual, right, axes, mistakes)

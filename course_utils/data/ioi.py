@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import product
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -17,7 +17,6 @@ from torch import Tensor
 
 from course_utils.data import tales
 
-Kind = Literal["abc", "names", "order"]
 PLACES = ("IO", "S1", "S1+1", "S2", "END")
 
 # Common names of `tales`, meant to be one token each in GPT-2's vocabulary too; a tokenizer that disagrees is refused.
@@ -125,7 +124,7 @@ class IOIDataset:
     def __repr__(self) -> str:
         return f"IOIDataset: {len(self)} prompts of {self.tokens.shape[1]} tokens, {len(set(self.orders))} orders"
 
-    def flipped(self, kind: Kind) -> "IOIDataset":
+    def flipped(self, kind: str) -> "IOIDataset":
         """The same prompts, corrupted, token by token of the same length. Labels and positions are those of the result.
 
         "abc": three different names that are not in the prompt, so that nobody is named twice and nothing can be

@@ -122,7 +122,7 @@ def test_a_name_of_two_tokens_is_refused_by_name() -> None:
 
 def test_what_cannot_be_is_refused(tokenizer, dataset: IOIDataset) -> None:
     with pytest.raises(ValueError, match="no corruption 'abd'"):
-        dataset.flipped("abd")  # type: ignore[arg-type]
+        dataset.flipped("abd")
     with pytest.raises(ValueError, match="nobody is named twice"):
         dataset.flipped("abc").flipped("names")
     with pytest.raises(ValueError, match="five different names"):
