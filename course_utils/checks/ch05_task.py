@@ -44,7 +44,7 @@ def check_logit_difference(fn: Fn) -> None:
     """Three sizes of batch; every prompt has its own end."""
     name = "logit_difference"
     for n_batch, n_pos in SHAPES:
-        dataset, logits = prompts(n_batch, n_pos), noise(n_batch, n_pos, 13, seed=n_batch, scale=3.0)
+        dataset, logits = prompts(n_batch, n_pos), noise(n_batch, n_pos, 13, seed=n_batch + 6, scale=3.0)
         right = differences(logits, dataset)
         chances = logits.log_softmax(-1).exp()
         mistakes = {
@@ -81,7 +81,7 @@ def check_normalised_metric(fn: Fn) -> None:
     """Values; then the two ends of the scale; then a scale without length."""
     name = "normalised_metric"
     for (n_batch, n_pos), clean, corrupted in [(SHAPES[0], 3.25, -1.5), (SHAPES[1], -2.0, 4.5), (SHAPES[2], 1.5, 0.0)]:
-        dataset, logits = prompts(n_batch, n_pos), noise(n_batch, n_pos, 13, seed=n_batch, scale=3.0)
+        dataset, logits = prompts(n_batch, n_pos), noise(n_batch, n_pos, 13, seed=n_batch + 6, scale=3.0)
         difference = differences(logits, dataset)
         right = (difference - corrupted) / (clean - corrupted)
         mistakes = {
