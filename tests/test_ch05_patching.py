@@ -24,7 +24,7 @@ from course_utils.checks.core import _run
 from course_utils.config import TransformerConfig
 from course_utils.hooks import ActivationCache, hook_points, hooks, run_with_cache, run_with_hooks
 
-OURS = ("ch05_task", "ch05_patching")
+OURS = ("ch05_1_task", "ch05_2_patching")
 CHECKS = {name: check for name, check in find_checks()["05"].items() if check.__module__.endswith(OURS)}
 ALL = slice(None)
 MISTAKES: list[Mistake] = []
