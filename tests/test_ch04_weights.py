@@ -15,7 +15,7 @@ from mutation import mutants
 
 import solutions.ch04_induction as ref
 from course_utils.checks import CheckFailed, by_loops, find_checks, run_check
-from course_utils.checks import ch04_weights as module_of_checks
+from course_utils.checks import ch04_5_weights as module_of_checks
 from course_utils.checks.ch04_4_causes import some_tokens
 from course_utils.checks.ch04_5_weights import CFG, NO_NORM, WITH_MLP
 from course_utils.checks.core import _run
