@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -147,10 +148,16 @@ def wait_for_address(server: subprocess.Popen) -> str | None:
 
     while server.poll() is None:
         for info in list_running_servers():
-            if info["pid"] == server.pid:
+            if info["pid"] == server.pid and listens(info["port"]):
                 return info["url"] + "lab" + (f"?token={info['token']}" if info["token"] else "")
         time.sleep(0.2)
     return None
+
+
+def listens(port: int) -> bool:
+    """Whether somebody answers there; a server is on the list of running ones a moment before it does."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 # --- check and status -----------------------------------------------------------------------------------------------
