@@ -1,5 +1,6 @@
 """Wrong answers, and how a check must refuse them: what the tests of every chapter share."""
 
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -45,3 +46,17 @@ def assert_known_and_unknown(mistakes: Iterable[Mistake], exercise: str) -> None
     own = [mistake for mistake in mistakes if mistake.exercise == exercise]
     assert len(own) >= 4
     assert any(mistake.surprise for mistake in own)
+
+
+def assert_quick(check: Callable[[Any], None], answer: Any, seconds: float = 1.0, rounds: int = 1) -> None:
+    """The check takes less processor time than that, in the best of `rounds`.
+
+    50 ms is the aim; but the machines that run the suite are busy, which is why the clock on the wall is not asked.
+    """
+    run_check(check, answer)  # torch warms up
+    times = []
+    for _ in range(rounds):
+        start = time.process_time()
+        run_check(check, answer)
+        times.append(time.process_time() - start)
+    assert min(times) < seconds

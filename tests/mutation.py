@@ -4,8 +4,14 @@ import ast
 import copy
 import linecache
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
+
+import torch
+
+from course_utils.checks import CheckFailed
+from course_utils.checks.core import _run
 
 SWAPS: dict[type[ast.operator], tuple[type[ast.operator], ...]] = {
     ast.Add: (ast.Sub,),
@@ -66,6 +72,28 @@ def mutants(path: Path, name: str) -> Iterator[tuple[str, types.ModuleType]]:
                         setattr(parent, field, changed)
                         yield f"{ast.unparse(node)} -> {ast.unparse(variant)}", _load(tree)
                         setattr(parent, field, value)
+
+
+def survivors(
+    path: Path,
+    exercise: str,
+    check: Callable[[Any], None],
+    only_on_gpu: str | None = None,
+    refusals: tuple[type[Exception], ...] = (CheckFailed,),
+) -> set[str]:
+    """The changes of an exercise's reference that its check lets pass; without looking for the part to blame.
+
+    Where there is no GPU, changes that hold the words `only_on_gpu` are let off: nothing else could show them.
+    """
+    passed = set()
+    for change, module in mutants(path, exercise):
+        try:
+            _run(check, getattr(module, exercise), exercise)
+        except refusals:
+            continue
+        if only_on_gpu is None or only_on_gpu not in change or torch.cuda.is_available():
+            passed.add(change)
+    return passed
 
 
 def _load(tree: ast.Module) -> types.ModuleType:

@@ -5,7 +5,6 @@ Each mistake returns the right type, shape and dtype, and must be refused with i
 """
 
 import math
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,16 +14,15 @@ import einops
 import other_transformer as other
 import pytest
 import torch
-from mistakes import Mistake, assert_known_and_unknown, assert_refused
-from mutation import mutants
+from mistakes import Mistake, assert_known_and_unknown, assert_quick, assert_refused
+from mutation import survivors
 from torch import nn
 from torch.nn import functional as F
 
 import solutions.ch02_transformer as ref
-from course_utils.checks import CheckFailed, find_checks, run_check
+from course_utils.checks import find_checks, run_check
 from course_utils.checks.by_loops import transformer
 from course_utils.checks.ch02_1_transformer import CFG
-from course_utils.checks.core import _run
 from course_utils.checks.transformer_interface import transformer_hooks, transformer_parameters
 from course_utils.config import TransformerConfig
 from course_utils.hooks import hook_points, run_with_cache
@@ -896,14 +894,7 @@ def test_another_right_answer_passes(exercise: str) -> None:
 
 @pytest.mark.parametrize("exercise", CHECKS)
 def test_check_is_quick(exercise: str) -> None:
-    answer = getattr(other, exercise)
-    run_check(CHECKS[exercise], answer)  # torch warms up
-    times = []
-    for _ in range(3):  # the best of three: 50 ms is the aim, but machines that run the suite are busy
-        start = time.process_time()
-        run_check(CHECKS[exercise], answer)
-        times.append(time.process_time() - start)
-    assert min(times) < 1.0
+    assert_quick(CHECKS[exercise], getattr(other, exercise), rounds=3)
 
 
 # ------------------------------------------------------------------------------- the reference, from other sides
@@ -1017,14 +1008,4 @@ STILL_RIGHT = {
 @pytest.mark.parametrize("exercise", CHECKS)
 def test_small_changes_of_the_reference_are_refused(exercise: str) -> None:
     """One operator, number, comparison or argument at a time. Only what needs a GPU to be seen is let off."""
-    survivors = []
-    for change, module in mutants(Path(ref.__file__), exercise):
-        try:
-            _run(
-                CHECKS[exercise], getattr(module, exercise), exercise
-            )  # run_check without looking for the part to blame
-        except CheckFailed:
-            continue
-        if "device=" not in change or torch.cuda.is_available():
-            survivors.append(change)
-    assert set(survivors) <= STILL_RIGHT
+    assert survivors(Path(ref.__file__), exercise, CHECKS[exercise], only_on_gpu="device=") <= STILL_RIGHT
