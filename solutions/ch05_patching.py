@@ -288,3 +288,15 @@ def integrated_attribution(
         for name, gradient in zip(names, gradients, strict=True):
             totals[name].add_(gradient)
     return {name: totals[name] / steps * (source_cache[name] - own[name]).detach() for name in names}
+
+
+# ------------------------------------------------------------------------------------------------------ path patching
+
+
+# ------------------------------------------------------------------------------------------------------ what heads do
+
+
+# ----------------------------------------------------------------------------------------------- is that the circuit?
+
+
+# --------------------------------------------------------------------------------------- which edges, which direction
