@@ -6,6 +6,15 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
+PROJECT = """\
+[project]
+name = "circuits-from-scratch"
+version = "1.2.3"
+
+[project.urls]
+Repository = "https://github.com/somebody/something"
+"""
+
 SOLUTIONS = '''"""Solutions of a small chapter."""
 
 import torch
@@ -141,7 +150,7 @@ def small_course(tmp_path: Path) -> Path:
     """The root of a course with one chapter of two exercises, not built yet."""
     for folder in ("chapters/src", "solutions", "course_utils"):
         (tmp_path / folder).mkdir(parents=True)
-    (tmp_path / "pyproject.toml").write_text('[project]\nname = "circuits-from-scratch"\nversion = "1.2.3"\n')
+    (tmp_path / "pyproject.toml").write_text(PROJECT)
     (tmp_path / "solutions/ch07_toy.py").write_text(SOLUTIONS)
     (tmp_path / "chapters/src/07_toy.md").write_text(LESSON)
     return tmp_path
