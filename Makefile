@@ -13,9 +13,8 @@ help:  ## what can be made
 lab: $(VENV)/.core  ## set up, copy missing chapters into work/ and open JupyterLab there
 	@$(BIN)/course lab $(ARGS)
 
-test: $(VENV)/.test  ## set up, run the whole suite, then every cell of the solution notebooks
+test: $(VENV)/.test  ## set up, run the whole suite, every cell of every notebook included
 	$(BIN)/python -m pytest $(ARGS)
-	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout 600 solutions/*.ipynb
 
 test-browser: $(VENV)/.browser  ## see in a real browser, without network, that pictures are drawn (needs Debian's chromium)
 	$(BIN)/python -m pytest -m browser tests/test_browser.py $(ARGS)
@@ -35,8 +34,9 @@ format: $(VENV)/.test  ## put the code into the one format
 
 setup: $(VENV)/.test  ## only the environment, with what the tests need
 
-EXTRAS.test := [test]
-EXTRAS.browser := [test,browser]
+EXTRAS.core := [lab]
+EXTRAS.test := [lab,test]
+EXTRAS.browser := [lab,test,browser]
 
 # Installs again only when a requirement or a pin is newer than the stamp. Each includes the one before: the core, the
 # extra `test`, the extra `browser`.

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from course_utils.notebook import (
+    COURSE,
     CourseError,
     chapters_folder,
     checkout,
@@ -32,11 +33,16 @@ from course_utils.notebook import (
     work_folder,
 )
 
+LAB = {"lab": "jupyterlab", "run": "nbclient", "build": "jupytext"}  # of the extra `lab`, which Colab does without
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     args, rest = parse(argv)
     try:
+        package = LAB.get(args.command)
+        if package and find_spec(package) is None:
+            raise CourseError(f"`course {args.command}` needs {package}: pip install '{COURSE}[lab]'")
         if args.command == "lab":
             return lab(args.port, args.no_browser, rest)
         if args.command == "check":

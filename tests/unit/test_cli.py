@@ -130,6 +130,15 @@ def test_what_cannot_be_done_is_one_sentence(
     assert before == {path: path.read_bytes() for path in course.rglob("*") if path.is_file()}
 
 
+def test_without_the_extra_one_sentence_names_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "find_spec", lambda name: None)
+    for command in ("lab", "run 02", "build"):
+        code, text = outcome(capsys, *command.split())
+        assert code == 2 and text.endswith(": pip install 'circuits-from-scratch[lab]'\n"), text
+
+
 def test_unknown_arguments_are_refused_by_all_but_lab(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as error:
         main(["status", "--fast"])

@@ -24,6 +24,7 @@ def requirements(lines: list[str]) -> dict[str, SpecifierSet]:
 
 
 CORE = requirements(PYPROJECT["project"]["dependencies"])
+LAB = requirements(PYPROJECT["project"]["optional-dependencies"]["lab"])
 TEST = requirements(PYPROJECT["project"]["optional-dependencies"]["test"])
 BROWSER = requirements(PYPROJECT["project"]["optional-dependencies"]["browser"])
 
@@ -55,7 +56,7 @@ def imported(folder: str) -> set[str]:
 def test_constraints_pin_every_requirement_exactly_and_within_its_range() -> None:
     pins = constraints()
     assert {str(pin)[:2] for pin in pins.values()} == {"=="}
-    for name, allowed in (CORE | TEST | BROWSER).items():
+    for name, allowed in (CORE | LAB | TEST | BROWSER).items():
         version = str(pins[name]).removeprefix("==")
         assert version in allowed, f"{name}: constraints.txt has {version}, pyproject.toml asks for {allowed}"
 
@@ -67,10 +68,10 @@ def test_torch_is_pinned_without_a_platform() -> None:
 def test_environment_names_the_same_packages_and_ranges() -> None:
     environment = conda()
     assert environment.pop("python") == SpecifierSet(PYPROJECT["project"]["requires-python"])
-    assert environment == CORE | TEST
+    assert environment == CORE | LAB | TEST
 
 
-@pytest.mark.parametrize("name", sorted(CORE | TEST | BROWSER))
+@pytest.mark.parametrize("name", sorted(CORE | LAB | TEST | BROWSER))
 def test_every_requirement_says_why(name: str) -> None:
     lines = (ROOT / "pyproject.toml").read_text(encoding="utf-8").splitlines()
     (line,) = [line for line in lines if re.match(rf'\s+"{name}[<>=]', line)]
@@ -79,7 +80,12 @@ def test_every_requirement_says_why(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("folder", "declared"),
-    [("course_utils", CORE), ("solutions", CORE), ("tests", CORE | TEST | BROWSER), ("benchmarks", CORE | TEST)],
+    [
+        ("course_utils", CORE | LAB),
+        ("solutions", CORE),
+        ("tests", CORE | LAB | TEST | BROWSER),
+        ("benchmarks", CORE | TEST),
+    ],
 )
 def test_every_import_is_declared(folder: str, declared: dict[str, SpecifierSet]) -> None:
     distributions = packages_distributions()
