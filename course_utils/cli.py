@@ -51,6 +51,10 @@ def main(argv: list[str] | None = None) -> int:
             return run(args.chapter, args.html)
         if args.command == "status":
             return status(args.notebook)
+        if args.command == "doctor":
+            from course_utils.doctor import doctor
+
+            return doctor()
         if args.command == "models" and args.action == "train":
             from course_utils.retraining import train_again
 
@@ -81,6 +85,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     add = commands.add_parser("run", help="run a chapter with the solutions in place")
     add.add_argument("chapter", metavar="NN", help="a chapter's number, such as 02")
     add.add_argument("--html", type=Path, metavar="OUT", help="write what came out to this file")
+    commands.add_parser("doctor", help="what this machine lacks, and the command that helps")
     commands.add_parser("build", help="build the notebooks from chapters/src and solutions (for authors)")
     add = commands.add_parser("models", help="the models that ship with the course; `models train NAME` repeats one")
     actions = add.add_subparsers(dest="action", metavar="ACTION")
@@ -116,6 +121,7 @@ def lab(port: int | None, no_browser: bool, rest: list[str]) -> int:
     command += [
         "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
         "--LabApp.extension_manager=readonly",
+        "--LabApp.news_url=None",
     ]
     # In a container one is root, and Jupyter refuses to start; it listens on this machine only, behind a token.
     command += ["--allow-root"] * (getattr(os, "geteuid", lambda: 1)() == 0)
