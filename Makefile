@@ -16,12 +16,22 @@ lab: $(VENV)/.core  ## set up, copy missing chapters into work/ and open Jupyter
 test: $(VENV)/.test  ## set up, run the whole suite, every cell of every notebook included
 	$(BIN)/python -m pytest $(ARGS)
 
-test-browser: $(VENV)/.browser  ## see in a real browser, without network, that pictures are drawn (needs Debian's chromium)
+test-browser: $(VENV)/.browser  ## what a learner sees, in a real browser without network (needs Debian's chromium)
 	$(BIN)/python -m pytest -m browser tests/test_browser.py $(ARGS)
 
 # Without the suite's options: the shape checks at every call would be timed too.
 bench: $(VENV)/.test  ## measure speed against transformers and torch, and print the ratios
 	$(BIN)/python -m pytest -o addopts= benchmarks $(ARGS)
+
+# The name and version come from pyproject.toml; the notebooks from the sources as they are now.
+release: $(VENV)/.test site  ## build the wheel, the site and the notebooks of this version into dist/
+	$(BIN)/course build
+	rm -rf dist build/lib build/bdist.*
+	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+	name=$$(basename dist/*.whl -py3-none-any.whl) && \
+	  $(BIN)/python -m zipfile -c dist/$$name-notebooks.zip chapters/*.ipynb && \
+	  $(BIN)/python -m zipfile -c dist/$$name-site.zip site
+	@ls -l dist
 
 lint: $(VENV)/.test  ## check style, format and types
 	$(BIN)/ruff check .
@@ -55,4 +65,4 @@ $(VENV)/.core $(VENV)/.test $(VENV)/.browser: pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install -c constraints.txt -e '.$(EXTRAS$(suffix $@))'
 	@touch $(VENV)/.core $(if $(filter %.browser,$@),$(VENV)/.test) $@
 
-.PHONY: help lab test test-browser bench lint format setup
+.PHONY: help lab test test-browser bench release lint format setup

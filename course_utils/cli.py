@@ -121,7 +121,6 @@ def lab(port: int | None, no_browser: bool, rest: list[str]) -> int:
     command += [
         "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
         "--LabApp.extension_manager=readonly",
-        "--LabApp.news_url=None",
     ]
     # In a container one is root, and Jupyter refuses to start; it listens on this machine only, behind a token.
     command += ["--allow-root"] * (getattr(os, "geteuid", lambda: 1)() == 0)

@@ -30,10 +30,10 @@ READY = """name => {
     const open = panel && panel.context && panel.context.path === name;
     return Boolean(open && panel.context.isReady && panel.content.widgets.length);
 }"""
-GO_TO = """async id => {
+GO_TO = """async ([id, align]) => {
     const notebook = window.jupyterapp.shell.currentWidget.content;
     const number = notebook.widgets.findIndex(cell => cell.model.id === id);
-    await notebook.scrollToItem(number, "center");
+    await notebook.scrollToItem(number, align);
     notebook.activeCellIndex = number;
     notebook.widgets[number].node.id = "cell-" + id;
 }"""
@@ -61,9 +61,9 @@ class Notebook:
         """The id of the first cell that holds these words and defines nothing."""
         return next(cell.id for cell in self.cells if words in cell.source and "def " not in cell.source)
 
-    def go_to(self, cell: str) -> Any:
+    def go_to(self, cell: str, align: str = "center") -> Any:
         """Scroll to a cell and select it; its place in the page."""
-        self.page.evaluate(GO_TO, cell)
+        self.page.evaluate(GO_TO, [cell, align])
         return self.page.locator(f"#cell-{cell}")
 
     def run(self, cell: str) -> Any:
@@ -86,15 +86,15 @@ class Notebook:
         )
         assert self.page.evaluate(SOURCE) == source
 
-    def photograph(self, name: str, *places: Any) -> None:
-        """Keep a picture of these places, one below the other, where SCREENSHOTS says that one is wanted."""
+    def photograph(self, name: str, first: str, last: str) -> None:
+        """Keep a picture of the cells from one to another, with outputs, where SCREENSHOTS says that one is wanted."""
         folder = os.environ.get("SCREENSHOTS")
         if folder:
+            self.go_to(first, "start")
             self.page.mouse.move(0, 0)
-            boxes = [place.bounding_box() for place in places]
-            top, bottom = boxes[0]["y"], boxes[-1]["y"] + boxes[-1]["height"]
-            clip = {"x": boxes[0]["x"], "y": top, "width": boxes[0]["width"], "height": bottom - top}
-            self.page.screenshot(path=ROOT / folder / f"{name}.png", clip=clip)
+            top, bottom = (self.page.locator(f"#cell-{cell}").bounding_box() for cell in (first, last))
+            height = bottom["y"] + bottom["height"] - top["y"]
+            self.page.screenshot(path=ROOT / folder / f"{name}.png", clip=top | {"height": height})
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +102,10 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address that `course lab` prints in an empty folder; JupyterLab's settings are its own."""
     folder = tmp_path_factory.mktemp("lab")
     own = {f"JUPYTER_{kind}_DIR": str(folder / f".{kind.lower()}") for kind in ("CONFIG", "DATA", "RUNTIME")}
+    settings = folder / ".config/lab/user-settings/@jupyterlab/apputils-extension"
+    settings.mkdir(parents=True)
+    # what a learner answers once, when JupyterLab asks whether it may fetch news
+    (settings / "notification.jupyterlab-settings").write_text('{"fetchNews": "false"}')
     environment = {**os.environ, **own, **NO_NETWORK, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "course_utils.cli", "lab", "--no-browser", "--port=0", "--expose-app-in-browser"]
     server = subprocess.Popen(
@@ -137,7 +141,7 @@ def browser() -> Iterator[Any]:
 
 def open_notebook(browser: Any, lab: str, name: str) -> Notebook:
     """A chapter in a new page; `page.refused` are the addresses outside of this machine that somebody asked for."""
-    page = browser.new_page(viewport={"width": 1240, "height": 1300})
+    page = browser.new_page(viewport={"width": 1180, "height": 2000})
     page.refused = []
 
     def gate(route: Any) -> None:
@@ -148,7 +152,7 @@ def open_notebook(browser: Any, lab: str, name: str) -> Notebook:
             route.abort()
 
     page.route("http*://**/*", gate)
-    page.goto(lab.replace("/lab?", f"/lab/tree/{name}?"))
+    page.goto(lab.replace("/lab?", f"/lab/workspaces/{name[:2]}/tree/{name}?"))  # a workspace is one page's
     page.wait_for_function(READY, arg=name, timeout=120_000)
     page.evaluate("() => window.jupyterapp.shell.currentWidget.sessionContext.ready")  # the kernel, too
     page.evaluate("() => window.jupyterapp.shell.collapseLeft()")
@@ -165,14 +169,14 @@ def chapter04(browser: Any, lab: str) -> Notebook:
     return open_notebook(browser, lab, "04_induction.ipynb")
 
 
-def answer(notebook: Notebook, exercise: str, source: str) -> tuple[Any, Any]:
-    """Paste an answer and run it and its check; the places of the answer and of what the check says."""
+def answer(notebook: Notebook, exercise: str, source: str) -> Any:
+    """Paste an answer and run it and its check; the place of what the check says."""
     cell = notebook.exercises[exercise]
     notebook.paste(cell, source)
     notebook.run(cell)
     said = notebook.run(notebook.find(f"check({exercise})"))
     said.locator("pre").first.wait_for(timeout=60_000)
-    return notebook.page.locator(f"#cell-{cell}"), said
+    return said
 
 
 def test_a_wrong_and_a_right_answer_in_chapter_02(chapter02: Notebook) -> None:
@@ -180,17 +184,18 @@ def test_a_wrong_and_a_right_answer_in_chapter_02(chapter02: Notebook) -> None:
     for cell in chapter02.cells[:3]:
         if cell.cell_type == "code":
             assert chapter02.run(cell.id).text_content().strip() == ""
-    right = chapter02.answers[chapter02.exercises["causal_mask"]]
-    unwritten = chapter02.run(chapter02.find("check(causal_mask)"))
+    cells = chapter02.exercises["causal_mask"], chapter02.find("check(causal_mask)")
+    right = chapter02.answers[cells[0]]
+    unwritten = chapter02.run(cells[1])
     assert "not defined" in unwritten.text_content() or "not written yet" in unwritten.text_content()
     wrong = right.replace("n_key - n_query + 1", "n_key - n_query")
-    place, said = answer(chapter02, "causal_mask", wrong)
+    said = answer(chapter02, "causal_mask", wrong)
     promised = re.search(r"```text\n(causal_mask: .*?)\n```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
     assert promised and said.text_content().strip() == promised[1]
-    chapter02.photograph("check-failed", place, said)
-    place, said = answer(chapter02, "causal_mask", right)
+    chapter02.photograph("check-failed", *cells)
+    said = answer(chapter02, "causal_mask", right)
     assert said.text_content().strip() == "causal_mask: correct"
-    chapter02.photograph("check-passed", place, said)
+    chapter02.photograph("check-passed", *cells)
 
 
 def test_a_wrong_and_a_right_answer_in_chapter_04(chapter04: Notebook) -> None:
@@ -198,9 +203,9 @@ def test_a_wrong_and_a_right_answer_in_chapter_04(chapter04: Notebook) -> None:
         if cell.cell_type == "code":
             assert chapter04.run(cell.id).text_content().strip() == ""
     right = chapter04.answers[chapter04.exercises["repeated_tokens"]]
-    _, said = answer(chapter04, "repeated_tokens", right.replace("generator=generator, ", ""))
+    said = answer(chapter04, "repeated_tokens", right.replace("generator=generator, ", ""))
     assert "repeated_tokens: it drew from torch's global generator." in said.text_content()
-    _, said = answer(chapter04, "repeated_tokens", right)
+    said = answer(chapter04, "repeated_tokens", right)
     assert said.text_content().strip() == "repeated_tokens: correct"
 
 
@@ -232,8 +237,7 @@ def test_the_heat_map_is_drawn(solved04: Notebook) -> None:
 
 def test_the_attention_view_is_drawn(solved04: Notebook) -> None:
     cell = solved04.find("attention_pattern(cache[")
-    place = solved04.go_to(cell)
-    view = place.locator(".jp-OutputArea")
+    view = solved04.go_to(cell).locator(".jp-OutputArea")
     view.get_by_text("Head Selector").first.wait_for(timeout=30_000)
     canvases = view.locator("canvas")
     assert canvases.count() >= 4
@@ -243,7 +247,7 @@ def test_the_attention_view_is_drawn(solved04: Notebook) -> None:
         return data.some((value, place) => value !== data[place % 4]);
     }"""
     assert any(canvases.nth(number).evaluate(painted) for number in range(canvases.count()))
-    solved04.photograph("attention-view", place)
+    solved04.photograph("attention-view", cell, cell)
 
 
 def test_nothing_asked_for_the_network(chapter02: Notebook, solved04: Notebook) -> None:
