@@ -28,7 +28,7 @@ def clean_environment(**variables: str) -> dict[str, str]:
     """The variables of a stranger's shell: none of this test run may help."""
     ours = ("PYTHON", "JUPYTER", "VIRTUAL", "PIP_")
     clean = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
-    return clean | {"PYTHONUTF8": "1", "OMP_NUM_THREADS": "1", "PIP_CONFIG_FILE": os.devnull} | variables
+    return clean | {"PYTHONUTF8": "1", "PIP_CONFIG_FILE": os.devnull} | variables
 
 
 def run(*command: str | Path, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -36,7 +36,7 @@ def run(*command: str | Path, cwd: Path, **variables: str) -> subprocess.Complet
     return subprocess.run(
         [str(part) for part in command],
         cwd=cwd,
-        env=clean_environment(**variables),
+        env=clean_environment(**({"OMP_NUM_THREADS": "1"} | variables)),
         capture_output=True,
         text=True,
         encoding="utf-8",
