@@ -24,8 +24,9 @@ bench: $(VENV)/.test  ## measure speed against transformers and torch, and print
 	$(BIN)/python -m pytest -o addopts= benchmarks $(ARGS)
 
 # The name and version come from pyproject.toml; the notebooks from the sources as they are now.
-release: $(VENV)/.test site  ## build the wheel, the site and the notebooks of this version into dist/
+release: $(VENV)/.test  ## build the wheel, the site and the notebooks of this version into dist/
 	$(BIN)/course build
+	$(MAKE) --no-print-directory site
 	rm -rf dist build/lib build/bdist.*
 	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 	name=$$(basename dist/*.whl -py3-none-any.whl) && \

@@ -57,7 +57,8 @@ def run_all(notebook: nbformat.NotebookNode, folder: Path, address: str) -> None
     options = {"timeout": 1800, "kernel_name": "colab", "resources": {"metadata": {"path": str(folder)}}}
     client = NotebookClient(notebook, **options)
     pip = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": address, "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
-    client.execute(env=clean_environment(**NO_NETWORK, **pip))
+    # the variable is Colab's; plotly goes by it
+    client.execute(env=clean_environment(COLAB_NOTEBOOK_ID="rehearsal", **NO_NETWORK, **pip))
 
 
 def installed(packages: Path) -> set[str]:

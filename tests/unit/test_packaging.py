@@ -112,3 +112,8 @@ def test_every_folder_with_code_is_a_package() -> None:
     for top in ("course_utils", "solutions"):
         for path in (ROOT / top).rglob("*.py"):
             assert (path.parent / "__init__.py").exists(), f"{path.relative_to(ROOT)} would be missing from the wheel"
+
+
+def test_the_changelog_speaks_of_this_version() -> None:
+    headings = re.findall(r"^## .*", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert PYPROJECT["project"]["version"] in headings[0]
