@@ -5,6 +5,7 @@ course needs are lent by the environment of this test run, which saves minutes a
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -79,3 +80,15 @@ def site_packages(home: Path) -> Path:
     # asked of it, not of sysconfig here: this interpreter may be a link, or its layout a distribution's own
     answer = run(home / BIN / "python", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=home)
     return Path(answer.stdout.strip())
+
+
+def lab_address(lab: subprocess.Popen[str]) -> str:
+    """The address that a `course lab` which has just been started prints."""
+    lines = []
+    for line in lab.stdout or ():
+        lines.append(line)
+        if "JupyterLab: " in line:
+            break
+    address = re.search(r"http://\S+", lines[-1])
+    assert address, "".join(lines)
+    return address[0]

@@ -17,7 +17,7 @@ from typing import Any
 import nbformat
 import pytest
 from conftest import ROOT
-from environments import NO_NETWORK
+from environments import NO_NETWORK, lab_address
 
 pytestmark = pytest.mark.browser
 
@@ -111,16 +111,8 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     server = subprocess.Popen(
         command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-    assert server.stdout is not None
     try:
-        lines = []
-        for line in server.stdout:
-            lines.append(line)
-            if "JupyterLab: " in line:
-                break
-        address = re.search(r"http://\S+", lines[-1])
-        assert address, "".join(lines)
-        yield address[0]
+        yield lab_address(server)
     finally:
         server.terminate()
         server.communicate(timeout=30)
