@@ -75,10 +75,10 @@ def svg(card: dict[str, str]) -> str:
                 last = f'fill-opacity="{weights[-1]:.2f}"'
                 parts.append(f'<rect {place} class="weight" {last}>{animated(weights, "fill-opacity")}</rect>')
     for position, name in enumerate(names):
-        middle = position * CELL + CELL // 2 + 4
+        middle = position * CELL + CELL // 2
         word = escape(name.replace("<|endoftext|>", "start"))
-        parts.append(f'<text x="-5" y="{middle}" text-anchor="end">{word}</text>')
-        parts.append(f'<text transform="translate({middle} {n * CELL + 6}) rotate(90)">{word}</text>')
+        parts.append(f'<text x="-5" y="{middle + 4}" text-anchor="end">{word}</text>')
+        parts.append(f'<text transform="translate({middle - 4} {n * CELL + 6}) rotate(90)">{word}</text>')
     parts.append("</g>")
     for number, step in enumerate(steps):  # each shows for its time; where nothing moves, the last one stands
         start, end = number / (len(steps) + 2), (number + 1) / (len(steps) + 2) if number < len(steps) - 1 else 1

@@ -18,6 +18,7 @@ html_theme = "furo"
 html_title = project
 html_static_path = [str(Path(__file__).parent / "static"), str(ROOT / "build/site/static")]
 html_extra_path = [str(ROOT / "build/site/extra")]  # notebooks to be downloaded
+html_favicon = str(Path(__file__).parent / "static" / "favicon.svg")
 html_css_files = ["site.css"]
 html_js_files = [("figures.js", {"defer": "defer"}), ("reach.js", {"defer": "defer"})]
 html_show_sphinx = False

@@ -27,6 +27,7 @@ from pages import glossary_terms, page
 import course_utils
 from course_utils.build import build_chapter
 from course_utils.links import Release, read_release
+from course_utils.lint import read_lesson
 from course_utils.pretrained import shipped_models
 
 HERE = Path(__file__).resolve().parent
@@ -35,7 +36,7 @@ BUILD = ROOT / "build" / "site"
 SITE = ROOT / "site"
 # Whose scripts, fonts and styles are part of the site; their licences travel with it.
 SHIPPED = ("plotly", "circuitsvis", "sphinx-mathjax-offline", "furo", "sphinx-basic-ng", "sphinx", "pygments")
-TOCTREE = ":::{{toctree}}\n:hidden:\n:caption: {caption}\n\n{entries}\n:::\n"
+TOCTREE = ":::{{toctree}}\n{options}\n\n{entries}\n:::\n"
 
 
 class Source:
@@ -101,8 +102,9 @@ def write_models(source: Source) -> list[str]:
     ]
     table = "\n".join(["| model | what it is | parameters |", "|---|---|---|", *rows])
     prose = "Every model that a chapter takes apart was trained by this repository and ships with it."
-    source.write("models/index.md", f"# The models that ship\n\n{prose}\n\n{table}\n")
-    return ["models/index", *[f"models/{card['name']}" for card in cards]]
+    tree = TOCTREE.format(options=":hidden:", entries="\n".join(card["name"] for card in cards))
+    source.write("models/index.md", f"# The models that ship\n\n{prose}\n\n{table}\n\n{tree}")
+    return ["models/index"]
 
 
 def write_api(source: Source) -> list[str]:
@@ -114,10 +116,10 @@ def write_api(source: Source) -> list[str]:
     ]
     for name in modules:
         source.write(f"api/{name}.rst", f"{name}\n{'=' * len(name)}\n\n.. automodule:: {name}\n")
-    rows = [f"- [{name}]({name}.rst)" for name in modules]
     prose = "What the helper package offers to notebooks, and to those who write chapters."
-    source.write("api/index.md", f"# API of `course_utils`\n\n{prose}\n\n" + "\n".join(rows) + "\n")
-    return ["api/index", *[f"api/{name}" for name in modules]]
+    tree = TOCTREE.format(options="", entries="\n".join(modules))
+    source.write("api/index.md", f"# API of `course_utils`\n\n{prose}\n\n{tree}")
+    return ["api/index"]
 
 
 def write_teaching(source: Source) -> list[str]:
@@ -147,23 +149,31 @@ def write_licences(source: Source) -> list[str]:
     return ["licences"]
 
 
-def write_landing(source: Source, groups: dict[str, list[str]]) -> None:
+def write_landing(source: Source, chosen: list[Path], groups: dict[str, list[str]]) -> None:
     """The first page: the hand-written text, with the picture and the list of everything."""
     text = (HERE / "written" / "index.md").read_text(encoding="utf-8")
     card = next(card for card in shipped_models() if card["name"] == birth.MODEL)
     picture = " ".join(birth.svg(card).splitlines())  # one block of HTML: no blank line ends it
-    trees = [TOCTREE.format(caption=name, entries="\n".join(entries)) for name, entries in groups.items() if entries]
-    chapters = "\n".join(f"- [{title(source, entry)}]({entry}.ipynb)" for entry in groups["Chapters"])
-    parts = {"PICTURE": picture, "CHAPTERS": chapters, "FIRST": f"{groups['Chapters'][0]}.ipynb"}
+    trees = [
+        TOCTREE.format(options=f":hidden:\n:caption: {caption}", entries="\n".join(entries))
+        for caption, entries in groups.items()
+    ]
+    chapters = "\n".join(f"- {summary(lesson)}" for lesson in chosen)
+    parts = {"PICTURE": picture, "CHAPTERS": chapters, "FIRST": f"chapters/{chosen[0].stem}.ipynb"}
     for name, value in parts.items():
         text = text.replace(f"@{name}@", value)
     source.write("index.md", text + "\n" + "\n".join(trees))
 
 
-def title(source: Source, entry: str) -> str:
-    """The title of a chapter's page."""
-    first = nbformat.read(source.folder / f"{entry}.ipynb", as_version=4).cells[0].source
-    return first.partition("\n")[0].removeprefix("# ")
+def summary(lesson: Path) -> str:
+    """A link to a chapter, and how much there is to write."""
+    cells = read_lesson(lesson)
+    title = cells[0].source.partition("\n")[0].removeprefix("# ")
+    minutes = [int(cell.options["minutes"]) for cell in cells if "exercise" in cell.tags]
+    hours = f"{sum(minutes) / 60:.0f} hours"
+    return (
+        f"[{title}](chapters/{lesson.stem}.ipynb): {len(minutes)} exercises, about {hours} of writing, and the reading"
+    )
 
 
 def write_scripts(static: Path) -> None:
@@ -201,7 +211,7 @@ def main() -> int:
         "Beside the chapters": ["glossary", *write_models(source), *write_teaching(source)],
         "For authors": [*write_api(source), *write_licences(source)],
     }
-    write_landing(source, groups)
+    write_landing(source, chosen, groups)
     source.clean()
     folders = [str(source.folder), str(SITE), "-c", str(HERE), "-d", str(BUILD / "doctrees")]
     return sphinx(["-q", "-W", "--keep-going", "-b", "html", *folders])
