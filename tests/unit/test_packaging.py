@@ -14,7 +14,8 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-OURS = {"course_utils", "solutions", *(path.stem for path in (ROOT / "tests").glob("*.py"))}
+OURS = {"course_utils", "solutions"}
+OURS |= {path.stem for folder in ("tests", "docs/site") for path in (ROOT / folder).glob("*.py")}
 
 
 def requirements(lines: list[str]) -> dict[str, SpecifierSet]:
@@ -26,6 +27,7 @@ def requirements(lines: list[str]) -> dict[str, SpecifierSet]:
 CORE = requirements(PYPROJECT["project"]["dependencies"])
 TEST = requirements(PYPROJECT["project"]["optional-dependencies"]["test"])
 BROWSER = requirements(PYPROJECT["project"]["optional-dependencies"]["browser"])
+SITE = requirements(PYPROJECT["project"]["optional-dependencies"]["site"])
 
 
 def constraints() -> dict[str, SpecifierSet]:
@@ -55,7 +57,7 @@ def imported(folder: str) -> set[str]:
 def test_constraints_pin_every_requirement_exactly_and_within_its_range() -> None:
     pins = constraints()
     assert {str(pin)[:2] for pin in pins.values()} == {"=="}
-    for name, allowed in (CORE | TEST | BROWSER).items():
+    for name, allowed in (CORE | TEST | BROWSER | SITE).items():
         version = str(pins[name]).removeprefix("==")
         assert version in allowed, f"{name}: constraints.txt has {version}, pyproject.toml asks for {allowed}"
 
@@ -70,7 +72,7 @@ def test_environment_names_the_same_packages_and_ranges() -> None:
     assert environment == CORE | TEST
 
 
-@pytest.mark.parametrize("name", sorted(CORE | TEST | BROWSER))
+@pytest.mark.parametrize("name", sorted(CORE | TEST | BROWSER | SITE))
 def test_every_requirement_says_why(name: str) -> None:
     lines = (ROOT / "pyproject.toml").read_text(encoding="utf-8").splitlines()
     (line,) = [line for line in lines if re.match(rf'\s+"{name}[<>=]', line)]
@@ -79,7 +81,13 @@ def test_every_requirement_says_why(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("folder", "declared"),
-    [("course_utils", CORE), ("solutions", CORE), ("tests", CORE | TEST | BROWSER), ("benchmarks", CORE | TEST)],
+    [
+        ("course_utils", CORE),
+        ("solutions", CORE),
+        ("tests", CORE | TEST | BROWSER),
+        ("benchmarks", CORE | TEST),
+        ("docs/site", CORE | SITE),
+    ],
 )
 def test_every_import_is_declared(folder: str, declared: dict[str, SpecifierSet]) -> None:
     distributions = packages_distributions()
