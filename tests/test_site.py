@@ -202,7 +202,11 @@ def test_pages_load_nothing_from_elsewhere_and_keep_headings_in_order(files: dic
     for path, found in files.items():
         assert not [load for load in found.loads if urlsplit(load).scheme not in ("", "data")], path
         steps = list(zip(found.headings, found.headings[1:], strict=False))
-        assert found.headings[:1] == [1] and all(after <= before + 1 for before, after in steps), (path, found.headings)
+        begins_with = [] if path.name == "search.html" else [1]  # search writes its own when it has found something
+        assert found.headings[:1] == begins_with and all(after <= before + 1 for before, after in steps), (
+            path,
+            found.headings,
+        )
     for style in SITE.rglob("*.css"):
         assert not re.search(r"url\(['\"]?(https?:)?//", style.read_text(encoding="utf-8")), style
 

@@ -38,7 +38,6 @@ autodoc_member_order = "bysource"
 autodoc_default_options = {"members": True}
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
-python_maximum_signature_line_length = 80
 
 CODE = re.compile(r"(`+[^`]+`+)")
 
@@ -72,6 +71,12 @@ def scripts_where_needed(app: Any, pagename: str, templatename: str, context: di
         app.add_js_file("circuitsvis.js", loading_method="defer", priority=400)
 
 
+def captions_are_no_headings(app: Any, pagename: str, templatename: str, context: dict[str, Any], doctree: Any) -> None:
+    """Sphinx calls the sidebar's captions headings, and leaves out of which level."""
+    context["furo_navigation_tree"] = context["furo_navigation_tree"].replace(' role="heading"', "")
+
+
 def setup(app: Any) -> None:
     app.connect("autodoc-process-docstring", docstring_as_rst)
     app.connect("html-page-context", scripts_where_needed)
+    app.connect("html-page-context", captions_are_no_headings, priority=900)  # furo has made the sidebar by then

@@ -36,6 +36,8 @@ BUILD = ROOT / "build" / "site"
 SITE = ROOT / "site"
 # Whose scripts, fonts and styles are part of the site; their licences travel with it.
 SHIPPED = ("plotly", "circuitsvis", "sphinx-mathjax-offline", "furo", "sphinx-basic-ng", "sphinx", "pygments")
+# Okabe and Ito's colours for lines and bars, which people with any kind of colour blindness can tell apart.
+TOLD_APART = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"]
 TOCTREE = ":::{{toctree}}\n{options}\n\n{entries}\n:::\n"
 
 
@@ -159,7 +161,8 @@ def write_landing(source: Source, chosen: list[Path], groups: dict[str, list[str
         for caption, entries in groups.items()
     ]
     chapters = "\n".join(f"- {summary(lesson)}" for lesson in chosen)
-    parts = {"PICTURE": picture, "CHAPTERS": chapters, "FIRST": f"chapters/{chosen[0].stem}.ipynb"}
+    first = f"chapters/{chosen[0].stem}"
+    parts = {"PICTURE": picture, "CHAPTERS": chapters, "FIRST": f"{first}.ipynb", "FIRST_PAGE": f"{first}.html"}
     for name, value in parts.items():
         text = text.replace(f"@{name}@", value)
     source.write("index.md", text + "\n" + "\n".join(trees))
@@ -188,8 +191,10 @@ def write_scripts(static: Path) -> None:
         spec = find_spec(package)
         assert spec is not None and spec.origin is not None  # the course needs both
         shutil.copyfile(Path(spec.origin).parent / path, static / name)
-    template = json.dumps(plotly.io.templates[plotly.io.templates.default].to_plotly_json())
-    (static / "plotly-template.js").write_text(f"window.plotlyTemplate = {template};\n", encoding="utf-8")
+    template = plotly.io.templates[plotly.io.templates.default].to_plotly_json()
+    template["layout"]["colorway"] = TOLD_APART
+    text = f"window.plotlyTemplate = {json.dumps(template)};\n"
+    (static / "plotly-template.js").write_text(text, encoding="utf-8")
 
 
 def main() -> int:
@@ -213,8 +218,9 @@ def main() -> int:
     }
     write_landing(source, chosen, groups)
     source.clean()
+    # All pages are written anew (-a), for each lists all others beside its text; read again are those that changed.
     folders = [str(source.folder), str(SITE), "-c", str(HERE), "-d", str(BUILD / "doctrees")]
-    return sphinx(["-q", "-W", "--keep-going", "-b", "html", *folders])
+    return sphinx(["-q", "-a", "-W", "--keep-going", "-b", "html", *folders])
 
 
 if __name__ == "__main__":

@@ -32,15 +32,17 @@ function drawAttention(box, view) {
   place.id = `attention-view-${++views}`;
   box.append(place);
   CircuitsVis.render(place.id, CircuitsVis[view.component], view.data);
-  new MutationObserver(() => nameControls(place)).observe(place, { childList: true, subtree: true });
+  new MutationObserver(() => tidy(place)).observe(place, { childList: true, subtree: true });
 }
 
-// CircuitsVis leaves its controls without a name; here they get that of the words beside them.
-function nameControls(place) {
+// CircuitsVis leaves its controls without a name: here they get that of the words beside them. Its headings are the
+// view's own and no part of the page's outline, and its pictures are told by the caption.
+function tidy(place) {
+  for (const picture of place.querySelectorAll("canvas")) picture.setAttribute("aria-hidden", "true");
+  for (const heading of place.querySelectorAll("h1, h2, h3, h4")) heading.setAttribute("role", "presentation");
   for (const control of place.querySelectorAll("select, input")) {
     if (control.labels.length || control.hasAttribute("aria-label")) continue;
-    const words = control.parentElement.textContent.trim().slice(0, 40) || "setting";
-    control.setAttribute("aria-label", words);
+    control.setAttribute("aria-label", control.parentElement.textContent.trim().slice(0, 40) || "setting");
   }
 }
 
