@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT / "docs" / "site"))
 
 import executed as runs
 from figures import PLOTLY, circuitsvis_html, plotly_words
-from pages import glossary_terms, link_terms, page, shown, without_header
+from pages import glossary_terms, link_terms, moved_links, page, shown, without_header
 
 LESSONS = sorted((ROOT / "chapters" / "src").glob("[0-9][0-9]_*.md"))
 SITE = ROOT / "site"
@@ -86,6 +86,17 @@ def test_the_glossary_is_sorted_and_every_term_has_words() -> None:
     terms = glossary_terms(text)
     assert len(terms) > 40 and terms == sorted(terms, key=str.casefold) and len(terms) == len(set(terms))
     assert all(re.search(rf"^{re.escape(term)}\n  \S", text, re.MULTILINE) for term in terms)
+
+
+def test_links_of_a_guide_lead_to_pages_of_the_site_or_to_the_repository() -> None:
+    text = (
+        "[a](../chapters/04_induction.ipynb) [b](../chapters/src/02_transformer.md) ![c](grading/class.png) "
+        "[d](../README.md) [e](https://example.org/x) [f](#below)"
+    )
+    assert moved_links(text, "docs", "REPO/") == (
+        "[a](chapters/04_induction.ipynb) [b](chapters/02_transformer.ipynb) ![c](docs/grading/class.png) "
+        "[d](REPO/README.md) [e](https://example.org/x) [f](#below)"
+    )
 
 
 # --- outputs ----------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ is not touched, so that Sphinx reads again only what has. Everything that a page
 import argparse
 import json
 import pkgutil
+import re
 import shutil
 import sys
 from collections.abc import Iterable
@@ -22,7 +23,7 @@ import birth
 import nbformat
 from executed import common_hash, executed
 from models import model_page
-from pages import glossary_terms, page
+from pages import glossary_terms, moved_links, page
 
 import course_utils
 from course_utils.build import build_chapter
@@ -53,6 +54,11 @@ class Source:
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.is_file() or path.read_text(encoding="utf-8") != text:
             path.write_text(text, encoding="utf-8")
+
+    def copy(self, path: Path, name: str) -> None:
+        self.written.add(self.folder / name)
+        (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, self.folder / name)
 
     def clean(self) -> None:
         """Remove what an earlier build wrote and this one did not, with the pages made of it."""
@@ -125,11 +131,15 @@ def write_api(source: Source) -> list[str]:
 
 
 def write_teaching(source: Source) -> list[str]:
-    """The teachers' guide, where there is one."""
+    """The teachers' guide, where there is one, with its pictures."""
     guide = ROOT / "docs" / "teaching.md"
     if not guide.is_file():
         return []
-    source.write("teaching.md", guide.read_text(encoding="utf-8"))
+    release = read_release(ROOT)
+    text = moved_links(guide.read_text(encoding="utf-8"), "docs", f"{release.repository}/blob/{release.tag}/")
+    for picture in re.findall(r"!\[[^\]]*\]\(([^):]+)\)", text):
+        source.copy(ROOT / picture, picture)
+    source.write("teaching.md", text)
     return ["teaching"]
 
 

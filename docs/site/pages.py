@@ -5,6 +5,7 @@ last one comes the solution, folded too. Terms of the glossary become links wher
 is a notebook again, which myst-nb turns into a page.
 """
 
+import posixpath
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -98,6 +99,29 @@ def _drawable(output: NotebookNode) -> NotebookNode:
     data = output.get("data", {})
     html = plotly_html(data[PLOTLY]) if PLOTLY in data else circuitsvis_html(data.get("text/html", ""))
     return nbformat.v4.new_output("display_data", {"text/html": html}) if html else output
+
+
+# --- links ---------------------------------------------------------------------------------------------------------
+
+
+def moved_links(text: str, folder: str, elsewhere: str) -> str:
+    """Markdown from a folder of the repository, its links made to fit the site.
+
+    Links to a chapter lead to its page; those to any other file of the repository begin with `elsewhere`. Pictures are
+    named from the top of the repository. Addresses and links within the text stay.
+    """
+
+    def move(match: re.Match[str]) -> str:
+        words, target = match.groups()
+        if target.startswith(("#", "mailto:")) or "://" in target:
+            return match[0]
+        path = posixpath.normpath(posixpath.join(folder, target))
+        chapter = re.fullmatch(r"(?:chapters|solutions)/(?:src/)?(\d\d_\w+)\.(?:ipynb|md)", path)
+        if chapter:
+            return f"{words}(chapters/{chapter[1]}.ipynb)"
+        return f"{words}({path if words.startswith('!') else elsewhere + path})"
+
+    return re.sub(r"(!?\[[^\]]*\])\(([^)\s]+)\)", move, text)
 
 
 # --- glossary -------------------------------------------------------------------------------------------------------
