@@ -36,6 +36,7 @@ nitpick_ignore_regex = [("py:.*", ".*")]
 default_role = "code"
 autodoc_member_order = "bysource"
 autodoc_default_options = {"members": True}
+autodoc_inherit_docstrings = False
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
 
