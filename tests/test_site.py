@@ -28,6 +28,7 @@ from course_utils.plots import attention_pattern, bar, heatmap, line
 sys.path.insert(0, str(ROOT / "docs" / "site"))
 
 import executed as runs
+from conf import docstring_as_rst
 from figures import PLOTLY, circuitsvis_html, plotly_words
 from pages import glossary_terms, link_terms, moved_links, page, shown, without_header
 
@@ -161,6 +162,12 @@ def test_the_hash_of_what_runs_depend_on_covers_code_and_weights(tmp_path: Path)
         hashes.append(runs.common_hash(tmp_path))
     (tmp_path / "solutions/02_transformer.ipynb").write_text("generated", encoding="utf-8")
     assert len(set(hashes)) == 3 and runs.common_hash(tmp_path) == hashes[-1]
+
+
+def test_docstrings_become_what_sphinx_reads() -> None:
+    lines = ["Uses `a*b`, *rest and last_ too:", "", "    call(*rest)", "", "The end."]
+    docstring_as_rst(None, "", "", None, None, lines)
+    assert lines == ["Uses `a*b`, \\*rest and last\\_ too:", "", "::", "", "    call(*rest)", "", "The end."]
 
 
 # --- the site, as files -----------------------------------------------------------------------------------------------
@@ -358,15 +365,16 @@ def test_no_page_is_wider_than_a_phone(open_page: Any, files: dict[Path, Links])
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 1280), ("light", 390)])
 @pytest.mark.parametrize(
     "path",
     ["index.html", "chapters/04_induction.html", "glossary.html", "models/tales.html", "api/course_utils.plots.html"],
 )
-def test_axe_finds_nothing_serious(open_page: Any, path: str, scheme: str) -> None:
+def test_axe_finds_nothing_serious(open_page: Any, path: str, scheme: str, width: int) -> None:
     from axe_playwright_python.sync_playwright import Axe
 
-    page = open_page(path, color_scheme=scheme, reduced_motion="reduce")
+    window = {"width": width, "height": 900}
+    page = open_page(path, color_scheme=scheme, viewport=window, reduced_motion="reduce")
     draw_everything(page)
     found = Axe().run(page).response["violations"]
     serious = [

@@ -1,7 +1,7 @@
 // Draws what a page holds as data: plotly's figures and CircuitsVis's views, each when it comes near the window.
 "use strict";
 
-const NARROW = 480; // pixels: below, a figure keeps this width and its box scrolls
+const NARROW = 560; // pixels: below, a figure keeps this width and its box scrolls
 
 function drawPlotly(box, figure) {
   const width = Math.max(box.parentElement.clientWidth, NARROW);

@@ -26,7 +26,5 @@ function stoppable() {
   }
 }
 
-addEventListener("load", reachable);
-addEventListener("resize", reachable);
-document.addEventListener("toggle", reachable, true); // what was folded has no size before
+addEventListener("load", () => new ResizeObserver(reachable).observe(document.body)); // figures and folds change it
 document.addEventListener("DOMContentLoaded", stoppable);
