@@ -39,7 +39,7 @@ def model_page(card: Mapping[str, str]) -> str:
     """The card as Markdown: prose, curves, every figure, and the checksums folded."""
     text = (MODELS / card["name"] / "card.md").read_text(encoding="utf-8")
     prose = text.split("---\n", 2)[2].strip()
-    facts = [f"| {key.replace('_', ' ')} | {value} |" for key, value in card.items() if CHECKSUM not in key]
+    facts = [f"| `{key}` | {value} |" for key, value in card.items() if CHECKSUM not in key]
     sums = [f"| {key} | `{value}` |" for key, value in card.items() if CHECKSUM in key]
     drawn = [plotly_html(json.loads(figure.to_json())) for figure in curves(card)]
     folded = "\n".join(["| file | SHA-256 |", "|---|---|", *sums])
