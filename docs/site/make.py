@@ -34,7 +34,8 @@ from course_utils.pretrained import shipped_models
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 BUILD = ROOT / "build" / "site"
-SITE = ROOT / "site"
+HTML = BUILD / "html"
+SITE = ROOT / "site"  # a copy of HTML, beside which myst-nb leaves notes of its own
 # Whose scripts, fonts and styles are part of the site; their licences travel with it.
 SHIPPED = ("plotly", "circuitsvis", "sphinx-mathjax-offline", "furo", "sphinx-basic-ng", "sphinx", "pygments")
 # Okabe and Ito's colours for lines and bars, which people with any kind of colour blindness can tell apart.
@@ -64,7 +65,7 @@ class Source:
         """Remove what an earlier build wrote and this one did not, with the pages made of it."""
         for path in [p for p in self.folder.rglob("*") if p.is_file() and p not in self.written]:
             path.unlink()
-            (SITE / path.relative_to(self.folder)).with_suffix(".html").unlink(missing_ok=True)
+            (HTML / path.relative_to(self.folder)).with_suffix(".html").unlink(missing_ok=True)
 
 
 def lessons() -> list[Path]:
@@ -229,8 +230,12 @@ def main() -> int:
     write_landing(source, chosen, groups)
     source.clean()
     # All pages are written anew (-a), for each lists all others beside its text; read again are those that changed.
-    folders = [str(source.folder), str(SITE), "-c", str(HERE), "-d", str(BUILD / "doctrees")]
-    return sphinx(["-q", "-a", "-W", "--keep-going", "-b", "html", *folders])
+    folders = [str(source.folder), str(HTML), "-c", str(HERE), "-d", str(BUILD / "doctrees")]
+    code = sphinx(["-q", "-a", "-W", "--keep-going", "-b", "html", *folders])
+    if code == 0:
+        shutil.rmtree(SITE, ignore_errors=True)
+        shutil.copytree(HTML, SITE)
+    return code
 
 
 if __name__ == "__main__":
