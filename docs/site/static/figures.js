@@ -11,6 +11,7 @@ function drawPlotly(box, figure) {
   if (layout.title && layout.title.text) layout.title = Object.assign({}, layout.title, { text: wrapped(layout.title.text, layout.width) });
   // On a touch screen a finger scrolls the page; elsewhere a rectangle zooms, and a double click goes back.
   if (matchMedia("(pointer: coarse)").matches) layout.dragmode = false;
+  if (layout.width > box.clientWidth) box.tabIndex = 0; // it scrolls, for those with a keyboard too
   return Plotly.newPlot(box, figure.data, layout, { displayModeBar: false });
 }
 
