@@ -167,6 +167,27 @@ def patch_heads(
     return torch.stack(values).reshape(model.cfg.n_layers, model.cfg.n_heads)
 
 
+def run_from(model: Any, resid: Float[Tensor, "batch pos d_model"], layer: int) -> Float[Tensor, "batch pos d_vocab"]:
+    """Run the rest of the model, from the residual stream as it stands before a layer; return the logits.
+
+    `resid` is what that layer's `resid_pre` would see. With `layer` n_layers it is the stream after the last layer, and
+    only the final LayerNorm and the unembedding are left.
+    """
+    for block in model.blocks[layer:]:
+        resid = block(resid)
+    return model.unembed(model.ln_final(resid))
+
+
+def first_layer(name: str, n_layers: int) -> int:
+    """The layer before which a run with a patch at this hook point is like any other: n_layers for those of `ln_final`.
+
+    It is -1 for what comes ahead of the blocks, the embeddings: there is no stream yet.
+    """
+    if name.startswith("blocks."):
+        return int(name.split(".")[1])
+    return n_layers if name.startswith("ln_final.") else -1
+
+
 @torch.no_grad()
 def batched_sweep(
     model: Any,
@@ -178,17 +199,23 @@ def batched_sweep(
 ) -> Float[Tensor, " patch"]:
     """Try many patches, several of them in one forward: the metric's mean for each, in the order given.
 
-    A patch is a pair (name, index) as in `run_patched`. The prompts are repeated along the batch axis, once for each
-    patch, and each patch acts on its own copy only. `metric` gets the logits of one copy at a time, [batch pos
-    d_vocab]. A forward has at most `max_rows` rows, which bounds the memory, but always room for one patch. The patches
-    may be of different layers and hook points. The numbers are those of `run_patched`, to 1e-5; there too nothing is
-    changed, left behind or recorded.
+    A patch is a pair (name, index) as in `run_patched`. Sorted by the first layer that they touch, the patches are cut
+    into groups. For each group the prompts are repeated along the batch axis, once for each patch, and each patch acts
+    on its own copy only. `metric` gets the logits of one copy at a time, [batch pos d_vocab]. A forward has at most
+    `max_rows` rows, which bounds the memory, but always room for one patch.
+    Before the first layer that a group touches, all of its copies are the run without a patch. So that one is done
+    once, ahead of all, and each group starts from its stream, with `run_from`; only a patch of the embeddings needs the
+    whole model. The numbers are those of `run_patched`, to 1e-5; there too nothing is changed, left behind or recorded.
     """
-    n_batch = len(tokens)
+    n_batch, n_layers = len(tokens), model.cfg.n_layers
     per_run = max(1, max_rows // n_batch)
-    answers = []
-    for start in range(0, len(patches), per_run):
-        chunk = patches[start : start + per_run]
+    _, own = run_with_cache(model, tokens, names="*.hook_resid_*")
+    streams = accumulated_residual(own)
+    order = sorted(range(len(patches)), key=lambda number: first_layer(patches[number][0], n_layers))
+    answers: dict[int, Tensor] = {}
+    for start in range(0, len(order), per_run):
+        group = order[start : start + per_run]
+        chunk = [patches[number] for number in group]
 
         def patch(activation: Tensor, hook: HookPoint, chunk: Sequence[Patch] = chunk) -> Tensor:
             patched = activation.clone()
@@ -198,11 +225,14 @@ def batched_sweep(
                     rows[(slice(None), *index)] = source_cache[name][(slice(None), *index)]
             return patched
 
-        logits = run_with_hooks(
-            model, tokens.repeat(len(chunk), 1), hooks=dict.fromkeys((name for name, _ in chunk), patch)
-        )
-        answers += [metric(copy).mean() for copy in logits.split(n_batch)]
-    return torch.stack(answers)
+        layer = first_layer(chunk[0][0], n_layers)
+        with hooks(model, dict.fromkeys((name for name, _ in chunk), patch)):
+            if layer < 0:
+                logits = model(tokens.repeat(len(chunk), 1))
+            else:
+                logits = run_from(model, streams[layer].repeat(len(chunk), 1, 1), layer)
+        answers |= {number: metric(copy).mean() for number, copy in zip(group, logits.split(n_batch), strict=True)}
+    return torch.stack([answers[number] for number in range(len(patches))])
 
 
 def patch_heads_by_position(
