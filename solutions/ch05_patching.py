@@ -292,6 +292,130 @@ def integrated_attribution(
 
 # ------------------------------------------------------------------------------------------------------ path patching
 
+Head = tuple[int, int]  # layer and number
+Receiver = tuple[str, int | None]  # where a path ends: a hook point of q, k or v, and the head; or ("final", None)
+
+
+def refuse_unknown(model: Any, senders: Sequence[Head], receivers: Sequence[Receiver]) -> None:
+    """Raise ValueError, naming it, for a head that the model does not have, or a place where no path can end."""
+    n_layers, n_heads = model.cfg.n_layers, model.cfg.n_heads
+    inputs = [f"blocks.{layer}.attn.hook_{which}" for layer in range(n_layers) for which in ("q", "k", "v")]
+    for layer, head in senders:
+        if not (0 <= layer < n_layers and 0 <= head < n_heads):
+            raise ValueError(f"there is no head {layer}.{head}: {n_layers} layers have {n_heads} heads each.")
+    for name, number in receivers:
+        if name == "final" and number is not None:
+            raise ValueError(f'the final stream belongs to no head: write ("final", None), not ("final", {number}).')
+        if name != "final" and name not in inputs:
+            raise ValueError(f'no path ends at {name!r}: a receiver is "final" or a hook_q, hook_k or hook_v.')
+        if name != "final" and (number is None or not 0 <= number < n_heads):
+            raise ValueError(f"{name} has no head {number}: {n_heads} heads are numbered from 0.")
+
+
+def two_runs(
+    model: Any, clean: Int[Tensor, "batch pos"], corrupted: Int[Tensor, "batch pos"], freeze_mlps: bool
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What to hold, and what to send: activations of the clean run, and the z of all heads of the corrupted run.
+
+    To hold are the z of all heads and, with `freeze_mlps` and where there are MLPs, their `mlp_out`.
+    """
+    names = ["blocks.*.attn.hook_z"]
+    held = [*names, "blocks.*.hook_mlp_out"] if freeze_mlps and not model.cfg.attn_only else names
+    _, clean_cache = run_with_cache(model, clean, names=held)
+    _, corrupted_cache = run_with_cache(model, corrupted, names=names)
+    return dict(clean_cache), dict(corrupted_cache)
+
+
+@torch.no_grad()
+def run_over_direct_paths(
+    model: Any, tokens: Int[Tensor, "batch pos"], fixed: dict[str, Tensor], receivers: Sequence[Receiver]
+) -> Float[Tensor, "batch pos d_vocab"]:
+    """Run on `tokens` with receivers that get what they would get if these activations were `fixed`; return logits.
+
+    Two runs. In the first each hook point in `fixed` gives the tensor that stands there, whatever came in; noted is
+    what the receivers get. In the second nothing is fixed, and each receiver has what was noted for it: a q, k or v
+    that one head, at all positions; the final stream, the last layer's `resid_post`, all of it. So what one receiver
+    does reaches no other one, and beside "final" the others count for nothing. Neither `fixed` nor the model is
+    changed, nor are hooks left behind, and no gradients are recorded.
+    Source: Wang et al. 2022, section 3.1 and appendix B.
+    """
+    last = f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
+    places = [(last if name == "final" else name, head) for name, head in receivers]
+    names = {name for name, _ in places}
+    with hooks(model, dict.fromkeys(fixed, lambda activation, hook: fixed[hook.name])):
+        _, received = run_with_cache(model, tokens, names=names)
+
+    def deliver(activation: Tensor, hook: HookPoint) -> Tensor:
+        patched = activation.clone()
+        for name, head in places:
+            if name == hook.name:
+                part = ... if head is None else (slice(None), slice(None), head)
+                patched[part] = received[name][part]
+        return patched
+
+    return run_with_hooks(model, tokens, hooks=dict.fromkeys(names, deliver))
+
+
+@torch.no_grad()
+def path_patch(
+    model: Any,
+    clean: Int[Tensor, "batch pos"],
+    corrupted: Int[Tensor, "batch pos"],
+    senders: Sequence[Head],
+    receivers: Sequence[Receiver],
+    metric: Metric,
+    freeze_mlps: bool = True,
+) -> Float[Tensor, " batch"]:
+    """Say what the metric of each prompt is if only the direct paths from senders to receivers carry corrupted news.
+
+    Run on `clean`. The senders' z are those of the run on `corrupted`, at all positions; all other heads keep their
+    clean z, so that no news travels by way of another head. What then arrives at the receivers is patched into a last
+    run on `clean`. With `freeze_mlps` the MLPs keep their clean outputs as well: the path is the residual stream and
+    nothing else. Without it they compute anew from what they get, and count as part of the direct path, as in the
+    paper. A sender in a receiver's layer or after it has no path to it: it changes nothing.
+    Raises ValueError, before any run, for heads that do not exist and for receivers at which no path ends.
+    Source: Wang et al. 2022, section 3.1 and appendix B; Goldowsky-Dill et al. 2023.
+    """
+    refuse_unknown(model, senders, receivers)
+    held, sent = two_runs(model, clean, corrupted, freeze_mlps)
+    fixed = {name: activation.clone() for name, activation in held.items()}
+    for layer, head in senders:
+        name = f"blocks.{layer}.attn.hook_z"
+        fixed[name][:, :, head] = sent[name][:, :, head]
+    return metric(run_over_direct_paths(model, clean, fixed, receivers))
+
+
+@torch.no_grad()
+def path_patch_heads(
+    model: Any,
+    clean: Int[Tensor, "batch pos"],
+    corrupted: Int[Tensor, "batch pos"],
+    receivers: Sequence[Receiver],
+    metric: Metric,
+    freeze_mlps: bool = True,
+    max_rows: int = 64,
+) -> Float[Tensor, "layer head"]:
+    """Take every head in turn as the only sender of `path_patch`; return the metric's mean for each.
+
+    Both texts are run once for all. As in `batched_sweep` a forward holds a copy of the prompts for each of several
+    senders, at most `max_rows` rows but always one copy, and `metric` gets the logits of one copy at a time.
+    """
+    refuse_unknown(model, [], receivers)
+    held, sent = two_runs(model, clean, corrupted, freeze_mlps)
+    n_layers, n_heads, n_batch = model.cfg.n_layers, model.cfg.n_heads, len(clean)
+    senders = [(layer, head) for layer in range(n_layers) for head in range(n_heads)]
+    per_run = max(1, max_rows // n_batch)
+    values = []
+    for start in range(0, len(senders), per_run):
+        chunk = senders[start : start + per_run]
+        fixed = {n: einops.repeat(a, "batch ... -> (copy batch) ...", copy=len(chunk)).clone() for n, a in held.items()}
+        for copy, (layer, head) in enumerate(chunk):
+            name, rows = f"blocks.{layer}.attn.hook_z", slice(copy * n_batch, (copy + 1) * n_batch)
+            fixed[name][rows, :, head] = sent[name][:, :, head]
+        logits = run_over_direct_paths(model, clean.repeat(len(chunk), 1), fixed, receivers)
+        values += [metric(part).mean() for part in logits.split(n_batch)]
+    return torch.stack(values).reshape(n_layers, n_heads)
+
 
 # ------------------------------------------------------------------------------------------------------ what heads do
 
