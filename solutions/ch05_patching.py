@@ -1,6 +1,6 @@
 """Chapter 05: patching. Which activations carry a behaviour, found by exchanging them between two runs."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import einops
@@ -418,6 +418,103 @@ def path_patch_heads(
 
 
 # ------------------------------------------------------------------------------------------------------ what heads do
+
+
+def attention_between(
+    cache: Any, queries: Int[Tensor, " batch"], keys: Int[Tensor, " batch"]
+) -> Float[Tensor, "layer head batch"]:
+    """How much each head of each prompt attends from one place to another.
+
+    `queries` and `keys` are positions, one of each for each prompt, such as `dataset.positions["END"]` and
+    `dataset.positions["IO"]`. The cache holds the patterns of all layers.
+    """
+    patterns = cache.stack("pattern")
+    rows = torch.arange(len(queries), device=patterns.device)
+    picked = patterns[:, rows, :, queries.to(patterns.device), keys.to(patterns.device)]
+    return einops.rearrange(picked, "batch layer head -> layer head batch")
+
+
+@torch.no_grad()
+def name_copying_scores(model: Any, dataset: Any, sign: int = 1, k: int = 5) -> Float[Tensor, "layer head"]:
+    """How often a head that looked at a name, and at nothing else, would make the model say that name.
+
+    The names are those at IO and at S1 of every prompt. What is known there comes from the stream after the first
+    layer's MLP (`blocks.0.hook_resid_post`), as in the paper; in a model without MLPs it is the embedding alone, that
+    of the name and its position (`blocks.0.hook_resid_pre`). It goes through the head's own `ln1`, `W_V`, `b_V` and
+    `W_O`, and what the head would write through `ln_final` and the unembedding, as if there were nothing else. The
+    score is the share of names which are among the `k` largest logits. With `sign` -1 what the head would write is
+    turned round: the score of a head which takes away the name that it looks at.
+    Source: Wang et al. 2022, section 3.1.
+    """
+    place = "blocks.0.hook_resid_pre" if model.cfg.attn_only else "blocks.0.hook_resid_post"
+    _, cache = run_with_cache(model, dataset.tokens, names=place)
+    at = torch.stack([dataset.positions["IO"], dataset.positions["S1"]], dim=1)
+    rows = torch.arange(len(at))[:, None]
+    stream, names = cache[place][rows, at], dataset.tokens[rows, at]
+    scores = []
+    for block in model.blocks:
+        read = block.ln1(stream)
+        for head in range(model.cfg.n_heads):
+            v = read @ block.attn.W_V[head] + block.attn.b_V[head]
+            written = sign * (v @ block.attn.W_O[head])
+            best = model.unembed(model.ln_final(written)).topk(k).indices
+            scores.append((best == names[..., None]).any(dim=-1).to(stream.dtype).mean())
+    return torch.stack(scores).reshape(model.cfg.n_layers, model.cfg.n_heads)
+
+
+SIGNALS = {"token": ("names",), "position": ("order",), "both": ("names", "order")}  # what is flipped, in turn
+
+
+def signal_effects(
+    model: Any, dataset: Any, senders: Sequence[Head], receivers: Sequence[Receiver]
+) -> dict[str, Float[Tensor, " batch"]]:
+    """Ask what heads tell others: which name it was that came twice, or where it had stood the first time?
+
+    Three corruptions of `dataset`, by `dataset.flipped`, each of which changes one signal or both: "token" exchanges
+    the names (another name comes twice, and its first mention stands where the first name's had stood), "position"
+    the order (the same name comes twice, its first mention stands elsewhere), "both" does one after the other. For
+    each: by how much `path_patch` from `senders` to `receivers`, run on the dataset's own tokens, changes the logit
+    difference of each prompt; labels are always those of `dataset`.
+    Source: Wang et al. 2022, appendix A.
+    """
+    clean = dataset.tokens
+    with torch.no_grad():
+        before = logit_difference(model(clean), dataset)
+    effects = {}
+    for signal, kinds in SIGNALS.items():
+        other = dataset
+        for kind in kinds:
+            other = other.flipped(kind)
+        after = path_patch(
+            model, clean, other.tokens, senders, receivers, lambda logits: logit_difference(logits, dataset)
+        )
+        effects[signal] = after - before
+    return effects
+
+
+def head_roles(
+    tables: Mapping[str, Float[Tensor, "layer head"]], rules: Mapping[str, Mapping[str, float]]
+) -> dict[str, list[Head]]:
+    """Give each role to the heads that have earned it: to those whose measurements meet all of its conditions.
+
+    `tables` holds what was measured, by name; `rules` says for each role which measurements must reach what. A
+    condition of 0 or more is met by values not below it, a negative one by values not above it. The answer has every
+    role, in the order of `rules`; its heads come with the first condition's largest absolute value first. A role that
+    no head has earned has an empty list: that is a finding, too.
+    Raises ValueError, naming role and measurement, for a condition on something that was not measured.
+    """
+    roles = {}
+    for role, conditions in rules.items():
+        for name in conditions:
+            if name not in tables:
+                raise ValueError(f"head_roles: {role!r} is about {name!r}, which was not measured.")
+        first = tables[next(iter(conditions))]
+        fits = torch.ones_like(first, dtype=torch.bool)
+        for name, least in conditions.items():
+            fits &= tables[name] >= least if least >= 0 else tables[name] <= least
+        heads = [(layer, head) for layer, head in fits.nonzero().tolist()]
+        roles[role] = sorted(heads, key=lambda at: -abs(first[at].item()))
+    return roles
 
 
 # ----------------------------------------------------------------------------------------------- is that the circuit?
