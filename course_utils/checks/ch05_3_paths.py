@@ -71,7 +71,7 @@ def assert_runs(name: str, fn: Fn, case: Case, fixed: dict[str, Tensor], receive
     last = case.n_layers - 1
     mistakes: Wrong = {
         "nothing is fixed in the first run, so the receivers get what they always get.": lambda: case.logits({}),
-        "the activations are still fixed in the second run, or there is none, so the receivers can do nothing.": partial(
+        "the activations are still fixed in the second run, or there is none: the receivers do nothing.": partial(
             run, still=fixed
         ),
         "all heads of a receiver's layer receive, not only the one named.": partial(run, all_heads=True),
