@@ -9,13 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import other_paths as other
+import other_transformer
 import pytest
 import torch
 from mistakes import Mistake, assert_known_and_unknown, assert_quick, assert_refused
 from mutation import survivors
+from torch import nn
 
+import solutions.ch02_transformer as ch02
 import solutions.ch05_patching as ref
 from course_utils.checks import find_checks, run_check
+from course_utils.config import TransformerConfig
 from course_utils.hooks import hook_points, hooks, run_with_cache, run_with_hooks
 
 CHECKS = {name: check for name, check in find_checks()["05"].items() if check.__module__.endswith("ch05_3_paths")}
@@ -40,7 +44,7 @@ def swap_letters(receivers: Any, letters: dict[str, str]) -> Any:
 def over_paths(model: Any, tokens: Any, fixed: Any, receivers: Any, **wrong: Any) -> Any:
     """A run_over_direct_paths with switches for what people get wrong."""
     last = wrong.get("last", f"blocks.{model.cfg.n_layers - 1}.hook_resid_post")
-    receivers = wrong.get("receivers", lambda r: r)(receivers)
+    receivers = wrong.get("change", lambda r: r)(receivers)
     places = [(last if name == "final" else name, head) for name, head in receivers]
     names = {name for name, _ in places}
 
@@ -86,10 +90,10 @@ runs("still fixed in the second run", once=True)
 runs("all heads of a receiver's layer", all_heads=True)
 runs("only the last position", pos=-1)
 runs("used as a position", by_position=True)
-runs("only the first receiver", receivers=lambda r: r[:1])
-runs("only the last receiver", receivers=lambda r: r[-1:])
-runs("at the receivers' k, not at their q", receivers=lambda r: swap_letters(r, {"q": "k"}))
-runs("at the receivers' v, not at their q", receivers=lambda r: swap_letters(r, {"q": "v"}))
+runs("only the first receiver", change=lambda r: r[:1])
+runs("only the last receiver", change=lambda r: r[-1:])
+runs("at the receivers' k, not at their q", change=lambda r: swap_letters(r, {"q": "k"}))
+runs("at the receivers' v, not at their q", change=lambda r: swap_letters(r, {"q": "v"}))
 runs("it is what that leaves", last="blocks.2.hook_resid_pre")
 runs("values are wrong", zero=True, surprise=True)
 runs("values are wrong", mean=True, surprise=True)
@@ -180,13 +184,13 @@ patching("the whole effect of the senders", total=True)
 patching("news comes by way of them", fixed={"loose": True})
 patching("held at their corrupted values", fixed={"others": True})
 patching("all heads of a sender's layer", fixed={"whole_layers": True})
-patching("only the last position is sent", fixed={"pos": -1})
-patching("only the last position receives", run={"pos": -1})
+patching("only the last position is sent, or receives", fixed={"pos": -1})
+patching("only the last position is sent, or receives", run={"pos": -1})
 patching("all heads of a receiver's layer", run={"all_heads": True})
 patching("everything is held in the last run", run={"still": True})
 patching("it is the mean over the prompts", then=torch.mean)
-patching("at the receivers' k, not at their q", run={"receivers": lambda r: swap_letters(r, {"q": "k"})})
-patching("at the receivers' v, not at their q", run={"receivers": lambda r: swap_letters(r, {"q": "v"})})
+patching("at the receivers' k, not at their q", run={"change": lambda r: swap_letters(r, {"q": "k"})})
+patching("at the receivers' v, not at their q", run={"change": lambda r: swap_letters(r, {"q": "v"})})
 patching("the MLPs are not frozen, and should be", mlps=lambda frozen: False)
 patching("the MLPs are frozen, and should not be", mlps=lambda frozen: True)
 patching("should raise ValueError", trusting=True, surprise=True)
@@ -233,7 +237,8 @@ def table(words: str, surprise: bool = False, **wrong: Any) -> None:
         senders = [(layer, head) for layer in range(n_layers) for head in range(n_heads)]
         fit = wrong.get("fit", lambda max_rows, n: max(1, max_rows // n))(max_rows, n)
         empty = fixed_for(model, clean, corrupted, [], freeze_mlps)
-        every = fixed_for(model, clean, corrupted, senders, freeze_mlps)
+        with torch.no_grad():
+            _, every = run_with_cache(model, corrupted)
         values, pile = [], {name: held.clone() for name, held in empty.items()}
         for start in range(0, len(senders), fit):
             chunk, parts = senders[start : start + fit], []
@@ -484,3 +489,107 @@ STILL_RIGHT: set[str] = set()
 def test_small_changes_of_the_reference_are_refused(exercise: str) -> None:
     """One operator, number, comparison or argument at a time. Only what needs a GPU to be seen is let off."""
     assert survivors(Path(ref.__file__), exercise, CHECKS[exercise], only_on_gpu="device") <= STILL_RIGHT
+
+
+# ---------------------------------------------------------------------------------- the reference, on a real model
+
+SOLUTIONS = pytest.mark.parametrize("module", [ref, other], ids=["reference", "other"])
+CLEAN, CORRUPTED = torch.randint(31, (2, 3, 6), generator=torch.Generator().manual_seed(3))
+
+
+def random_model(make: Callable[..., nn.Module], **sizes: Any) -> nn.Module:
+    cfg = {"d_vocab": 31, "n_ctx": 17, "n_layers": 3, "n_heads": 4, "d_model": 20, "d_head": 5, "d_mlp": 24}
+    model = make(TransformerConfig(**(cfg | sizes)))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.4, generator=generator)
+    return model
+
+
+@pytest.fixture(params=[ch02.Transformer, other_transformer.Transformer], ids=["reference", "other"])
+def make(request: pytest.FixtureRequest) -> Any:
+    """A `Transformer`, whoever wrote it."""
+    return request.param
+
+
+def metric(logits: torch.Tensor) -> torch.Tensor:
+    return logits[:, -1, 3] - logits[:, -1, 5]
+
+
+@SOLUTIONS
+@pytest.mark.parametrize("layer", [0, 2])
+def test_direct_effect_is_what_the_head_writes(module: Any, make: Any, layer: int) -> None:
+    """Without MLPs: the change of z, through W_O, added to the last stream; then LayerNorm and unembedding."""
+    model = random_model(make, attn_only=True, d_mlp=0)
+    with torch.no_grad():
+        (_, own), (_, source) = (run_with_cache(model, tokens) for tokens in (CLEAN, CORRUPTED))
+        written = (source["z", layer] - own["z", layer])[:, :, 1] @ model.blocks[layer].attn.W_O[1]
+        expected = metric(model.unembed(model.ln_final(own["resid_post", -1] + written)))
+    actual = module.path_patch(model, CLEAN, CORRUPTED, [(layer, 1)], [("final", None)], metric)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+@SOLUTIONS
+def test_all_heads_of_the_last_layer_have_direct_effects_only(module: Any, make: Any) -> None:
+    """So path patching and activation patching agree there, but for the last MLP, which has to take part."""
+    model = random_model(make)
+    with torch.no_grad():
+        _, source = run_with_cache(model, CORRUPTED)
+    paths = module.path_patch_heads(model, CLEAN, CORRUPTED, [("final", None)], metric, freeze_mlps=False)
+    whole = ref.patch_heads(model, CLEAN, source, metric)
+    torch.testing.assert_close(paths[-1], whole[-1], rtol=1e-4, atol=1e-4)
+    assert (paths[0] - whole[0]).abs().max() > 1e-3
+
+
+@SOLUTIONS
+def test_one_by_one_and_together_agree(module: Any, make: Any) -> None:
+    model, receivers = random_model(make), [("blocks.2.attn.hook_v", 3), ("blocks.1.attn.hook_q", 0)]
+    together = module.path_patch_heads(model, CLEAN, CORRUPTED, receivers, metric, max_rows=10)
+    for layer, head in ((0, 2), (1, 1), (2, 0)):
+        alone = module.path_patch(model, CLEAN, CORRUPTED, [(layer, head)], receivers, metric).mean()
+        torch.testing.assert_close(together[layer, head], alone, rtol=1e-5, atol=1e-5)
+
+
+def circuit(make: Callable[..., nn.Module]) -> nn.Module:
+    """Head 0.0 copies tokens to places 3 to 5 of the stream; 1.1 reads there, and says it; 1.0 reads 0 to 2."""
+    sizes: dict[str, Any] = {"d_vocab": 3, "n_layers": 2, "n_heads": 2, "d_model": 9, "d_head": 3}
+    model: Any = random_model(make, attn_only=True, d_mlp=0, normalization="none", **sizes)
+    eye = torch.eye(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        model.embed.W_E[:, :3] = eye
+        for layer, head, reads, writes in ((0, 0, 0, 3), (1, 1, 3, 6), (1, 0, 0, 6)):
+            model.blocks[layer].attn.W_V[head, reads : reads + 3] = eye
+            model.blocks[layer].attn.W_O[head, :, writes : writes + 3] = eye
+        model.unembed.W_U[6:] = eye
+    return model
+
+
+@SOLUTIONS
+def test_a_circuit_built_by_hand_is_found(module: Any, make: Any) -> None:
+    model = circuit(make)
+    clean, corrupted = torch.tensor([[0, 1, 1, 2]]), torch.tensor([[2, 2, 1, 2]])
+
+    def zeroth(logits: torch.Tensor) -> torch.Tensor:
+        return logits[:, -1, 0]
+
+    base = zeroth(model(clean)).mean().detach()
+    found = {}
+    for receiver in [*((f"blocks.1.attn.hook_{w}", h) for w in "qkv" for h in (0, 1)), ("final", None)]:
+        table = module.path_patch_heads(model, clean, corrupted, [receiver], zeroth) - base
+        found[receiver] = [tuple(at) for at in (table.abs() > 1e-6).nonzero().tolist()]
+    expected: dict[Any, Any] = {receiver: [] for receiver in found}
+    expected |= {("blocks.1.attn.hook_v", 1): [(0, 0)], ("final", None): [(1, 0), (1, 1)]}
+    assert found == expected
+
+
+def test_a_copying_head_built_by_hand_scores_1(make: Any) -> None:
+    """Head 1.0 says what it reads, 0.0 and 1.1 say something else, and 0.1 nothing at all."""
+    dataset: Any = type("Prompts", (), {})()
+    dataset.tokens = torch.tensor([[0, 1, 1, 2], [2, 1, 0, 0]])
+    dataset.positions = {"IO": torch.tensor([0, 1]), "S1": torch.tensor([2, 0])}
+    scores = ref.name_copying_scores(circuit(make), dataset, k=1)
+    assert scores[1, 0] == 1.0 and scores[0, 0] < 1.0
+    assert ref.name_copying_scores(circuit(make), dataset, sign=-1, k=1)[1, 0] == 0.0

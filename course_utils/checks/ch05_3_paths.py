@@ -23,7 +23,7 @@ from course_utils.hooks import ActivationCache, run_with_cache
 Fn = Callable[..., Any]
 Wrong = dict[str, Callable[[], Tensor]]
 SIZES = [(3, 2, 4, 5), (3, 4, 2, 5, True, True)]  # layers, heads, batch, pos; the second without MLPs, in float64
-Q, K, V = ("blocks.2.attn.hook_q", 0), ("blocks.1.attn.hook_k", 1), ("blocks.2.attn.hook_v", 1)
+Q, K, V = ("blocks.2.attn.hook_q", 1), ("blocks.1.attn.hook_k", 1), ("blocks.2.attn.hook_v", 0)
 FINAL: Receiver = ("final", None)
 
 
@@ -135,8 +135,7 @@ def assert_path(
         "the heads in between are not held, so that news comes by way of them.": lambda: score(fix={"loose": True}),
         "the other heads are held at their corrupted values; hold the clean ones.": lambda: score(fix={"others": True}),
         "all heads of a sender's layer send.": lambda: score(fix={"whole_layers": True}),
-        "only the last position is sent; take all of them.": lambda: score(fix={"pos": -1}),
-        "only the last position receives; take all of them.": lambda: score(pos=-1),
+        "only the last position is sent, or receives; take all of them.": lambda: score(pos=-1),
         "all heads of a receiver's layer receive.": lambda: score(all_heads=True),
         "everything is held in the last run too, so the receivers can do nothing.": lambda: score(
             still=fix(case, senders, freeze_mlps)
@@ -264,7 +263,7 @@ def check_attention_between(fn: Fn) -> None:
         patterns = noise(n_layers, n_batch, n_heads, n_pos, n_pos, seed=n_pos, scale=2.0).softmax(-1)
         cache = ActivationCache({f"blocks.{layer}.attn.hook_pattern": p for layer, p in enumerate(patterns)})
         rows = torch.arange(n_batch)
-        queries, keys = n_pos - 1 - rows % 2, (rows * rows + 1) % (n_pos - 2)
+        queries, keys = n_pos - 2 + rows % 2, (rows * rows + 1) % (n_pos - 2)
         right = attention_by_loop(patterns, queries, keys)
         mistakes: Wrong = {
             "query and key are swapped: a pattern is [batch head query key].": partial(
@@ -279,8 +278,8 @@ def check_attention_between(fn: Fn) -> None:
             "it looks from the last position; each prompt has a query of its own.": partial(
                 attention_by_loop, patterns, torch.full_like(queries, n_pos - 1), keys
             ),
-            "it is the mean over the prompts; give one number for each.": lambda right=right: right.mean(-1),
-            "the layers are in reverse order.": lambda right=right: right.flip(0),
+            "it is the mean over the prompts; give one number for each.": partial(torch.mean, right, -1),
+            "the layers are in reverse order.": partial(torch.flip, right, (0,)),
         }
         with unchanged(name, patterns=patterns, queries=queries, keys=keys):
             actual = fn(cache, queries, keys)
@@ -342,7 +341,7 @@ def copied(
             best = (logits + (0 if wrong.get("no_b_U") else weights["unembed.b_U"])).argsort(descending=True)[:k]
             hits.append(float(int(dataset.tokens[row, pos]) in best.tolist()))
         scores[layer, head] = sum(hits) / len(hits)
-    return scores
+    return 1 - scores if wrong.get("missed") else scores
 
 
 def check_name_copying_scores(fn: Fn) -> None:
@@ -374,7 +373,7 @@ def check_name_copying_scores(fn: Fn) -> None:
             "S2 is taken for S1.": partial(score, ("IO", "S2")),
             "only IO counts; S1 is a name as well.": partial(score, ("IO",)),
             "only S1 counts; IO is a name as well.": partial(score, ("S1",)),
-            "it is the share of names that are not copied.": lambda score=score: 1 - score(),
+            "it is the share of names that are not copied.": partial(score, missed=True),
         }
         compare(f"{name} {words}", actual, score(), axes, mistakes)
         no_graph(name, actual)
@@ -507,8 +506,7 @@ def check_head_roles(fn: Fn) -> None:
                 role: sorted(heads) for role, heads in expected.items()
             },
             "the heads come with the largest value first; it is the largest absolute value.": lambda: {
-                role: sorted(heads, key=lambda at, role=role: -tables[next(iter(rules[role]))][at].item())
-                for role, heads in expected.items()
+                role: strongest(heads, -tables[next(iter(rules[role]))]) for role, heads in expected.items()
             },
             "a head is (layer, head), not (head, layer).": lambda: {
                 role: [(head, layer) for layer, head in heads] for role, heads in expected.items()
@@ -544,5 +542,10 @@ def worked_roles(
             for at in product(range(len(first)), range(first.shape[1]))
             if enough(meets(tables[name][at].item(), least) for name, least in conditions.items())
         ]
-        roles[role] = sorted(heads, key=lambda at, first=first: -abs(first[at].item()))
+        roles[role] = strongest(heads, -first.abs())
     return roles
+
+
+def strongest(heads: list[Head], order: Tensor) -> list[Head]:
+    """Sorted, the smallest value of `order` first."""
+    return sorted(heads, key=lambda at: order[at].item())
