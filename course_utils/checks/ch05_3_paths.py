@@ -188,7 +188,11 @@ def check_path_patch_heads(fn: Fn) -> None:
     name = "path_patch_heads"
     for sizes in SIZES:
         case = case_of(*sizes)
-        for receivers, freeze_mlps, max_rows in [([V, K], True, 64), ([FINAL], False, 2 * case.n_batch + 1)]:
+        for receivers, freeze_mlps, max_rows in [
+            ([V, K], True, 64),
+            ([FINAL], False, 2 * case.n_batch + 1),
+            ([Q], True, 1),  # not even room for the prompts
+        ]:
             assert_table(name, fn, case, receivers, freeze_mlps, max_rows)
     refuses(name, lambda case, senders, receivers: fn(case.model, *texts(case), receivers, case.metric))
 
@@ -513,6 +517,12 @@ def check_head_roles(fn: Fn) -> None:
             },
         },
     )
+    kinds = {type(number).__name__ for heads in actual.values() for at in heads for number in at}
+    if kinds != {"int"}:
+        raise CheckFailed(
+            f"{name}: a head is a pair of ints, but there are some of type {', '.join(sorted(kinds - {'int'}))}.\n"
+            "  Next: `.tolist()` makes numbers of a tensor's entries."
+        )
     must_raise(
         name, ValueError, 'a rule about "weight", which is in no table,', partial(fn, tables, {"x": {"weight": 0.5}})
     )
