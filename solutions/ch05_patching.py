@@ -1,6 +1,6 @@
 """Chapter 05: patching. Which activations carry a behaviour, found by exchanging them between two runs."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import einops
@@ -322,8 +322,229 @@ def integrated_attribution(
 
 # ------------------------------------------------------------------------------------------------------ path patching
 
+Head = tuple[int, int]  # layer and number
+Receiver = tuple[str, int | None]  # where a path ends: a hook point of q, k or v, and the head; or ("final", None)
+
+
+def refuse_unknown(model: Any, senders: Sequence[Head], receivers: Sequence[Receiver]) -> None:
+    """Raise ValueError, naming it, for a head that the model does not have, or a place where no path can end."""
+    n_layers, n_heads = model.cfg.n_layers, model.cfg.n_heads
+    inputs = [f"blocks.{layer}.attn.hook_{which}" for layer in range(n_layers) for which in ("q", "k", "v")]
+    for layer, head in senders:
+        if not (0 <= layer < n_layers and 0 <= head < n_heads):
+            raise ValueError(f"there is no head {layer}.{head}: {n_layers} layers have {n_heads} heads each.")
+    for name, number in receivers:
+        if name == "final" and number is not None:
+            raise ValueError(f'the final stream belongs to no head: write ("final", None), not ("final", {number}).')
+        if name != "final" and name not in inputs:
+            raise ValueError(f'no path ends at {name!r}: a receiver is "final" or a hook_q, hook_k or hook_v.')
+        if name != "final" and (number is None or not 0 <= number < n_heads):
+            raise ValueError(f"{name} has no head {number}: {n_heads} heads are numbered from 0.")
+
+
+def two_runs(
+    model: Any, clean: Int[Tensor, "batch pos"], corrupted: Int[Tensor, "batch pos"], freeze_mlps: bool
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What to hold, and what to send: activations of the clean run, and the z of all heads of the corrupted run.
+
+    To hold are the z of all heads and, with `freeze_mlps` and where there are MLPs, their `mlp_out`.
+    """
+    names = ["blocks.*.attn.hook_z"]
+    held = [*names, "blocks.*.hook_mlp_out"] if freeze_mlps and not model.cfg.attn_only else names
+    _, clean_cache = run_with_cache(model, clean, names=held)
+    _, corrupted_cache = run_with_cache(model, corrupted, names=names)
+    return dict(clean_cache), dict(corrupted_cache)
+
+
+@torch.no_grad()
+def run_over_direct_paths(
+    model: Any, tokens: Int[Tensor, "batch pos"], fixed: dict[str, Tensor], receivers: Sequence[Receiver]
+) -> Float[Tensor, "batch pos d_vocab"]:
+    """Run on `tokens` with receivers that get what they would get if these activations were `fixed`; return logits.
+
+    Two runs. In the first each hook point in `fixed` gives the tensor that stands there, whatever came in; noted is
+    what the receivers get. In the second nothing is fixed, and each receiver has what was noted for it: a q, k or v
+    that one head, at all positions; the final stream, the last layer's `resid_post`, all of it. So what one receiver
+    does reaches no other one, and beside "final" the others count for nothing. Neither `fixed` nor the model is
+    changed, nor are hooks left behind, and no gradients are recorded.
+    Source: Wang et al. 2022, section 3.1 and appendix B.
+    """
+    last = f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
+    places = [(last if name == "final" else name, head) for name, head in receivers]
+    names = {name for name, _ in places}
+    with hooks(model, dict.fromkeys(fixed, lambda activation, hook: fixed[hook.name])):
+        _, received = run_with_cache(model, tokens, names=names)
+
+    def deliver(activation: Tensor, hook: HookPoint) -> Tensor:
+        patched = activation.clone()
+        for name, head in places:
+            if name == hook.name:
+                part = ... if head is None else (slice(None), slice(None), head)
+                patched[part] = received[name][part]
+        return patched
+
+    return run_with_hooks(model, tokens, hooks=dict.fromkeys(names, deliver))
+
+
+@torch.no_grad()
+def path_patch(
+    model: Any,
+    clean: Int[Tensor, "batch pos"],
+    corrupted: Int[Tensor, "batch pos"],
+    senders: Sequence[Head],
+    receivers: Sequence[Receiver],
+    metric: Metric,
+    freeze_mlps: bool = True,
+) -> Float[Tensor, " batch"]:
+    """Say what the metric of each prompt is if only the direct paths from senders to receivers carry corrupted news.
+
+    Run on `clean`. The senders' z are those of the run on `corrupted`, at all positions; all other heads keep their
+    clean z, so that no news travels by way of another head. What then arrives at the receivers is patched into a last
+    run on `clean`. With `freeze_mlps` the MLPs keep their clean outputs as well: the path is the residual stream and
+    nothing else. Without it they compute anew from what they get, and count as part of the direct path, as in the
+    paper. A sender in a receiver's layer or after it has no path to it: it changes nothing.
+    Raises ValueError, before any run, for heads that do not exist and for receivers at which no path ends.
+    Source: Wang et al. 2022, section 3.1 and appendix B; Goldowsky-Dill et al. 2023.
+    """
+    refuse_unknown(model, senders, receivers)
+    held, sent = two_runs(model, clean, corrupted, freeze_mlps)
+    fixed = {name: activation.clone() for name, activation in held.items()}
+    for layer, head in senders:
+        name = f"blocks.{layer}.attn.hook_z"
+        fixed[name][:, :, head] = sent[name][:, :, head]
+    return metric(run_over_direct_paths(model, clean, fixed, receivers))
+
+
+@torch.no_grad()
+def path_patch_heads(
+    model: Any,
+    clean: Int[Tensor, "batch pos"],
+    corrupted: Int[Tensor, "batch pos"],
+    receivers: Sequence[Receiver],
+    metric: Metric,
+    freeze_mlps: bool = True,
+    max_rows: int = 64,
+) -> Float[Tensor, "layer head"]:
+    """Take every head in turn as the only sender of `path_patch`; return the metric's mean for each.
+
+    Both texts are run once for all. As in `batched_sweep` a forward holds a copy of the prompts for each of several
+    senders, at most `max_rows` rows but always one copy, and `metric` gets the logits of one copy at a time.
+    """
+    refuse_unknown(model, [], receivers)
+    held, sent = two_runs(model, clean, corrupted, freeze_mlps)
+    n_layers, n_heads, n_batch = model.cfg.n_layers, model.cfg.n_heads, len(clean)
+    senders = [(layer, head) for layer in range(n_layers) for head in range(n_heads)]
+    per_run = max(1, max_rows // n_batch)
+    values = []
+    for start in range(0, len(senders), per_run):
+        chunk = senders[start : start + per_run]
+        fixed = {n: einops.repeat(a, "batch ... -> (copy batch) ...", copy=len(chunk)).clone() for n, a in held.items()}
+        for copy, (layer, head) in enumerate(chunk):
+            name, rows = f"blocks.{layer}.attn.hook_z", slice(copy * n_batch, (copy + 1) * n_batch)
+            fixed[name][rows, :, head] = sent[name][:, :, head]
+        logits = run_over_direct_paths(model, clean.repeat(len(chunk), 1), fixed, receivers)
+        values += [metric(part).mean() for part in logits.split(n_batch)]
+    return torch.stack(values).reshape(n_layers, n_heads)
+
 
 # ------------------------------------------------------------------------------------------------------ what heads do
+
+
+def attention_between(
+    cache: Any, queries: Int[Tensor, " batch"], keys: Int[Tensor, " batch"]
+) -> Float[Tensor, "layer head batch"]:
+    """How much each head of each prompt attends from one place to another.
+
+    `queries` and `keys` are positions, one of each for each prompt, such as `dataset.positions["END"]` and
+    `dataset.positions["IO"]`. The cache holds the patterns of all layers.
+    """
+    patterns = cache.stack("pattern")
+    rows = torch.arange(len(queries), device=patterns.device)
+    picked = patterns[:, rows, :, queries.to(patterns.device), keys.to(patterns.device)]
+    return einops.rearrange(picked, "batch layer head -> layer head batch")
+
+
+@torch.no_grad()
+def name_copying_scores(model: Any, dataset: Any, sign: int = 1, k: int = 5) -> Float[Tensor, "layer head"]:
+    """How often a head that looked at a name, and at nothing else, would make the model say that name.
+
+    The names are those at IO and at S1 of every prompt. What is known there comes from the stream after the first
+    layer's MLP (`blocks.0.hook_resid_post`), as in the paper; in a model without MLPs it is the embedding alone, that
+    of the name and its position (`blocks.0.hook_resid_pre`). It goes through the head's own `ln1`, `W_V`, `b_V` and
+    `W_O`, and what the head would write through `ln_final` and the unembedding, as if there were nothing else. The
+    score is the share of names which are among the `k` largest logits. With `sign` -1 what the head would write is
+    turned round: the score of a head which takes away the name that it looks at.
+    Source: Wang et al. 2022, section 3.1.
+    """
+    place = "blocks.0.hook_resid_pre" if model.cfg.attn_only else "blocks.0.hook_resid_post"
+    _, cache = run_with_cache(model, dataset.tokens, names=place)
+    at = torch.stack([dataset.positions["IO"], dataset.positions["S1"]], dim=1)
+    rows = torch.arange(len(at))[:, None]
+    stream, names = cache[place][rows, at], dataset.tokens[rows, at]
+    scores = []
+    for block in model.blocks:
+        read = block.ln1(stream)
+        for head in range(model.cfg.n_heads):
+            v = read @ block.attn.W_V[head] + block.attn.b_V[head]
+            written = sign * (v @ block.attn.W_O[head])
+            best = model.unembed(model.ln_final(written)).topk(k).indices
+            scores.append((best == names[..., None]).any(dim=-1).to(stream.dtype).mean())
+    return torch.stack(scores).reshape(model.cfg.n_layers, model.cfg.n_heads)
+
+
+SIGNALS = {"token": ("names",), "position": ("order",), "both": ("names", "order")}  # what is flipped, in turn
+
+
+def signal_effects(
+    model: Any, dataset: Any, senders: Sequence[Head], receivers: Sequence[Receiver]
+) -> dict[str, Float[Tensor, " batch"]]:
+    """Ask what heads tell others: which name it was that came twice, or where it had stood the first time?
+
+    Three corruptions of `dataset`, by `dataset.flipped`, each of which changes one signal or both: "token" exchanges
+    the names (another name comes twice, and its first mention stands where the first name's had stood), "position"
+    the order (the same name comes twice, its first mention stands elsewhere), "both" does one after the other. For
+    each: by how much `path_patch` from `senders` to `receivers`, run on the dataset's own tokens, changes the logit
+    difference of each prompt; labels are always those of `dataset`.
+    Source: Wang et al. 2022, appendix A.
+    """
+    clean = dataset.tokens
+    with torch.no_grad():
+        before = logit_difference(model(clean), dataset)
+    effects = {}
+    for signal, kinds in SIGNALS.items():
+        other = dataset
+        for kind in kinds:
+            other = other.flipped(kind)
+        after = path_patch(
+            model, clean, other.tokens, senders, receivers, lambda logits: logit_difference(logits, dataset)
+        )
+        effects[signal] = after - before
+    return effects
+
+
+def head_roles(
+    tables: Mapping[str, Float[Tensor, "layer head"]], rules: Mapping[str, Mapping[str, float]]
+) -> dict[str, list[Head]]:
+    """Give each role to the heads that have earned it: to those whose measurements meet all of its conditions.
+
+    `tables` holds what was measured, by name; `rules` says for each role which measurements must reach what. A
+    condition of 0 or more is met by values not below it, a negative one by values not above it. The answer has every
+    role, in the order of `rules`; its heads come with the first condition's largest absolute value first. A role that
+    no head has earned has an empty list: that is a finding, too.
+    Raises ValueError, naming role and measurement, for a condition on something that was not measured.
+    """
+    roles = {}
+    for role, conditions in rules.items():
+        for name in conditions:
+            if name not in tables:
+                raise ValueError(f"head_roles: {role!r} is about {name!r}, which was not measured.")
+        first = tables[next(iter(conditions))]
+        fits = torch.ones_like(first, dtype=torch.bool)
+        for name, least in conditions.items():
+            fits &= tables[name] >= least if least >= 0 else tables[name] <= least
+        heads = [(layer, head) for layer, head in fits.nonzero().tolist()]
+        roles[role] = sorted(heads, key=lambda at: -abs(first[at].item()))
+    return roles
 
 
 # ----------------------------------------------------------------------------------------------- is that the circuit?
