@@ -1,6 +1,6 @@
 """Chapter 05: patching. Which activations carry a behaviour, found by exchanging them between two runs."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import einops
@@ -548,6 +548,176 @@ def head_roles(
 
 
 # ----------------------------------------------------------------------------------------------- is that the circuit?
+
+
+def every_head(model: Any) -> list[tuple[int, int]]:
+    """All heads of a model as (layer, head), layer by layer."""
+    return [(layer, head) for layer in range(model.cfg.n_layers) for head in range(model.cfg.n_heads)]
+
+
+@torch.no_grad()
+def template_means(
+    model: Any, tokens: Int[Tensor, "row pos"], templates: Int[Tensor, " row"], max_rows: int = 256
+) -> dict[str, Float[Tensor, "template pos head d_head"]]:
+    """Average what each head finds (its `z`) over the rows of each template, position by position.
+
+    Row `row` of `tokens` belongs to template `templates[row]`. Templates are numbered from 0 to the largest number
+    there; their rows come in any order, and one may have more than another. The answer is keyed by hook points,
+    `blocks.0.attn.hook_z` and so on, and its first axis is the template's number. The model runs on at most `max_rows`
+    rows at a time, and no gradients are recorded. Raises ValueError for a template without rows: it has no mean.
+    Source: Wang et al. 2022, section 2.2.
+    """
+    counts = torch.bincount(templates).to(tokens.device)
+    if (counts == 0).any():
+        raise ValueError(f"template_means: no row is of template {int((counts == 0).nonzero()[0])}.")
+    sums: dict[str, Tensor] = {}
+    for chunk, of in zip(tokens.split(max_rows), templates.to(tokens.device).split(max_rows), strict=True):
+        _, cache = run_with_cache(model, chunk, names="*.attn.hook_z")
+        for name in cache:
+            if name not in sums:
+                sums[name] = cache[name].new_zeros(len(counts), *cache[name].shape[1:])
+            sums[name].index_add_(0, of, cache[name])
+    return {name: total / counts[:, None, None, None] for name, total in sums.items()}
+
+
+@torch.no_grad()
+def mean_ablate_except(
+    model: Any, dataset: Any, circuit: Collection[tuple[int, int]], means: Mapping[str, Tensor]
+) -> Float[Tensor, "batch pos d_vocab"]:
+    """Run the model on `dataset.tokens` with every head but those of `circuit` silenced; return the logits.
+
+    `circuit` holds pairs (layer, head). The `z` of all other heads is replaced, at all positions, by what `means` has:
+    `means[name][row]` stands in for prompt `row`. Embeddings, MLPs and biases are left alive, and so are the heads of
+    the circuit: they are computed anew from the stream as it then is. No argument is changed, no hooks stay behind and
+    no gradients are recorded.
+    Source: Wang et al. 2022, section 2.2 (knockouts).
+    """
+
+    def silence(z: Tensor, hook: HookPoint) -> Tensor:
+        layer = int(hook.name.split(".")[1])
+        kept = torch.tensor([(layer, head) in circuit for head in range(z.shape[2])], device=z.device)
+        return torch.where(kept[:, None], z, means[hook.name])
+
+    return run_with_hooks(model, dataset.tokens, hooks={"*.attn.hook_z": silence})
+
+
+@torch.no_grad()
+def circuit_scores(
+    model: Any,
+    dataset: Any,
+    circuits: Sequence[Collection[tuple[int, int]]],
+    means: Mapping[str, Tensor],
+    max_rows: int = 64,
+) -> Float[Tensor, " circuit"]:
+    """Score many circuits, several of them in one forward: F(C), the mean logit difference with all but C silenced.
+
+    The prompts are repeated along the batch axis, once for each circuit, and in each copy other heads are silenced. A
+    forward has at most `max_rows` rows, but always room for one circuit. The numbers are those of `mean_ablate_except`.
+    Source: Wang et al. 2022, section 4.
+    """
+    n_batch = len(dataset.tokens)
+    per_run = max(1, max_rows // n_batch)
+    scores = []
+    for start in range(0, len(circuits), per_run):
+        chunk = circuits[start : start + per_run]
+
+        def silence(z: Tensor, hook: HookPoint, chunk: Sequence[Collection[tuple[int, int]]] = chunk) -> Tensor:
+            layer, heads = int(hook.name.split(".")[1]), range(z.shape[2])
+            kept = torch.tensor([[(layer, head) in circuit for head in heads] for circuit in chunk], device=z.device)
+            copies = z.unflatten(0, (len(chunk), n_batch))
+            return torch.where(kept[:, None, None, :, None], copies, means[hook.name]).flatten(0, 1)
+
+        logits = run_with_hooks(model, dataset.tokens.repeat(len(chunk), 1), hooks={"*.attn.hook_z": silence})
+        scores += [logit_difference(copy, dataset).mean() for copy in logits.split(n_batch)]
+    return torch.stack(scores)
+
+
+def faithfulness(
+    model: Any, dataset: Any, circuits: Sequence[Collection[tuple[int, int]]], means: Mapping[str, Tensor]
+) -> Float[Tensor, " circuit"]:
+    """Say how much of the behaviour each circuit keeps: F(C) / F(M), a ratio of means over the prompts.
+
+    F(M) is the score of the circuit that holds every head, which is the model. So 1 means that the circuit is as good
+    as the model; it may be better (above 1), or prefer the wrong name (below 0).
+    Source: Wang et al. 2022, section 4, where it is the difference F(M) - F(C).
+    """
+    scores = circuit_scores(model, dataset, [every_head(model), *circuits], means)
+    return scores[1:] / scores[0]
+
+
+def completeness(
+    model: Any,
+    dataset: Any,
+    circuit: Collection[tuple[int, int]],
+    removed: Sequence[Collection[tuple[int, int]]],
+    means: Mapping[str, Tensor],
+) -> Float[Tensor, "side removed"]:
+    """Take the same heads out of the circuit and out of the model: F(C \\ K) and F(M \\ K) for every K in `removed`.
+
+    Side 0 is the circuit, side 1 the model; their difference is the incompleteness with respect to K. A circuit is
+    complete if the two sides agree for every K, not for the empty K alone, which is faithfulness. Raises ValueError
+    for a K with a head that is not of the circuit.
+    Source: Wang et al. 2022, section 4.
+    """
+    for heads in removed:
+        if not set(heads) <= set(circuit):
+            raise ValueError(f"completeness: {sorted(set(heads) - set(circuit))} are not of the circuit.")
+    runs = [[head for head in side if head not in heads] for side in (circuit, every_head(model)) for heads in removed]
+    return circuit_scores(model, dataset, runs, means).reshape(2, len(removed))
+
+
+def minimality(
+    model: Any,
+    dataset: Any,
+    circuit: Collection[tuple[int, int]],
+    removed: Mapping[tuple[int, int], Collection[tuple[int, int]]],
+    means: Mapping[str, Tensor],
+) -> Float[Tensor, " head"]:
+    """Say what each head v adds where the heads K are missing: |F(C \\ (K ∪ {v})) - F(C \\ K)| as a share of |F(M)|.
+
+    `removed` gives for every v that is asked about its K, and the answer comes in the same order. A head with a spare
+    adds nothing while the spare is there (K empty), and a lot where K holds it. Raises ValueError for a v or a K that
+    is not of the circuit, and for a v that is in its own K.
+    Source: Wang et al. 2022, section 4.
+    """
+    runs = [every_head(model)]
+    for head, others in removed.items():
+        if head in others or not {head, *others} <= set(circuit):
+            raise ValueError(f"minimality: v={head} and K={sorted(others)} are not different heads of the circuit.")
+        without = [kept for kept in circuit if kept not in others]
+        runs += [without, [kept for kept in without if kept != head]]
+    scores = circuit_scores(model, dataset, runs, means)
+    return (scores[2::2] - scores[1::2]).abs() / scores[0].abs()
+
+
+def greedy_circuit(
+    model: Any, dataset: Any, means: Mapping[str, Tensor], share: float = 0.25, max_rows: int = 64
+) -> list[list[tuple[int, int]]]:
+    """Search for small circuits from above: take out, again and again, the heads that are missed least.
+
+    Begin with every head. In each round score the circuit without each one of its heads; the `share` of them (rounded
+    down, but at least one) whose absence leaves the score nearest to that of the whole model are taken out together.
+    Return the circuits of all rounds, every head first and the empty one last, heads in the order of `every_head`.
+    With `share=0` heads go one at a time, which is more careful, and takes a number of runs that grows with the square
+    of the number of heads; with a share it grows in proportion.
+    """
+    circuit = every_head(model)
+    found = [circuit]
+    whole = circuit_scores(model, dataset, found, means, max_rows)
+    while circuit:
+        without = [[kept for kept in circuit if kept != head] for head in circuit]
+        missed = (circuit_scores(model, dataset, without, means, max_rows) - whole).abs()
+        least = missed.argsort()[: max(1, int(share * len(circuit)))].tolist()
+        circuit = [head for i, head in enumerate(circuit) if i not in least]
+        found.append(circuit)
+    return found
+
+
+def random_circuits(model: Any, size: int, n: int, generator: torch.Generator) -> list[list[tuple[int, int]]]:
+    """Draw `n` circuits of `size` heads, each without repetition: what a circuit is worth that nobody looked for."""
+    heads = every_head(model)
+    draws = [torch.randperm(len(heads), generator=generator)[:size].tolist() for _ in range(n)]
+    return [[heads[i] for i in draw] for draw in draws]
 
 
 # --------------------------------------------------------------------------------------- which edges, which direction
