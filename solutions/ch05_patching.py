@@ -227,7 +227,7 @@ def batched_sweep(
 
         layer = first_layer(chunk[0][0], n_layers)
         with hooks(model, dict.fromkeys((name for name, _ in chunk), patch)):
-            if layer < 0:
+            if layer == -1:
                 logits = model(tokens.repeat(len(chunk), 1))
             else:
                 logits = run_from(model, streams[layer].repeat(len(chunk), 1, 1), layer)
