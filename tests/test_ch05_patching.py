@@ -576,6 +576,7 @@ STILL_RIGHT = {
     "True -> False",  # strict=
     "zip(names, gradients, activations, strict=True) -> zip(names, gradients, activations)",
     "zip(names, gradients, strict=True) -> zip(names, gradients)",
+    "layer == -1 -> layer <= -1",  # there is nothing below -1
     "zip(group, logits.split(n_batch), strict=True) -> zip(group, logits.split(n_batch))",
     "run_with_cache(model, tokens, names='*.hook_resid_*') -> run_with_cache(model, tokens)",  # keeps more
     "run_with_cache(model, tokens, names=names) -> run_with_cache(model, tokens)",  # keeps more
