@@ -108,12 +108,16 @@ def minimality(model, dataset, circuit, removed, means):
 
 def greedy_circuit(model, dataset, means, share=0.25, max_rows=64):
     kept = set(every_head(model))
-    whole = circuit_scores(model, dataset, [kept], means)[0]
+    (whole,) = circuit_scores(model, dataset, [kept], means).tolist()
     rounds = [set(kept)]
     while kept:
-        heads = sorted(kept)
-        scores = circuit_scores(model, dataset, [kept - {head} for head in heads], means, max_rows)
-        ranked = sorted(zip((scores - whole).abs().tolist(), heads, strict=True))
-        kept = kept - {head for _, head in ranked[: max(1, int(share * len(kept)))]}
+        now, *rest = circuit_scores(model, dataset, [kept, *(kept - {head} for head in sorted(kept))], means, max_rows)
+        changes = {head: float(score - now) for head, score in zip(sorted(kept), rest, strict=True)}
+        gone = set()
+        while len(gone) < max(1, int(share * len(kept))):
+            surplus = float(now) + sum(changes[head] for head in gone) - whole
+            _, next_one = min((abs(surplus + changes[head]), head) for head in kept - gone)
+            gone.add(next_one)
+        kept = kept - gone
         rounds.append(kept)
     return rounds

@@ -305,18 +305,23 @@ def searching(words: str, surprise: bool = False, **wrong: Any) -> None:
     def greedy_circuit(model: Any, dataset: Any, means: Any, share: float = 0.25, max_rows: int = 64) -> Any:
         circuit = ref.every_head(model)
         whole = ref.circuit_scores(model, dataset, [circuit], means)[0]
-        rounds, ranks = [list(circuit)], {}
+        rounds, changes, expected = [list(circuit)], {}, whole
         badness = wrong.get("badness", lambda scores, whole, now: (scores - whole).abs())
         while circuit:
-            runs = [[kept for kept in circuit if kept != head] for head in circuit]
-            if not ranks or not wrong.get("once"):
-                rows = wrong.get("rows", max_rows)
-                now, *_ = ref.circuit_scores(model, dataset, [circuit], means)
-                values = badness(ref.circuit_scores(model, dataset, runs, means, rows), whole, now)
-                ranks = dict(zip(circuit, values.tolist(), strict=True))
-            n = max(1, wrong.get("count", int)(share * wrong.get("of", len)(circuit)))
-            gone = sorted(circuit, key=ranks.__getitem__)[:n]
-            circuit = [head for head in circuit if head not in gone]
+            runs = [circuit, *([kept for kept in circuit if kept != head] for head in circuit)]
+            scores = ref.circuit_scores(model, dataset, runs, means, wrong.get("rows", max_rows))
+            if not changes or not wrong.get("once"):
+                changes = dict(zip(circuit, scores[1:] - scores[0], strict=True))
+            if not wrong.get("carried"):
+                expected = scores[0]
+            left = list(circuit)
+            for _ in range(max(wrong.get("least", 1), wrong.get("count", int)(share * len(wrong.get("of", left))))):
+                values = {head: float(badness(expected + changes[head], whole, expected)) for head in left}
+                gone = min(left, key=values.__getitem__)
+                left.remove(gone)
+                if not wrong.get("alone"):
+                    expected = expected + changes[gone]
+            circuit = left
             rounds.append(list(circuit))
         return wrong.get("then", lambda rounds: rounds)(rounds)
 
@@ -326,8 +331,9 @@ def searching(words: str, surprise: bool = False, **wrong: Any) -> None:
 searching("missed most go first", badness=lambda f, m, now: -(f - m).abs())
 searching("leaves the highest score", badness=lambda f, m, now: -f)
 searching("leaves the lowest score", badness=lambda f, m, now: f)
-searching("the circuit as it is now", badness=lambda f, m, now: (f - now).abs())
-searching("ranked once", once=True)
+searching("compared with the one before", badness=lambda f, m, now: (f - now).abs())
+searching("measured once", once=True)
+searching("do not add up", alone=True)
 searching("rounded up", count=lambda n: -int(-n // 1))
 searching("one at a time", count=lambda n: 1)
 searching("the first circuit, with every head, is missing", then=lambda rounds: rounds[1:])
@@ -335,7 +341,8 @@ searching("the last circuit, the empty one, is missing", then=lambda rounds: rou
 searching("in reverse order", then=lambda rounds: rounds[::-1])
 searching("the heads that went", then=lambda rounds: [[h for h in rounds[0] if h not in kept] for kept in rounds])
 searching("wrong answer", badness=lambda f, m, now: f.abs(), surprise=True)
-searching("wrong answer", of=lambda circuit: 6, surprise=True)
+searching("wrong answer", carried=True, surprise=True)
+searching("it goes on and on", least=0, surprise=True)
 searching("one forward had", rows=64, surprise=True)
 searching("expected a list of circuits", then=lambda rounds: rounds[-2], surprise=True)
 
