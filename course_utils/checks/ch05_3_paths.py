@@ -100,10 +100,9 @@ SCENES: list[tuple[list[Head], list[Receiver], bool]] = [
 def check_path_patch(fn: Fn) -> None:
     """Paths to q, k, v and the end, with MLPs frozen or not; senders that come too late; what is refused."""
     name = "path_patch"
-    for sizes in SIZES:
-        case = case_of(*sizes)
-        for senders, receivers, freeze_mlps in SCENES:
-            assert_path(name, fn, case, senders, receivers, freeze_mlps)
+    for sizes, scenes in zip(SIZES, (SCENES, SCENES[1:4:2]), strict=True):
+        for senders, receivers, freeze_mlps in scenes:
+            assert_path(name, fn, case_of(*sizes), senders, receivers, freeze_mlps)
     assert_default(name, fn, ([(0, 0)], [FINAL]))
     refuses(name, lambda case, senders, receivers: fn(case.model, *texts(case), senders, receivers, case.metric))
 
@@ -186,14 +185,11 @@ def refuses(name: str, run: Callable[[Case, list[Head], list[Receiver]], Any]) -
 def check_path_patch_heads(fn: Fn) -> None:
     """Every head as a sender; few and many rows in a forward; MLPs frozen or not."""
     name = "path_patch_heads"
-    for sizes in SIZES:
-        case = case_of(*sizes)
-        for receivers, freeze_mlps, max_rows in [
-            ([V, K], True, 64),
-            ([FINAL], False, 2 * case.n_batch + 1),
-            ([Q], True, 1),  # not even room for the prompts
-        ]:
-            assert_table(name, fn, case, receivers, freeze_mlps, max_rows)
+    first, second = (case_of(*sizes) for sizes in SIZES)
+    assert_table(name, fn, first, [V, K], True, 64)
+    assert_table(name, fn, first, [FINAL], False, 2 * first.n_batch + 1)
+    assert_table(name, fn, first, [Q], True, 1)  # not even room for the prompts
+    assert_table(name, fn, second, [V, Q], True, 5 * second.n_batch)
     refuses(name, lambda case, senders, receivers: fn(case.model, *texts(case), receivers, case.metric))
 
 
@@ -318,7 +314,7 @@ def named_prompts(d_vocab: int, n_batch: int, n_pos: int) -> Any:
 def copied(
     model: SmallModel, dataset: Any, sign: int, k: int, at: Sequence[str] = ("IO", "S1"), **wrong: Any
 ) -> Tensor:
-    """Visit every head and every name, and count; `wrong` holds switches for what people get wrong."""
+    """Visit every head, and count names; `wrong` holds switches for what people get wrong."""
     cfg, weights = model.cfg, weights_of(model)
     early = wrong.get("early", cfg.attn_only)
     with torch.no_grad():
@@ -337,13 +333,15 @@ def copied(
         if wrong.get("at_own_layer"):
             stream = cache[f"blocks.{layer}.hook_resid_pre"]
         hits = []
-        for row, place in product(range(len(dataset.tokens)), at):
-            pos = int(dataset.positions[place][row])
-            read = norm(f"blocks.{wrong.get('ln1', layer)}.ln1", stream[row, pos])
+        for place in at:
+            pos, rows = dataset.positions[place], torch.arange(len(dataset.tokens))
+            read = norm(f"blocks.{wrong.get('ln1', layer)}.ln1", stream[rows, pos])
             v = read @ attn["W_V"][head] + (0 if wrong.get("no_b_V") else attn["b_V"][head])
             logits = norm("ln_final", sign * (v @ attn["W_O"][head])) @ weights["unembed.W_U"]
-            best = (logits + (0 if wrong.get("no_b_U") else weights["unembed.b_U"])).argsort(descending=True)[:k]
-            hits.append(float(int(dataset.tokens[row, pos]) in best.tolist()))
+            logits = logits + (0 if wrong.get("no_b_U") else weights["unembed.b_U"])
+            best = logits.argsort(descending=True)[:, :k].tolist()
+            names = dataset.tokens[rows, pos].tolist()
+            hits += [float(name in row) for name, row in zip(names, best, strict=True)]
         scores[layer, head] = sum(hits) / len(hits)
     return 1 - scores if wrong.get("missed") else scores
 
