@@ -17,9 +17,7 @@ from course_utils.build import read_lesson
 from course_utils.pretrained import PretrainedError, shipped_tokenizer
 
 DEFINITIONS = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)
-CLASSES = pytest.mark.parametrize(
-    "Transformer", [ch02.Transformer, other_transformer.Transformer], ids=["ours", "other"]
-)
+CLASSES = [pytest.param(module.Transformer, id=module.__name__) for module in (ch02, other_transformer)]
 
 
 @pytest.fixture(scope="module")
