@@ -53,7 +53,7 @@ def heads(model: Any, n_pos: int) -> list[Patch]:
 
 
 def their_sweep(kind: str, model: Any, tokens: Tensor, source: Tensor, metric: Metric) -> Callable[[], Tensor]:
-    """The function of TransformerLens that answers the same question; its progress bars go nowhere."""
+    """The function of TransformerLens that answers the same question, without gradients."""
     from transformer_lens import patching
 
     sweep = {
@@ -62,7 +62,7 @@ def their_sweep(kind: str, model: Any, tokens: Tensor, source: Tensor, metric: M
     }[kind]
     with torch.no_grad():
         _, cache = model.run_with_cache(source)
-    return lambda: sweep(model, tokens, cache, lambda logits: metric(logits).mean())
+    return torch.no_grad()(lambda: sweep(model, tokens, cache, lambda logits: metric(logits).mean()))
 
 
 @pytest.mark.parametrize("n_prompts", ROUNDS)

@@ -104,11 +104,10 @@ class ToyTransformer(nn.Module):
                 block.mlp = nn.Module()
                 block.mlp.W = nn.Parameter(noise(d_model, d_model, seed=at + 25, scale=0.5))
                 block.hook_resid_mid, block.hook_mlp_out = HookPoint(), HookPoint()
+            block.register_forward_pre_hook(self._count_rows)
             self.blocks.append(block)
         self.ln_final = ToyNorm(d_model, seed + 5)
         self.runs, self.rows, self.most_rows = 0, 0, 0
-        for block in self.blocks:
-            block.register_forward_pre_hook(self._count_rows)
         self.unembed.register_forward_pre_hook(self._count_run)
 
     def _count_rows(self, block: nn.Module, inputs: tuple[Tensor, ...]) -> None:
