@@ -1,4 +1,4 @@
-"""What "Is that the circuit?" promises of the shipped models: a small circuit, found on some prompts, kept on others."""
+"""What "Is that the circuit?" promises of the shipped models: a small circuit, found on some prompts, kept on more."""
 
 import pytest
 import torch
