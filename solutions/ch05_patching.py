@@ -569,7 +569,7 @@ def template_means(
     """
     counts = torch.bincount(templates).to(tokens.device)
     if (counts == 0).any():
-        raise ValueError(f"template_means: no row is of template {int((counts == 0).nonzero()[0])}.")
+        raise ValueError(f"template_means: a template has no rows; the rows of each: {counts.tolist()}.")
     sums: dict[str, Tensor] = {}
     for chunk, of in zip(tokens.split(max_rows), templates.to(tokens.device).split(max_rows), strict=True):
         _, cache = run_with_cache(model, chunk, names="*.attn.hook_z")
@@ -661,7 +661,7 @@ def completeness(
     """
     for heads in removed:
         if not set(heads) <= set(circuit):
-            raise ValueError(f"completeness: {sorted(set(heads) - set(circuit))} are not of the circuit.")
+            raise ValueError(f"completeness: K={heads} has heads that are not of the circuit.")
     runs = [[head for head in side if head not in heads] for side in (circuit, every_head(model)) for heads in removed]
     return circuit_scores(model, dataset, runs, means).reshape(2, len(removed))
 
@@ -673,7 +673,7 @@ def minimality(
     removed: Mapping[tuple[int, int], Collection[tuple[int, int]]],
     means: Mapping[str, Tensor],
 ) -> Float[Tensor, " head"]:
-    """Say what each head v adds where the heads K are missing: |F(C \\ (K ∪ {v})) - F(C \\ K)| as a share of |F(M)|.
+    """Say what each head v adds where the heads K are missing: |F(C \\ (K ∪ {v})) - F(C \\ K)| as a share of F(M).
 
     `removed` gives for every v that is asked about its K, and the answer comes in the same order. A head with a spare
     adds nothing while the spare is there (K empty), and a lot where K holds it. Raises ValueError for a v or a K that
@@ -683,11 +683,11 @@ def minimality(
     runs = [every_head(model)]
     for head, others in removed.items():
         if head in others or not {head, *others} <= set(circuit):
-            raise ValueError(f"minimality: v={head} and K={sorted(others)} are not different heads of the circuit.")
+            raise ValueError(f"minimality: v={head} and K={others} are not different heads of the circuit.")
         without = [kept for kept in circuit if kept not in others]
         runs += [without, [kept for kept in without if kept != head]]
     scores = circuit_scores(model, dataset, runs, means)
-    return (scores[2::2] - scores[1::2]).abs() / scores[0].abs()
+    return (scores[2::2] - scores[1::2]).abs() / scores[0]
 
 
 def greedy_circuit(

@@ -361,7 +361,7 @@ def check_faithfulness(fn: Fn) -> None:
             compare(f"{name} {words}", actual, scores / whole, "circuit", mistakes)
 
 
-KS: list[list[Head]] = [[(0, 0)], [], [(1, 1), (1, 0)]]
+KS: list[list[Head]] = [[(0, 0)], [], [(1, 1), (1, 0)], [(1, 0), (0, 0), (1, 1)]]  # the last is all of the circuit
 
 
 def check_completeness(fn: Fn) -> None:
@@ -381,14 +381,16 @@ def check_completeness(fn: Fn) -> None:
         right = sides(less, rest)
         mistakes: Wrong = {
             "the sides are swapped: the circuit comes first.": partial(torch.flip, right, (0,)),
-            "K is taken out of the circuit only, and not out of the model.": partial(sides, less, [task.heads] * 3),
-            "K is taken out of the model only, and not out of the circuit.": partial(sides, [circuit] * 3, rest),
+            "K is taken out of the circuit only, and not out of the model.": partial(
+                sides, less, [task.heads] * len(KS)
+            ),
+            "K is taken out of the model only, and not out of the circuit.": partial(sides, [circuit] * len(KS), rest),
             "K is what is kept, not what is taken out.": partial(sides, KS, KS),
             "what is left of the circuit is taken out of the model, instead of K.": partial(
                 sides, less, [task.others(left) for left in less]
             ),
             "on the model's side the circuit is gone too: only K is taken out of it.": partial(
-                sides, less, [task.others(circuit)] * 3
+                sides, less, [task.others(circuit)] * len(KS)
             ),
             "the K come in reverse order.": partial(torch.flip, right, (1,)),
             "it is the incompleteness, the difference of the two sides; give both.": partial(
@@ -397,7 +399,7 @@ def check_completeness(fn: Fn) -> None:
             "they are divided by F(M); the scores themselves are asked for.": partial(
                 torch.div, right, task.score(task.heads)
             ),
-            "a transpose became a reshape.": partial(torch.reshape, right.T, (2, 3)),
+            "a transpose became a reshape.": partial(torch.reshape, right.T, right.shape),
         }
         compare(f"{name} {words}", actual, right, "side removed", mistakes)
     task = task_of(SIZES[0])
@@ -410,7 +412,7 @@ def check_completeness(fn: Fn) -> None:
 
 
 # the heads come in an order of their own, not in the circuit's
-REMOVED: dict[Head, list[Head]] = {(1, 0): [(0, 0)], (0, 0): [], (1, 1): [(1, 0), (0, 0)]}
+REMOVED: dict[Head, list[Head]] = {(1, 0): [(1, 1)], (0, 0): [], (1, 1): [(1, 0), (0, 0)]}
 
 
 def check_minimality(fn: Fn) -> None:
