@@ -597,6 +597,22 @@ def test_a_circuit_built_by_hand_is_found(module: Any, make: Any) -> None:
     assert found == expected
 
 
+@pytest.mark.parametrize(
+    ("senders", "receivers", "words"),
+    [
+        ([(0, 0), (5, 1)], [("final", None)], "no head 5.1"),
+        ([], [("blocks.1.attn.hook_z", 0)], "no path ends at 'blocks.1.attn.hook_z'"),
+        ([], [("blocks.1.attn.hook_q", 4)], "blocks.1.attn.hook_q has no head 4"),
+        ([], [("blocks.1.attn.hook_q", None)], "blocks.1.attn.hook_q has no head None"),
+        ([], [("final", 2)], "the final stream belongs to no head"),
+    ],
+)
+def test_what_does_not_exist_is_refused_by_name(senders: Any, receivers: Any, words: str) -> None:
+    model = random_model(ch02.Transformer)
+    with pytest.raises(ValueError, match=words):
+        ref.path_patch(model, CLEAN, CORRUPTED, senders, receivers, metric)
+
+
 def test_a_copying_head_built_by_hand_scores_1(make: Any) -> None:
     """Head 1.0 says what it reads, 0.0 and 1.1 say something else, and 0.1 nothing at all."""
     dataset: Any = type("Prompts", (), {})()
