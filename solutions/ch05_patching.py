@@ -1,12 +1,14 @@
 """Chapter 05: patching. Which activations carry a behaviour, found by exchanging them between two runs."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import einops
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from tqdm import tqdm
 
 from course_utils.hooks import HookPoint, hooks, run_with_cache, run_with_hooks
 
@@ -300,3 +302,223 @@ def integrated_attribution(
 
 
 # --------------------------------------------------------------------------------------- which edges, which direction
+
+
+def edge_nodes(cfg: Any) -> tuple[dict[str, int], dict[str, int]]:
+    """Name all ends of edges: senders and receivers, in the order of rows and columns, each with its stage.
+
+    Senders add to the stream: "embed" (tokens and positions), each head ("0.3" is head 3 of layer 0), each MLP ("mlp
+    0"). Receivers read from it: the queries, keys and values of each head ("1.3 q"), each MLP, and "final", the last
+    LayerNorm. In a layer come first the queries of all heads, then all keys, all values, then the MLP.
+    The stages are numbers, and an edge is there where the sender's stage is below that of the receiver.
+    """
+    senders, receivers = {"embed": 0}, {}
+    heads = range(cfg.n_heads)
+    for layer in range(cfg.n_layers):
+        stage = 2 * layer + 1
+        receivers |= {f"{layer}.{head} {letter}": stage for letter in "qkv" for head in heads}
+        senders |= {f"{layer}.{head}": stage for head in heads}
+        if not cfg.attn_only:
+            receivers[f"mlp {layer}"] = stage if cfg.parallel else stage + 1  # in parallel it does not see the heads
+            senders[f"mlp {layer}"] = stage + 1
+    return senders, receivers | {"final": 2 * cfg.n_layers + 1}
+
+
+def possible_edges(cfg: Any) -> Bool[Tensor, "sender receiver"]:
+    """Say which edges there are: nobody reads what is written later."""
+    senders, receivers = (torch.tensor(list(nodes.values())) for nodes in edge_nodes(cfg))
+    return senders[:, None] < receivers
+
+
+def run_with_own_inputs(
+    model: Any, tokens: Int[Tensor, "batch pos"], added: Callable[[slice], Tensor]
+) -> Float[Tensor, "batch pos d_vocab"]:
+    """Run the model while every receiver reads a version of the residual stream of its own; return the logits.
+
+    A receiver's version is the stream plus what `added` has for it. `added(rows)` gets a slice of the receivers (in the
+    order of `edge_nodes`) and returns one tensor for each, [receiver batch pos d_model]; it is asked when the run
+    arrives there. What is added reaches this receiver alone: the stream stays as it is. The LayerNorm in front of a
+    receiver is computed anew for its version. With zeros this is the usual run.
+    """
+    n_heads, n_layers = model.cfg.n_heads, model.cfg.n_layers
+    n_own = 3 * n_heads + (0 if model.cfg.attn_only else 1)  # receivers of one layer
+    stream: dict[str, Tensor] = {}
+
+    def note(resid: Tensor, hook: HookPoint) -> None:
+        stream["here"] = resid
+
+    def heads_read(activation: Tensor, hook: HookPoint, block: Any, start: int, letter: str) -> Tensor:
+        versions = stream["here"] + added(slice(start, start + n_heads))
+        normalised = block.ln1(versions.flatten(0, 1)).unflatten(0, (n_heads, -1))
+        W, b = getattr(block.attn, f"W_{letter}"), getattr(block.attn, f"b_{letter}")
+        return einops.einsum(normalised, W, "head batch pos d_model, head d_model d_head -> batch pos head d_head") + b
+
+    def mlp_reads(activation: Tensor, hook: HookPoint, block: Any, row: int) -> Tensor:
+        return block.ln2(stream["here"] + added(slice(row, row + 1))[0]) @ block.mlp.W_in + block.mlp.b_in
+
+    fns: dict[str, Callable[..., Any]] = {}
+    for layer, block in enumerate(model.blocks):
+        at, start = f"blocks.{layer}", n_own * layer
+        fns[f"{at}.hook_resid_pre"] = note
+        for i, letter in enumerate("QKV"):
+            own = partial(heads_read, block=block, start=start + i * n_heads, letter=letter)
+            fns[f"{at}.attn.hook_{letter.lower()}"] = own
+        if not model.cfg.attn_only:
+            if not model.cfg.parallel:
+                fns[f"{at}.hook_resid_mid"] = note
+            fns[f"{at}.mlp.hook_pre"] = partial(mlp_reads, block=block, row=start + n_own - 1)
+    last = n_own * n_layers
+    fns[f"blocks.{n_layers - 1}.hook_resid_post"] = lambda resid, hook: resid + added(slice(last, last + 1))[0]
+    return run_with_hooks(model, tokens, hooks=fns)
+
+
+def sender_outputs(model: Any, cache: Any) -> Float[Tensor, "sender batch pos d_model"]:
+    """Stack what every sender adds to the stream, in the order of `edge_nodes`.
+
+    The embedding's share is the stream before the first layer; a head's is its `z` times its `W_O`; an MLP's is its
+    `mlp_out`. Together with the `b_O` of all layers, which belong to nobody, these sum to the last residual stream.
+    """
+    outputs = [cache["resid_pre", 0][None]]
+    for layer, block in enumerate(model.blocks):
+        pattern = "batch pos head d_head, head d_head d_model -> head batch pos d_model"
+        outputs.append(einops.einsum(cache["z", layer], block.attn.W_O, pattern))
+        if not model.cfg.attn_only:
+            outputs.append(cache["mlp_out", layer][None])
+    return torch.cat(outputs)
+
+
+def edge_attribution(
+    model: Any,
+    clean: Int[Tensor, "batch pos"],
+    corrupted: Int[Tensor, "batch pos"],
+    metric: Metric,
+    steps: int = 1,
+) -> Float[Tensor, "sender receiver"]:
+    """Estimate, for each edge, by how much the metric's mean changes if this edge alone carries the corrupted value.
+
+    That is, in the run on `clean`: how the mean over the prompts of `metric(logits)` changes with what the receiver
+    reads (its own version of the stream, before its LayerNorm), times what the sender writes on `corrupted` minus what
+    it writes on `clean`, summed over positions and d_model. Rows and columns are those of `edge_nodes`; where there is
+    no edge the score is 0. A needed edge has a score below 0 if the metric is high on the clean run.
+
+    With more `steps` the gradient is the mean over as many runs on `clean`, whose `embed` is moved towards that of
+    `corrupted` by 0, 1/steps, 2/steps, ... of the way; with one it is the clean run's.
+    The parameters' gradients stay as they are, and what is returned has no graph.
+    Source: Syed et al. 2023; with steps, Hanna et al. 2024.
+    """
+    with torch.no_grad():
+        caches = [run_with_cache(model, tokens)[1] for tokens in (clean, corrupted)]
+        own, other = (sender_outputs(model, cache) for cache in caches)
+        far = caches[1]["hook_embed"] - caches[0]["hook_embed"]
+    possible = possible_edges(model.cfg).to(own.device)
+    gradient = own.new_zeros(possible.shape[1], *own.shape[1:])
+    for step in range(steps):
+        added = torch.zeros_like(gradient, requires_grad=True)
+        with hooks(model, {"hook_embed": lambda embed, hook, share=step / steps: embed + share * far}):
+            logits = run_with_own_inputs(model, clean, lambda rows, added=added: added[rows])
+        gradient += torch.autograd.grad(metric(logits).mean(), added)[0] / steps
+    pattern = "sender batch pos d_model, receiver batch pos d_model -> sender receiver"
+    return einops.einsum(other - own, gradient, pattern) * possible
+
+
+@torch.no_grad()
+def run_with_edges(
+    model: Any,
+    clean: Int[Tensor, "batch pos"],
+    corrupted: Int[Tensor, "batch pos"],
+    edges: Bool[Tensor, "sender receiver"],
+) -> Float[Tensor, "batch pos d_vocab"]:
+    """Run the model on `clean` with only these edges; all others carry what they do in the run on `corrupted`.
+
+    What a receiver reads is a sum over its senders: of those whose edge is kept, what they write in this very run
+    (which may differ from the clean one, as they too read a mixture); of all others, what they write on `corrupted`.
+    All positions alike. With all edges this is the clean run, with none the corrupted one. Entries of `edges` where
+    there is no edge mean nothing. Hooks of others stay, none is left behind, and no gradients are recorded.
+    Source: Conmy et al. 2023; Hanna et al. 2024.
+    """
+    _, cache = run_with_cache(model, corrupted)
+    other = sender_outputs(model, cache)
+    gap = torch.zeros_like(other)  # what the corrupted run has over this one, sender by sender, as the run arrives
+    n_heads, n_own = model.cfg.n_heads, model.cfg.n_heads + (0 if model.cfg.attn_only else 1)
+    cut = (possible_edges(model.cfg) & ~edges.cpu()).to(other)
+
+    def wrote(activation: Tensor, hook: HookPoint, layer: int = 0) -> None:
+        first = 1 + n_own * layer
+        if hook.name.endswith("hook_z"):
+            pattern = "batch pos head d_head, head d_head d_model -> head batch pos d_model"
+            result = einops.einsum(activation, model.blocks[layer].attn.W_O, pattern)
+            gap[first : first + n_heads] = other[first : first + n_heads] - result
+        else:
+            row = first + n_heads if hook.name.endswith("hook_mlp_out") else 0
+            gap[row] = other[row] - activation
+
+    fns: list[tuple[str, Any]] = [("blocks.0.hook_resid_pre", wrote)]
+    for layer in range(model.cfg.n_layers):
+        for place in ["attn.hook_z"] if model.cfg.attn_only else ["attn.hook_z", "hook_mlp_out"]:
+            fns.append((f"blocks.{layer}.{place}", partial(wrote, layer=layer)))
+    pattern = "sender receiver, sender batch pos d_model -> receiver batch pos d_model"
+    with hooks(model, fns):
+        return run_with_own_inputs(model, clean, lambda rows: einops.einsum(cut[:, rows], gap, pattern))
+
+
+def interchange_intervention(
+    model: Any,
+    base: Int[Tensor, "batch pos"],
+    source: Int[Tensor, "batch pos"],
+    name: str,
+    positions: Int[Tensor, " batch"],
+    directions: Float[Tensor, "direction d_model"],
+) -> Float[Tensor, "batch pos d_vocab"]:
+    """Run on `base` while one vector per prompt takes from the run on `source` its part along some directions.
+
+    The vector is the activation at hook point `name` (a residual stream, or anything else [batch pos d_model]) and at
+    `positions[i]` in prompt i, of base and source alike. Its projection on the directions' span becomes that of the
+    source's vector; what is orthogonal to them stays. No other position changes. Gradients flow to `directions`.
+    Raises ValueError unless the directions are orthonormal (their dot products within 1e-4 of 1 and 0).
+    Source: Geiger et al. 2021, 2023.
+    """
+    identity = torch.eye(len(directions), dtype=directions.dtype, device=directions.device)
+    if not torch.allclose(directions @ directions.T, identity, atol=1e-4):
+        raise ValueError("interchange_intervention: the directions must be orthonormal.")
+    with torch.no_grad():
+        _, cache = run_with_cache(model, source, names=name)
+    rows = torch.arange(len(base), device=base.device)
+
+    def swap(activation: Tensor, hook: HookPoint) -> Tensor:
+        swapped = activation.clone()
+        difference = cache[name][rows, positions] - activation[rows, positions]
+        swapped[rows, positions] = activation[rows, positions] + difference @ directions.T @ directions
+        return swapped
+
+    return run_with_hooks(model, base, hooks={name: swap})
+
+
+def align_direction(
+    model: Any,
+    base: Int[Tensor, "batch pos"],
+    source: Int[Tensor, "batch pos"],
+    name: str,
+    positions: Int[Tensor, " batch"],
+    metric: Metric,
+    generator: torch.Generator,
+    steps: int = 40,
+    lr: float = 0.05,
+    n_directions: int = 1,
+) -> Float[Tensor, "direction d_model"]:
+    """Learn directions along which an interchange makes the answer to `base` that which the metric is against.
+
+    `metric(logits)` is above 0 for each prompt whose answer is still that of `base`, and below 0 where it has changed.
+    Minimised is the mean of softplus(metric), by Adam, for `steps` steps on all prompts at once. The matrix that is
+    learned starts as standard normal draws from `generator`; the directions are the orthonormal rows that a QR
+    decomposition of its transpose gives. The model stays as it is, gradients included; the result has no graph.
+    A distributed alignment search (Geiger et al. 2023), in its smallest form.
+    """
+    device, d_model = base.device, model.cfg.d_model
+    raw = torch.randn(n_directions, d_model, generator=generator).to(device).requires_grad_()
+    optimiser = torch.optim.Adam([raw], lr=lr)
+    for _ in tqdm(range(steps), mininterval=1, desc=name):
+        directions = torch.linalg.qr(raw.T).Q.T
+        logits = interchange_intervention(model, base, source, name, positions, directions)
+        (raw.grad,) = torch.autograd.grad(nn.functional.softplus(metric(logits)).mean(), [raw])
+        optimiser.step()
+    return torch.linalg.qr(raw.detach().T).Q.T
