@@ -508,16 +508,16 @@ def align_direction(
     """Learn directions along which an interchange makes the answer to `base` that which the metric is against.
 
     `metric(logits)` is above 0 for each prompt whose answer is still that of `base`, and below 0 where it has changed.
-    Minimised is the mean of softplus(metric), by Adam, for `steps` steps on all prompts at once. The matrix that is
-    learned starts as standard normal draws from `generator`; the directions are the orthonormal rows that a QR
-    decomposition of its transpose gives. The model stays as it is, gradients included; the result has no graph.
+    Minimised is the mean of softplus(metric), by Adam (PyTorch's defaults but for `lr`), for `steps` steps on all
+    prompts at once. What is learned is a matrix that starts as `torch.randn(n_directions, d_model,
+    generator=generator)`, in the model's dtype; the directions are an orthonormal basis of its rows. The model stays as
+    it is, gradients included; the result has no graph.
     A distributed alignment search (Geiger et al. 2023), in its smallest form.
     """
-    device, d_model = base.device, model.cfg.d_model
-    raw = torch.randn(n_directions, d_model, generator=generator).to(device).requires_grad_()
+    raw = torch.randn(n_directions, model.cfg.d_model, generator=generator).to(model.embed.W_E).requires_grad_()
     optimiser = torch.optim.Adam([raw], lr=lr)
     for _ in tqdm(range(steps), mininterval=1, desc=name):
-        directions = torch.linalg.qr(raw.T).Q.T
+        directions = torch.linalg.qr(raw.T).Q.T  # learned freely, used orthonormal
         logits = interchange_intervention(model, base, source, name, positions, directions)
         (raw.grad,) = torch.autograd.grad(nn.functional.softplus(metric(logits)).mean(), [raw])
         optimiser.step()
