@@ -312,7 +312,7 @@ def edge_nodes(cfg: Any) -> tuple[dict[str, int], dict[str, int]]:
     LayerNorm. In a layer come first the queries of all heads, then all keys, all values, then the MLP.
     The stages are numbers, and an edge is there where the sender's stage is below that of the receiver.
     """
-    senders, receivers = {"embed": 0}, {}
+    senders, receivers = {"embed": 0}, dict[str, int]()
     heads = range(cfg.n_heads)
     for layer in range(cfg.n_layers):
         stage = 2 * layer + 1
@@ -415,7 +415,7 @@ def edge_attribution(
     for step in range(steps):
         added = torch.zeros_like(gradient, requires_grad=True)
         with hooks(model, {"hook_embed": lambda embed, hook, share=step / steps: embed + share * far}):
-            logits = run_with_own_inputs(model, clean, lambda rows, added=added: added[rows])
+            logits = run_with_own_inputs(model, clean, added.__getitem__)
         gradient += torch.autograd.grad(metric(logits).mean(), added)[0] / steps
     pattern = "sender batch pos d_model, receiver batch pos d_model -> sender receiver"
     return einops.einsum(other - own, gradient, pattern) * possible
