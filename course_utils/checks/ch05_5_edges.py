@@ -550,11 +550,9 @@ def check_align_direction(fn: Fn) -> None:
                 "there is one step too few.": (steps - 1, lr),
                 "`lr` is not used.": (steps, 0.05),
             }  # fmt: skip
-            mistakes: Wrong = {
-                hint: partial(span_of, number, place, n_directions, *search) for hint, search in searches.items()
-            } | {
-                "base and source are swapped.": partial(span_of, number, place, n_directions, steps, lr, backwards=True)
-            }
+            of = partial(span_of, number, place, n_directions)
+            mistakes: Wrong = {hint: partial(of, *search) for hint, search in searches.items()}
+            mistakes["base and source are swapped."] = partial(of, steps, lr, backwards=True)
             found = actual.T @ actual
             words = f"{label}: the projection on the directions"
             compare(words, found, right.T @ right, "d_model d_model", mistakes, rtol=1e-2, atol=2e-3)
