@@ -244,7 +244,7 @@ def check_edge_attribution(fn: Fn) -> None:
             right = known.scores(gradient) * known.there()
             mistakes = edge_mistakes(number, known, steps, gradient, right) | step_mistakes(number, known, steps)
             words = f"{name} {known.words}, steps={steps}"
-            compare(words, actual, right, EDGES, mistakes, rtol=1e-3, atol=2e-5)
+            compare(words, actual, right, EDGES, mistakes, rtol=1e-3, atol=1e-6)
             if actual.requires_grad:
                 raise CheckFailed(f"{words}: what it returns has a graph.\n  Next: differences need no gradients.")
 
@@ -306,7 +306,7 @@ def step_mistakes(number: int, known: Case, steps: int) -> Wrong:
     if steps == 1:
         return {}
 
-    def at(shares: list[float], times: float = 1.0) -> Callable[[], Tensor]:
+    def at(shares: list[float], times: int = 1) -> Callable[[], Tensor]:
         return lambda: known.scores(on_the_way(number, tuple(shares))) * known.there() * times
 
     return {
@@ -320,16 +320,16 @@ def step_mistakes(number: int, known: Case, steps: int) -> Wrong:
 
 
 def check_run_with_edges(fn: Fn) -> None:
-    """All edges, none, and some; entries where there is no edge are set at random."""
+    """Some edges, all, and none; entries where there is no edge are set at random."""
     name = "run_with_edges"
     for number in (0, 1):
         with case(number) as known:
             there = known.there()
             draws = torch.rand(there.shape, generator=torch.Generator().manual_seed(5))
             for words, edges in {
+                "some edges": draws > 0.4,
                 "all edges": there,
                 "no edges": draws.gt(0.5) & ~there,
-                "some edges": draws > 0.4,
             }.items():
                 with known.leaves_no_trace(name, edges=edges):
                     actual = fn(known.model, known.clean, known.corrupted, edges)
@@ -364,7 +364,6 @@ def kept_mistakes(known: Case, edges: Tensor) -> Wrong:
         "the other edges carry nothing; they carry what the senders write on the corrupted prompts.": lambda: (
             known.with_edges(edges, rest="nothing")
         ),
-        "only edges into the last LayerNorm are cut.": lambda: known.with_edges(of(lambda s, r: r == "final")),
         "edges into the last LayerNorm are never cut.": lambda: known.with_edges(of(lambda s, r: r != "final")),
         "edges from the embedding are never cut.": lambda: known.with_edges(of(lambda s, r: s != "embed")),
         "edges from the MLPs are never cut.": lambda: known.with_edges(of(lambda s, r: "mlp" not in s)),
