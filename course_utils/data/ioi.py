@@ -89,8 +89,11 @@ class IOIDataset:
                     f"IOIDataset: {' ' + name!r} is not one token here but {len(pieces)} ({pieces}); "
                     "leave it out of `names`, or take another tokenizer."
                 )
-        if len(set(names)) < 5:  # two in a prompt, and three others for its ABC corruption
-            raise ValueError(f"IOIDataset: it needs five different names or more, and got {len(set(names))}.")
+        # two in a prompt, and three others for its ABC corruption
+        if len(set(names)) < 5 + any("{X}" in template for template in templates):
+            raise ValueError(
+                f"IOIDataset: it needs five different names or more (six with {{X}}), and got {len(set(names))}."
+            )
         for template in templates:
             if not all(slot in template for slot in ("{A}", "{B}", "{S}")):
                 raise ValueError(f"IOIDataset: a template needs {{A}}, {{B}} and {{S}}, and {template!r} lacks one.")
@@ -207,4 +210,4 @@ def _common_length(tokenizer: Any, templates: tuple[str, ...]) -> int:
     """The number of tokens that every template has in reach, and the one that is rarest has most often."""
     rng = random.Random(0)
     tallies = [Counter(_length(fill(template, rng), tokenizer) for _ in range(60)) for template in templates]
-    return max(range(1, 60), key=lambda length: min(tally[length] for tally in tallies))
+    return max(range(1, 90), key=lambda length: min(tally[length] for tally in tallies))
