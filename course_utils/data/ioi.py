@@ -97,6 +97,8 @@ class IOIDataset:
         for template in templates:
             if not all(slot in template for slot in ("{A}", "{B}", "{S}")):
                 raise ValueError(f"IOIDataset: a template needs {{A}}, {{B}} and {{S}}, and {template!r} lacks one.")
+            if re.search(r"(?<! ){[ABSX]}", template):
+                raise ValueError(f"IOIDataset: a name needs a space before it, also in {template!r}.")
         self.tokenizer, self.names, self.seed = tokenizer, names, seed
         rng = random.Random(seed)
         length = _common_length(tokenizer, tuple(templates))

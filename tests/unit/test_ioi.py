@@ -181,6 +181,8 @@ def test_what_cannot_be_is_refused(tokenizer, dataset: IOIDataset) -> None:
         IOIDataset(4, tokenizer, seed=0, names=["Mary", "John", "Tom", "Mary", "John"])
     with pytest.raises(ValueError, match="six with"):
         IOIDataset(4, tokenizer, seed=0, names=["Mary", "John", "Tom", "Anna", "Paul"], templates=THIRD)
+    with pytest.raises(ValueError, match="a space before it"):
+        IOIDataset(4, tokenizer, seed=0, templates=["{A} met {B}. <then> {S} <gave> <thing> to"])
     with pytest.raises(ValueError, match="lacks one"):
         IOIDataset(4, tokenizer, seed=0, templates=["<when> {A} met {B}. Then {A} gave it to"])
     with pytest.raises(ValueError, match="is not one token"):
