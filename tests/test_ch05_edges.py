@@ -325,6 +325,7 @@ swapping("values are wrong", rows=lambda rows: rows.roll(1), surprise=True)
 swapping("values are wrong", exchange=lambda own, other, inside: own - (other - own) @ inside, surprise=True)
 swapping("values are wrong", exchange=lambda own, other, inside: (own + other) / 2 + 0 * own @ inside, surprise=True)
 swapping("a hook is left behind", leaves=True, surprise=True)
+swapping("others may hold", in_place=True, surprise=True)
 
 
 def searching(words: str, surprise: bool = False, **wrong: Any) -> None:
@@ -544,10 +545,29 @@ def test_cases_are_telling() -> None:
 
 
 # Changes after which the reference still does what its statement says.
-STILL_RIGHT: set[str] = set()
+STILL_RIGHT = {
+    "0 -> -1",  # of the one gradient that torch.autograd.grad returns; of a layer that the embedding has not
+    "0 -> 1",  # the latter
+    "possible_edges(model.cfg) & ~edges.cpu() -> ~edges.cpu()",  # unless attention and MLP are parallel: see above
+    "torch.zeros_like(other) -> other",  # each row is read once, before it is written
+    "run_with_cache(model, source, names=name) -> run_with_cache(model, source)",
+    "tqdm(range(steps), mininterval=1, desc=name) -> range(steps)",  # progress
+    "tqdm(range(steps), mininterval=1, desc=name) -> tqdm(range(steps), mininterval=1)",
+    "tqdm(range(steps), mininterval=1, desc=name) -> tqdm(range(steps), desc=name)",
+    "1 -> 0",  # seconds
+    "1 -> 2",
+}
+ON_A_GPU = {
+    "possible_edges(model.cfg).to(own.device) -> possible_edges(model.cfg)",
+    "edges.cpu() -> edges",
+    "torch.eye(len(directions), dtype=directions.dtype, device=directions.device)"
+    " -> torch.eye(len(directions), dtype=directions.dtype)",
+    "torch.arange(len(base), device=base.device) -> torch.arange(len(base))",
+}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("exercise", EXERCISES)
 def test_small_changes_of_the_reference_are_refused(exercise: str) -> None:
-    assert survivors(Path(inspect.getfile(ref)), exercise, CHECKS[exercise]) <= STILL_RIGHT
+    passed = survivors(Path(inspect.getfile(ref)), exercise, CHECKS[exercise])
+    assert passed <= STILL_RIGHT | ON_A_GPU

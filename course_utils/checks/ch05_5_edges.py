@@ -16,7 +16,7 @@ from course_utils.checks.modules import noise
 from course_utils.checks.plain import must_raise
 from course_utils.checks.small_model import SmallModel
 from course_utils.config import TransformerConfig
-from course_utils.hooks import ActivationCache, run_with_cache
+from course_utils.hooks import ActivationCache, HookPoint, hooks, run_with_cache
 
 Fn = Callable[..., Any]
 Version = Callable[[str, Tensor], Tensor]  # what a receiver reads, given its name and the stream
@@ -155,6 +155,22 @@ class Case:
                     f"{name}: it touched the gradients of the model's parameters, as at `{place}`.\n"
                     "  Next: torch.autograd.grad(output, inputs) returns gradients and stores none."
                 )
+
+    @contextmanager
+    def streams_stay(self, name: str) -> Iterator[None]:
+        """What others saw of the stream before a hook of the learner's must still be what they saw."""
+        seen: list[tuple[Tensor, Tensor]] = []
+
+        def note(resid: Tensor, hook: HookPoint) -> None:
+            seen.append((resid.detach(), resid.detach().clone()))
+
+        with hooks(self.model, {"blocks.*.hook_resid_p*": note}):
+            yield
+        if not all(torch.equal(now, before) for now, before in seen):
+            raise CheckFailed(
+                f"{name}: it writes into the activation itself, which others may hold.\n"
+                "  Next: `clone()` the activation in the hook, write into the clone, and return that."
+            )
 
 
 @cache
@@ -437,7 +453,11 @@ def check_interchange_intervention(fn: Fn) -> None:
             where = torch.tensor([2, 0, 3, 1][: len(known.clean)])
             rows = noise(n_directions, known.model.cfg.d_model, seed=7).to(known.weights.dtype)
             directions = orthonormal(*rows).requires_grad_()
-            with known.leaves_no_trace(name, positions=where, directions=directions), during(f"at {place}"):
+            with (
+                known.streams_stay(name),
+                known.leaves_no_trace(name, positions=where, directions=directions),
+                during(f"at {place}"),
+            ):
                 actual = fn(known.model, known.clean, known.corrupted, place, where, directions)
             run = partial(swapped, known, known.clean, known.corrupted, place)
             right = run(where, along(directions))
