@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import other_edges as other
+import other_transformer
 import pytest
 import torch
 from mistakes import Mistake, assert_known_and_unknown, assert_quick, assert_refused
@@ -495,6 +496,17 @@ def test_on_a_linear_model_the_scores_are_exact() -> None:
         change = metric(ref.run_with_edges(model, clean, corrupted, edges)).mean() - before
         torch.testing.assert_close(scores[sender, receiver], change)
     assert (scores != 0).sum() > 10
+
+
+def test_a_differently_written_transformer_gives_the_same() -> None:
+    ours = model_of("usual")
+    theirs = other_transformer.Transformer(ours.cfg).double()
+    theirs.load_state_dict(ours.state_dict())
+    clean, corrupted = two_texts()
+    edges = torch.rand(ref.possible_edges(ours.cfg).shape, generator=torch.Generator().manual_seed(6)) > 0.5
+    scores = [ref.edge_attribution(model, clean, corrupted, metric, steps=2) for model in (ours, theirs)]
+    torch.testing.assert_close(*scores)
+    torch.testing.assert_close(*(ref.run_with_edges(model, clean, corrupted, edges) for model in (ours, theirs)))
 
 
 def test_the_whole_space_is_a_patch_of_the_whole_vector() -> None:
