@@ -403,7 +403,8 @@ def edge_attribution(
 
     With more `steps` the gradient is the mean over as many runs on `clean`, whose `embed` is moved towards that of
     `corrupted` by 0, 1/steps, 2/steps, ... of the way; with one it is the clean run's.
-    The parameters' gradients stay as they are, and what is returned has no graph.
+    The parameters' gradients stay as they are, and what is returned has no graph. In memory there is one gradient of
+    the stream for each receiver: for a large model take few prompts at a time.
     Source: Syed et al. 2023; with steps, Hanna et al. 2024.
     """
     with torch.no_grad():

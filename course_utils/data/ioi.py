@@ -62,8 +62,8 @@ class IOIDataset:
 
     `tokens` [batch pos]; `io` and `s`, the token ids of the receiver and the giver [batch]; `positions`, a dictionary
     with where "IO", "S1" (the giver's first mention), "S1+1" (the token after it), "S2" (the second mention) and "END"
-    stand in each prompt [batch]; `texts`; `templates`, a number into `TEMPLATES` for each prompt [batch]; and `orders`,
-    a list of "ABBA" (receiver named first) and "BABA". `flipped` gives corrupted prompts of equal length.
+    stand in each prompt [batch]; `texts`; `templates`, a number into the templates for each prompt [batch]; and
+    `orders`, a list of "ABBA" (receiver named first) and "BABA". `flipped` gives corrupted prompts of equal length.
 
     Other `templates` may be given in the place of `TEMPLATES`, in the same notation: {A} and {B} are introduced, in
     this order, {S} gives, a <rule> becomes one of its phrases in the grammar. {X} is one more person, who has the same
