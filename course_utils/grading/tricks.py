@@ -6,6 +6,7 @@ verdict on one's own exercise.
 """
 
 import functools
+import operator
 import os
 import sys
 import sysconfig
@@ -25,7 +26,7 @@ WATCHED_ALONE = (
     "torch torch._tensor torch.functional torch.nn torch.nn.functional torch.nn.parameter torch.autograd torch.linalg "
     "torch.random torch.special torch.fft torch.optim"
 ).split()
-Entry = tuple[str, object, object]
+Entry = tuple[str, object, tuple[object, ...]]
 
 
 class Watch:
@@ -52,7 +53,7 @@ class Watch:
         found = []
         for place, space, entries in self.spaces:
             for name, value, inside in entries:
-                if space.get(name) is not value or (isinstance(value, FunctionType) and _inside(value) != inside):
+                if space.get(name) is not value or not all(map(operator.is_, inside, _inside(value))):
                     found.append(f"{place}.{name}")
         for place, space, known in self.closed:
             added = [name for name in space if name not in known and not isinstance(space[name], ModuleType)]
@@ -69,11 +70,13 @@ def _entries(space: Mapping[str, Any]) -> Iterator[Entry]:
         if isinstance(value, FunctionType):
             yield name, value, _inside(value)
         elif isinstance(value, property | staticmethod | classmethod) or callable(value):
-            yield name, value, None
+            yield name, value, ()
 
 
-def _inside(function: FunctionType) -> tuple[int, int, int]:
-    return id(function.__code__), id(function.__defaults__), id(function.__kwdefaults__)
+def _inside(value: object) -> tuple[object, ...]:
+    if not isinstance(value, FunctionType):
+        return ()
+    return value.__code__, value.__defaults__, value.__kwdefaults__
 
 
 # --- the reference solution -----------------------------------------------------------------------------------------
