@@ -5,8 +5,6 @@ cannot be carried out as it was given (no such chapter, a broken notebook), whic
 """
 
 import argparse
-import contextlib
-import io
 import os
 import re
 import shutil
@@ -19,18 +17,20 @@ import time
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
 from course_utils.notebook import (
     CourseError,
     chapters_folder,
     checkout,
-    exercise,
     load_notebook,
     read_notebook,
     verify_solutions,
     work_folder,
 )
+
+if TYPE_CHECKING:  # the checks import torch, and most commands need none
+    from course_utils.checks.verdict import Verdict
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -163,17 +163,10 @@ def listens(port: int) -> bool:
 # --- check and status -----------------------------------------------------------------------------------------------
 
 
-class Verdict(NamedTuple):
-    """What came of one exercise."""
-
-    state: str  # "correct", "wrong" or "not written yet"
-    message: str
-
-
-def judge(path: Path, chapter: str) -> Iterator[Verdict]:
+def judge(path: Path, chapter: str) -> "Iterator[Verdict]":
     """Check every exercise of a chapter in a notebook. Raises CourseError when the notebook is another one."""
-    from course_utils.checks import CheckFailed, NotWritten, find_checks
-    from course_utils.checks import check as check_one
+    from course_utils.checks import find_checks
+    from course_utils.checks.verdict import verdict
 
     symbols = find_checks().get(chapter, {})
     module = load_notebook(path, symbols)
@@ -182,15 +175,7 @@ def judge(path: Path, chapter: str) -> Iterator[Verdict]:
             f"{path} holds no exercise of chapter {chapter}: is it another chapter's, or another course's?"
         )
     for symbol in symbols:
-        try:
-            with contextlib.redirect_stdout(io.StringIO()):
-                check_one(exercise(module, symbol), symbol)
-        except NotWritten as error:
-            yield Verdict("not written yet", str(error))
-        except (CheckFailed, CourseError) as error:
-            yield Verdict("wrong", str(error))
-        else:
-            yield Verdict("correct", f"{symbol}: correct")
+        yield verdict(module, symbol)
 
 
 def check(chapter: str, notebook: Path | None) -> int:
