@@ -59,6 +59,8 @@ def main() -> None:
         os.dup2(nowhere, stream)
     _on_linux(PR_SET_DUMPABLE, 0)  # no process of the same user may look into this one
     _on_linux(PR_SET_CHILD_SUBREAPER, 1)  # what a notebook leaves behind comes to this process
+    if not boxed:
+        _on_linux(PR_SET_PDEATHSIG, signal.SIGKILL)  # in the sandbox, bubblewrap sees to that
     preload()
     from course_utils.grading.tricks import Watch
 
@@ -173,7 +175,7 @@ class Server:
         """Hand on what the process reports, until it ends (returns None) or has to be ended (returns why)."""
         begin = time.monotonic()
         deadline = begin + job.timeout
-        unread, heard = b"", 0
+        unread, heard, looked = b"", 0, begin
         while True:
             ready, _, _ = select.select([reports], [], [], 0.05)
             if ready:
@@ -194,10 +196,14 @@ class Server:
                         return "forged"
                     yield message
                     deadline = time.monotonic() + job.timeout
-            elif os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-                return None  # it has ended, though a process that it started holds the pipe open
-            if time.monotonic() > min(deadline, begin + job.total):
+            elif has_ended(child):
+                return None  # though a process that it started holds the pipe open
+            now = time.monotonic()
+            if now > min(deadline, begin + job.total):
                 return "time"
+            if now < looked + 0.05:
+                continue
+            looked = now
             if self.memory(child) > job.memory_mb * 2**20:
                 return "memory"
             if self.boxed:
@@ -242,6 +248,13 @@ class Server:
             if pid == child:
                 status = os.waitstatus_to_exitcode(state)
                 peak = usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def has_ended(child: int) -> bool:
+    """Whether it is over with a process that nobody has waited for yet; False where the system cannot say."""
+    if not hasattr(os, "waitid"):  # macOS
+        return False
+    return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
 def limit_resources(job: Job) -> None:
