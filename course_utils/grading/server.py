@@ -96,6 +96,8 @@ def preload() -> None:
                 kind.__new__(kind)._patch_step_function()
     chapters = [info.name for info in pkgutil.iter_modules(solutions.__path__) if info.name.startswith("ch")]
     extras = ["transformers.models.gpt2.modeling_gpt2", "transformers.tokenization_utils_tokenizers"]
+    # What an optimiser imports when it is made; it replaces torch.manual_seed, which should not look like a trick.
+    extras += ["torch._dynamo"]
     extras += ["einops._torch_specific", "course_utils.grading.worker"]
     for name in [*(f"solutions.{chapter}" for chapter in chapters), *extras]:
         with contextlib.suppress(ImportError):
