@@ -333,11 +333,16 @@ def file_name(submission: Submission) -> str:
 
 
 def grade_all(
-    submissions: list[Submission], out: Path, settings: Settings, on_result: Callable[[Result], None]
+    submissions: list[Submission],
+    out: Path,
+    settings: Settings,
+    on_result: Callable[[Result], None],
+    grade: Callable[[Submission, Settings], Result] = grade_one,
 ) -> list[Result]:
     """Grade them in parallel, keeping each result in `out` at once; with `settings.resume` those kept are not redone.
 
-    The results come in the order of the submissions; `on_result` hears of each as it is there.
+    The results come in the order of the submissions; `on_result` hears of each as it is there. `grade` grades one,
+    here or elsewhere (see `course_utils.grading.cluster`).
     """
     results: dict[int, Result] = {}
     todo = []
@@ -350,7 +355,7 @@ def grade_all(
             on_result(kept)
     pool = ThreadPoolExecutor(max(1, min(settings.jobs, len(todo))))
     try:
-        waiting = {pool.submit(grade_one, submissions[number], settings): number for number in todo}
+        waiting = {pool.submit(grade, submissions[number], settings): number for number in todo}
         for future in as_completed(waiting):
             result = future.result()
             save_part(out, result, settings)
