@@ -49,6 +49,10 @@ def main(argv: list[str] | None = None) -> int:
             from course_utils.retraining import train_again
 
             return train_again(args.name, args.out, args.device, args.steps)
+        if args.command == "grade":
+            from course_utils.grading.command import grade
+
+            return grade(args.submissions, args.out, args.jobs, args.resume, args.timeout, args.weights, args.scheduler)
         return {"build": build, "models": models}[args.command]()
     except CourseError as error:
         print(error, file=sys.stderr)
@@ -75,6 +79,14 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     add = commands.add_parser("run", help="run a chapter with the solutions in place")
     add.add_argument("chapter", metavar="NN", help="a chapter's number, such as 02")
     add.add_argument("--html", type=Path, metavar="OUT", help="write what came out to this file")
+    add = commands.add_parser("grade", help="check many learners' notebooks, each in a sandbox, and write a report")
+    add.add_argument("submissions", type=Path, help="a folder of notebooks or of learners' folders, or a zip of either")
+    add.add_argument("--out", type=Path, required=True, metavar="REPORT", help="the folder to write the report to")
+    add.add_argument("--jobs", type=int, metavar="N", help="how many notebooks at a time (default: one per core)")
+    add.add_argument("--resume", action="store_true", help="keep what an interrupted run has already graded")
+    add.add_argument("--timeout", type=float, default=20.0, metavar="S", help="seconds for one exercise (default: 20)")
+    add.add_argument("--weights", type=Path, metavar="FILE", help="points for exercises, instead of their difficulty")
+    add.add_argument("--scheduler", metavar="ADDRESS", help="a dask scheduler, whose workers do the work")
     commands.add_parser("build", help="build the notebooks from chapters/src and solutions (for authors)")
     add = commands.add_parser("models", help="the models that ship with the course; `models train NAME` repeats one")
     actions = add.add_subparsers(dest="action", metavar="ACTION")

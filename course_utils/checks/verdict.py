@@ -1,7 +1,7 @@
 """One exercise of a notebook, checked, and what came of it as a value: what `course check` and the grader share."""
 
 import contextlib
-import io
+import os
 import types
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ class Verdict(NamedTuple):
 def verdict(module: types.ModuleType, symbol: str) -> Verdict:
     """Check the exercise of that name in a loaded notebook."""
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
             check(exercise(module, symbol), symbol)
     except NotWritten as error:
         return Verdict("not written yet", str(error))

@@ -244,7 +244,7 @@ class Attempt:
                     loaded, cell = True, None
                     self.problems += [text(warning) for warning in warnings]
                 case {"kind": "unreadable", "message": str(why)} if not loaded:
-                    return self.give_up(text(why))
+                    self.give_up(text(why))
                 case {"kind": "start", "symbol": str(symbol)} if loaded and symbol in todo and symbol not in self.done:
                     current = symbol
                 case {"kind": "verdict", "symbol": str(symbol), "state": str(state), "message": str(what)} if (
@@ -265,8 +265,10 @@ class Attempt:
         """Blame the end of a process on what it was at."""
         todo = [symbol for symbol in self.symbols if symbol not in self.done]
         state, why = fate(message, self.settings)
-        if current in todo:
-            self.decide(current, state, f"{current}: {why}.", None)  # type: ignore[arg-type]
+        if not todo:
+            return
+        if current is not None:
+            self.decide(current, state, f"{current}: {why}.", None)
         elif not loaded and cell is not None and cell not in self.broken:
             self.broken[cell] = (state, why)
             self.problems.append(f"code cell {cell} was left out: {why}")
@@ -274,7 +276,7 @@ class Attempt:
             self.lost += 1  # perhaps it was no fault of this notebook
         elif not loaded:
             self.give_up(why, state)
-        elif todo and (message.get("why") or message.get("status")):
+        elif message.get("why") or message.get("status"):
             self.decide(todo[0], state, f"{todo[0]}: {why}.", None)  # between two exercises: by a thread of its own
 
     def decide(self, symbol: str, state: str, message: str, seconds: object) -> None:
@@ -283,7 +285,9 @@ class Attempt:
             if state == "wrong" and f"code cell {cell} of" in message and why in message:
                 state = reason
         if state == "cheated":
-            self.problems.append(message.splitlines()[0])
+            name, _, trick = message.splitlines()[0].partition(": ")
+            if not any(problem.endswith(trick) for problem in self.problems):
+                self.problems.append(f"{name}: {trick}")
         mistake = next((line.partition(CAUSE)[2] for line in message.splitlines() if CAUSE in line), None)
         took = round(seconds, 3) if isinstance(seconds, float) else self.settings.timeout * (state == "timed out")
         self.done[symbol] = ExerciseResult(symbol, state, message, mistake, took)

@@ -21,7 +21,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -88,8 +88,13 @@ def preload() -> None:
 
     torch.set_num_threads(1)
     find_checks()
+    for kind in vars(torch.optim).values():  # torch wraps `step` when a class is first used: let that be over
+        if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer):
+            with contextlib.suppress(AttributeError):
+                kind.__new__(kind)._patch_step_function()
     chapters = [info.name for info in pkgutil.iter_modules(solutions.__path__) if info.name.startswith("ch")]
-    extras = ["transformers.models.gpt2.modeling_gpt2", "course_utils.grading.worker", "einops._torch_specific"]
+    extras = ["transformers.models.gpt2.modeling_gpt2", "transformers.tokenization_utils_tokenizers"]
+    extras += ["einops._torch_specific", "course_utils.grading.worker"]
     for name in [*(f"solutions.{chapter}" for chapter in chapters), *extras]:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
@@ -118,8 +123,8 @@ class Server:
         notebook = folder / "handed in" / job.name
         notebook.write_bytes(content)
         if self.user is not None:
-            os.chmod(folder, 0o755)
             os.chown(folder / "work", self.user, self.user)
+        os.chmod(folder, 0o555)
         word = secrets.token_hex(16)
         reports, pipe = os.pipe()
         child = os.fork()
@@ -138,6 +143,7 @@ class Server:
         finally:
             os.close(reports)
             peak, status = self.clear(child)
+            os.chmod(folder, 0o755)
             shutil.rmtree(folder, ignore_errors=True)
         # What was left outside the notebook's own folder, the next one must not find: a new sandbox forgets it.
         clean = not self.boxed or set(os.listdir(tempfile.gettempdir())) <= self.files
@@ -163,7 +169,7 @@ class Server:
         broken = {int(number): why for number, why in job.broken.items()}
         Worker(job.chapter, job.symbols, broken, self.watch, pipe, word).run(notebook, job.todo)
 
-    def listen(self, job: Job, reports: int, child: int, word: str) -> Iterator[dict[str, Any]]:
+    def listen(self, job: Job, reports: int, child: int, word: str) -> Generator[dict[str, Any], None, str | None]:
         """Hand on what the process reports, until it ends (returns None) or has to be ended (returns why)."""
         begin = time.monotonic()
         deadline = begin + job.timeout

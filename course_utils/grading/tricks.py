@@ -6,6 +6,7 @@ verdict on one's own exercise.
 """
 
 import functools
+import operator
 import os
 import sys
 import sysconfig
@@ -25,7 +26,7 @@ WATCHED_ALONE = (
     "torch torch._tensor torch.functional torch.nn torch.nn.functional torch.nn.parameter torch.autograd torch.linalg "
     "torch.random torch.special torch.fft torch.optim"
 ).split()
-Entry = tuple[str, object, object, object]
+Entry = tuple[str, object, tuple[object, ...]]
 
 
 class Watch:
@@ -40,7 +41,7 @@ class Watch:
             entries = list(_entries(vars(module)))
             self.spaces.append((name, vars(module), entries))
             # Classes where they are at home, not at every place that imports them.
-            own = (value for _, value, _, _ in entries if isinstance(value, type))
+            own = (value for _, value, _ in entries if isinstance(value, type))
             classes.update({one: None for one in own if one.__module__ in names or one.__module__.startswith("torch")})
         for one in classes:
             self.spaces.append((f"{one.__module__}.{one.__qualname__}", vars(one), list(_entries(vars(one)))))
@@ -51,9 +52,8 @@ class Watch:
         """The names of what was replaced, such as `torch.isclose`."""
         found = []
         for place, space, entries in self.spaces:
-            for name, value, code, defaults in entries:
-                now = space.get(name)
-                if now is not value or (code is not None and (now.__code__ is not code or _defaults(now) != defaults)):  # type: ignore[attr-defined]
+            for name, value, inside in entries:
+                if space.get(name) is not value or not all(map(operator.is_, inside, _inside(value))):
                     found.append(f"{place}.{name}")
         for place, space, known in self.closed:
             added = [name for name in space if name not in known and not isinstance(space[name], ModuleType)]
@@ -68,13 +68,15 @@ def _ours(module: str) -> bool:
 def _entries(space: Mapping[str, Any]) -> Iterator[Entry]:
     for name, value in list(space.items()):
         if isinstance(value, FunctionType):
-            yield name, value, value.__code__, _defaults(value)
+            yield name, value, _inside(value)
         elif isinstance(value, property | staticmethod | classmethod) or callable(value):
-            yield name, value, None, None
+            yield name, value, ()
 
 
-def _defaults(function: FunctionType) -> tuple[int, int]:
-    return id(function.__defaults__), id(function.__kwdefaults__)
+def _inside(value: object) -> tuple[object, ...]:
+    if not isinstance(value, FunctionType):
+        return ()
+    return value.__code__, value.__defaults__, value.__kwdefaults__
 
 
 # --- the reference solution -----------------------------------------------------------------------------------------
