@@ -1,5 +1,8 @@
 """`pytest --notebook PATH` checks a learner's notebook with the tests that check the reference solutions."""
 
+import os
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -145,3 +148,31 @@ def small_course(tmp_path: Path) -> Path:
     (tmp_path / "solutions/ch07_toy.py").write_text(SOLUTIONS)
     (tmp_path / "chapters/src/07_toy.md").write_text(LESSON)
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def box() -> str:
+    """The name of the sandbox; without one, tests of it are skipped here, and fail where `.ci/run` asks for one."""
+    from course_utils.grading import sandbox
+
+    name, why = sandbox.choose()
+    if name == "none":
+        if os.environ.get("NEEDS_SANDBOX"):
+            pytest.fail(f"no sandbox: {why}")
+        pytest.skip(f"no sandbox: {why}")
+    return name
+
+
+@pytest.fixture(scope="session")
+def outside(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that no notebook may see, with a file in it."""
+    folder = tmp_path_factory.mktemp("outside")
+    (folder / "secret").write_text("nobody's business")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def port() -> Iterator[int]:
+    """Where somebody listens on this machine."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()[1]

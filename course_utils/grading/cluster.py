@@ -5,6 +5,7 @@ the sandbox. The extra `cluster` brings `distributed`, which only this module im
 """
 
 import contextlib
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import CancelledError
@@ -80,20 +81,20 @@ class Cluster:
 
     def wait_for(self, future: Any) -> Result:
         """What comes back; CourseError where nothing can come back any more."""
+        arrived = threading.Event()
+        future.add_done_callback(lambda _: arrived.set())
         last_seen = time.monotonic()
-        while True:
-            try:
-                return future.result(timeout=5)
-            except (OSError, CancelledError) as error:  # of which TimeoutError is one
-                if future.status == "error":  # it came from there
-                    raise
-                lost = self.client.status != "running" or not isinstance(error, TimeoutError)
+        while time.monotonic() - last_seen <= PATIENCE and self.client.status == "running":
+            if arrived.wait(5):
+                try:
+                    return future.result()
+                except (OSError, CancelledError):
+                    if future.status == "error":  # it came from there
+                        raise
+                    break
             with contextlib.suppress(OSError):
-                if not lost and self.client.nthreads():
-                    last_seen = time.monotonic()
-            if lost or time.monotonic() - last_seen > PATIENCE:
-                what = "The scheduler" if lost else "Every worker"
-                raise CourseError(f"{what} at {self.address} is gone. What was graded is kept: `--resume` goes on.")
+                last_seen = time.monotonic() if self.client.nthreads() else last_seen
+        raise CourseError(f"The cluster at {self.address} is gone. What was graded is kept: `--resume` goes on.")
 
 
 @contextlib.contextmanager
