@@ -1,6 +1,8 @@
 """`pytest --notebook PATH` checks a learner's notebook with the tests that check the reference solutions."""
 
 import os
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -159,3 +161,18 @@ def box() -> str:
             pytest.fail(f"no sandbox: {why}")
         pytest.skip(f"no sandbox: {why}")
     return name
+
+
+@pytest.fixture(scope="session")
+def outside(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that no notebook may see, with a file in it."""
+    folder = tmp_path_factory.mktemp("outside")
+    (folder / "secret").write_text("nobody's business")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def port() -> Iterator[int]:
+    """Where somebody listens on this machine."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()[1]

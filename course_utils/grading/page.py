@@ -165,11 +165,10 @@ def commonest(failed: Sequence[ExerciseResult]) -> str:
 
 
 def problems(results: Sequence[Result]) -> Iterator[str]:
-    """What was found about whole notebooks, and who tried a trick; the same words once, with all the names."""
+    """What was found about whole notebooks, tricks too; the same words once, with all the names."""
     found: dict[str, list[str]] = {}
     for result in results:
-        tricks = [f"{e.message.partition(chr(10))[0]} (cheated)" for e in result.exercises if e.state == "cheated"]
-        for words in [*result.problems, *tricks]:
+        for words in result.problems:
             found.setdefault(words, []).append(f"{result.learner} ({result.chapter})")
     if not found:
         yield "<p>None.</p>"

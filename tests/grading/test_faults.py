@@ -3,11 +3,9 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -45,21 +43,6 @@ def wait_until_gone(before: set[int]) -> set[int]:
             break
         time.sleep(0.1)
     return left
-
-
-@pytest.fixture(scope="module")
-def outside(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that no notebook may see, with a file in it."""
-    folder = tmp_path_factory.mktemp("outside")
-    (folder / "secret").write_text("nobody's business")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def port() -> Iterator[int]:
-    """Where somebody listens on this machine."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        yield server.getsockname()[1]
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from course_utils.grading.junit import junit
 from course_utils.grading.page import CELLS, commonest, failures, page
 from course_utils.grading.reports import write_reports
 from course_utils.grading.results import STATES, Result, Settings, course_exercises, from_json
-from course_utils.grading.text import LONGEST, clean, clean_name, clean_result, file_name
+from course_utils.grading.text import clean, clean_name, clean_result, file_name
 from course_utils.grading.weights import difficulty_weights, number, points, read_weights
 from course_utils.notebook import CourseError
 
@@ -109,7 +109,6 @@ def test_points_are_written_as_people_do(value: float, text: str) -> None:
 def test_control_characters_become_visible() -> None:
     assert clean("a\x00b\x1b[1m\r\n\tc\ud800\u202e") == "a\\x00b\\x1b[1m\n    c\\ud800\\u202e"
     assert clean_name("a\tb\nc\x00") == "a\\tb\\nc\\x00"
-    assert len(clean("x" * 10**6)) < LONGEST + 10
 
 
 @pytest.mark.parametrize("name", ["ada", "ada.lovelace", "group_7-b", "42"])
@@ -263,14 +262,13 @@ def test_the_exercises_that_people_fail_stand_first_with_their_commonest_mistake
     assert commonest([made_up(one, "wrong", m) for m in ("b", "a", "b", "a")]) == "2 × a"
 
 
-def test_tricks_and_problems_are_named_once_with_all_who_have_them() -> None:
+def test_problems_are_named_once_with_all_who_have_them() -> None:
     cheat = made_up("causal_mask", "cheated")
     learners = [
         dataclasses.replace(all_of("02", n, causal_mask=cheat), problems=("no kernel",)) for n in ("ada", "bob")
     ]
     text = Seen(page(learners, WEIGHTS)).text
-    assert text.count("no kernel") == 1 and text.count("ada (02), bob (02)") == 2
-    assert "causal_mask: the comparison was replaced. (cheated)" in text
+    assert text.count("no kernel") == 1 and "no kernelada (02), bob (02)" in text
 
 
 # --- all together ---------------------------------------------------------------------------------------------------

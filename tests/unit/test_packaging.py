@@ -14,7 +14,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-OURS = {"course_utils", "solutions", *(path.stem for path in (ROOT / "tests").glob("*.py"))}
+OURS = {"course_utils", "solutions", *(path.stem for path in (ROOT / "tests").rglob("*.py"))}
 
 
 def requirements(lines: list[str]) -> dict[str, SpecifierSet]:
@@ -26,6 +26,7 @@ def requirements(lines: list[str]) -> dict[str, SpecifierSet]:
 CORE = requirements(PYPROJECT["project"]["dependencies"])
 TEST = requirements(PYPROJECT["project"]["optional-dependencies"]["test"])
 BROWSER = requirements(PYPROJECT["project"]["optional-dependencies"]["browser"])
+CLUSTER = requirements(PYPROJECT["project"]["optional-dependencies"]["cluster"])
 
 
 def constraints() -> dict[str, SpecifierSet]:
@@ -55,7 +56,7 @@ def imported(folder: str) -> set[str]:
 def test_constraints_pin_every_requirement_exactly_and_within_its_range() -> None:
     pins = constraints()
     assert {str(pin)[:2] for pin in pins.values()} == {"=="}
-    for name, allowed in (CORE | TEST | BROWSER).items():
+    for name, allowed in (CORE | TEST | BROWSER | CLUSTER).items():
         version = str(pins[name]).removeprefix("==")
         assert version in allowed, f"{name}: constraints.txt has {version}, pyproject.toml asks for {allowed}"
 
@@ -70,7 +71,7 @@ def test_environment_names_the_same_packages_and_ranges() -> None:
     assert environment == CORE | TEST
 
 
-@pytest.mark.parametrize("name", sorted(CORE | TEST | BROWSER))
+@pytest.mark.parametrize("name", sorted(CORE | TEST | BROWSER | CLUSTER))
 def test_every_requirement_says_why(name: str) -> None:
     lines = (ROOT / "pyproject.toml").read_text(encoding="utf-8").splitlines()
     (line,) = [line for line in lines if re.match(rf'\s+"{name}[<>=]', line)]
@@ -79,7 +80,12 @@ def test_every_requirement_says_why(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("folder", "declared"),
-    [("course_utils", CORE), ("solutions", CORE), ("tests", CORE | TEST | BROWSER), ("benchmarks", CORE | TEST)],
+    [
+        ("course_utils", CORE | CLUSTER),
+        ("solutions", CORE),
+        ("tests", CORE | TEST | BROWSER | CLUSTER),
+        ("benchmarks", CORE | TEST),
+    ],
 )
 def test_every_import_is_declared(folder: str, declared: dict[str, SpecifierSet]) -> None:
     distributions = packages_distributions()
