@@ -80,6 +80,12 @@ def test_many_files_and_a_full_disk_are_stopped(box: str):
     assert (result.state, "No space left" in result.message) == ("wrong", True)
 
 
+def test_waiting_ends_too_though_it_is_no_work(box: str):
+    result = grade_one(submission(doing("import time; time.sleep(600)")), Settings(sandbox=box, timeout=2))
+    assert first(result).state == "timed out"
+    assert first(result).seconds >= 2
+
+
 @pytest.mark.parametrize("path", SOLUTIONS, ids=lambda path: path.stem)
 def test_right_answers_are_under_no_suspicion(box: str, path: Path):
     chapter = path.stem[:2]
