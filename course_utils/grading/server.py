@@ -91,18 +91,19 @@ def preload() -> None:
 
     torch.set_num_threads(1)
     find_checks()
-    for kind in vars(torch.optim).values():  # torch wraps `step` when a class is first used: let that be over
-        if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer):
-            with contextlib.suppress(AttributeError):
-                kind.__new__(kind)._patch_step_function()
     chapters = [info.name for info in pkgutil.iter_modules(solutions.__path__) if info.name.startswith("ch")]
-    extras = ["transformers.models.gpt2.modeling_gpt2", "transformers.tokenization_utils_tokenizers"]
+    extras = ["course_utils.plots", "course_utils.grading.worker", "plotly.graph_objects", "einops._torch_specific"]
+    extras += ["transformers.models.gpt2.modeling_gpt2", "transformers.tokenization_utils_tokenizers"]
     # What an optimiser imports when it is made; it replaces torch.manual_seed, which should not look like a trick.
     extras += ["torch._dynamo"]
-    extras += ["einops._torch_specific", "course_utils.grading.worker"]
     for name in [*(f"solutions.{chapter}" for chapter in chapters), *extras]:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
+    kinds = [torch.optim.Optimizer]
+    for kind in kinds:  # torch wraps `step` when a class is first used: let that be over
+        kinds += kind.__subclasses__()
+        with contextlib.suppress(AttributeError):
+            kind.__new__(kind)._patch_step_function()
 
 
 def _on_linux(option: int, value: int) -> None:
