@@ -32,7 +32,8 @@ from course_utils.grading.results import (
 )
 from course_utils.notebook import CourseError
 
-WHOLE = 10  # a notebook may take that many times the time of one exercise
+WHOLE = 10  # a notebook may take that many times the processor time of one exercise
+IDLE = 3  # and on the clock that many times more
 PATIENCE = 30.0  # seconds after which a server that should have ended a process is itself ended
 LONGEST_MESSAGE = 5_000
 LARGEST_NOTEBOOK = 200 * 2**20
@@ -43,7 +44,6 @@ SIGNALS = {
     8: "SIGFPE",
     9: "SIGKILL",
     11: "SIGSEGV",
-    24: "SIGXCPU",
     25: "SIGXFSZ",
 }
 
@@ -190,6 +190,7 @@ class Attempt:
         self.broken: dict[int, tuple[str, str]] = {}  # cells to leave out: the state and the reason
         self.problems: list[str] = []
         self.peak: float | None = None
+        self.worked = 0.0  # seconds of processor time
         self.lost = 0
 
     def grade(self, server: Server) -> Result:
@@ -203,13 +204,13 @@ class Attempt:
             self.give_up(f"{self.submission.path.name} cannot be read: {error.strerror}")
         if len(content) > LARGEST_NOTEBOOK:
             self.give_up(f"{self.submission.path.name} is larger than {LARGEST_NOTEBOOK // 2**20} MB")
-        whole = WHOLE * self.settings.timeout
+        work = WHOLE * self.settings.timeout
         while todo := [symbol for symbol in self.symbols if symbol not in self.done]:
-            left = begin + whole - time.monotonic()
-            if left <= 0:
-                self.give_up(f"not finished after {whole:g} s, so it was stopped", "timed out")
+            left = begin + IDLE * work - time.monotonic()
+            if left <= 0 or self.worked >= work:
+                self.give_up(f"not finished after {work:g} s, so it was stopped", "timed out")
                 break
-            self.go_on(server, content, todo, left)
+            self.go_on(server, content, todo, work - self.worked, left)
         return Result(
             learner=self.submission.learner,
             chapter=self.submission.chapter,
@@ -220,7 +221,7 @@ class Attempt:
             peak_mb=self.peak,
         )
 
-    def go_on(self, server: Server, content: bytes, todo: list[str], left: float) -> None:
+    def go_on(self, server: Server, content: bytes, todo: list[str], work: float, total: float) -> None:
         """Check what is left in a new process, which decides an exercise or leaves one more cell out."""
         job = {
             "chapter": self.submission.chapter,
@@ -230,7 +231,8 @@ class Attempt:
             "name": file_name(self.submission),
             "size": len(content),
             "timeout": self.settings.timeout,
-            "total": left,
+            "work": work,
+            "total": total,
             "memory_mb": self.settings.memory_mb,
         }
         cell: int | None = None
@@ -252,11 +254,14 @@ class Attempt:
                 ):
                     self.decide(symbol, state, text(what), message.get("seconds"))
                     current = None
-                case {"kind": "fault"}:
-                    pass  # the process could not go on; the end comes next
+                case {"kind": "fault", "message": str(why)}:
+                    if not loaded and cell is None:
+                        self.give_up(f"{file_name(self.submission)} cannot be loaded: {text(why)}")
                 case {"kind": "end" | "lost"}:
                     if isinstance(message.get("peak_mb"), int | float):
                         self.peak = round(max(self.peak or 0.0, message["peak_mb"]), 1)
+                    if isinstance(message.get("work"), int | float):
+                        self.worked += message["work"]
                     self.end(message, cell, current, loaded)
                 case _:
                     self.end({"kind": "end", "why": "forged"}, cell, current, loaded)
@@ -304,7 +309,7 @@ def fate(message: dict[str, Any], settings: Settings) -> tuple[str, str]:
     """The state and the reason for what a process was at when it ended."""
     status = message.get("status")
     match message.get("why"), status:
-        case "time", _:
+        case ("time", _) | (_, -24):  # SIGXCPU
             return "timed out", f"not finished after {settings.timeout:g} s, so it was stopped"
         case "memory", _:
             return "error", f"it used more than {settings.memory_mb} MB of memory, so it was stopped"

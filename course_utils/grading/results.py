@@ -45,8 +45,8 @@ class Submission:
 class Settings:
     """How to grade. What can change a verdict is part of each result's key."""
 
-    # Seconds of processor time for one exercise, so that a busy machine changes no verdict. On the clock it may take
-    # three times as long, and a whole notebook ten times.
+    # Seconds of processor time for one exercise, so that a busy machine changes no verdict. A whole notebook may take
+    # ten times that, and either of them three times as long on the clock.
     timeout: float = 20.0
     memory_mb: int = 2048  # beyond what the libraries take
     sandbox: str = "none"  # "bubblewrap" or "none": see course_utils.grading.sandbox

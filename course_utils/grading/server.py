@@ -45,6 +45,7 @@ class Job(NamedTuple):
     name: str  # of the notebook's file
     size: int  # of the notebook's content, in bytes
     timeout: float  # seconds of processor time for one statement or one exercise
+    work: float  # seconds of processor time for everything
     total: float  # seconds on the clock for everything
     memory_mb: int
 
@@ -137,6 +138,7 @@ class Server:
         if child == 0:
             try:
                 os.close(reports)
+                pipe = os.dup2(pipe, 3)
                 self.become_worker(job, folder / "work", notebook, pipe, word)
             except BaseException as error:
                 with contextlib.suppress(BaseException):
@@ -148,18 +150,17 @@ class Server:
             why = yield from self.listen(job, reports, child, word)
         finally:
             os.close(reports)
-            peak, status = self.clear(child)
+            peak, work, status = self.clear(child)
             os.chmod(folder, 0o755)
             shutil.rmtree(folder, ignore_errors=True)
         # What was left outside the notebook's own folder, the next one must not find: a new sandbox forgets it.
         clean = not self.boxed or set(os.listdir(tempfile.gettempdir())) <= self.files
-        yield {"kind": "end", "why": why, "status": status, "peak_mb": peak, "clean": clean}
+        yield {"kind": "end", "why": why, "status": status, "peak_mb": peak, "work": work, "clean": clean}
 
     def become_worker(self, job: Job, folder: Path, notebook: Path, pipe: int, word: str) -> None:
         """In the new process: give up what the notebook must not have, then check it."""
         os.setsid()
-        pipe = os.dup2(pipe, 3)
-        os.closerange(4, 65536)
+        os.closerange(pipe + 1, 65536)
         os.chdir(folder)
         os.environ.update(HOME=str(folder), TMPDIR=str(folder))
         tempfile.tempdir = None
@@ -236,9 +237,9 @@ class Server:
             own |= more
         return {pid: seconds[pid] for pid in own if pid != os.getpid()}
 
-    def clear(self, child: int) -> tuple[float, int]:
-        """End every process that is left; returns the peak of the first one in MB, and how it ended (as subprocess)."""
-        peak, status = 0.0, 0
+    def clear(self, child: int) -> tuple[float, float, int]:
+        """End every process that is left; returns the first one's peak in MB, its seconds, and how it ended."""
+        peak, work, status = 0.0, 0.0, 0
         while True:
             if self.boxed:
                 with contextlib.suppress(ProcessLookupError):
@@ -250,9 +251,9 @@ class Server:
             try:
                 pid, state, usage = os.wait4(-1, 0)
             except ChildProcessError:
-                return peak, status
+                return peak, work, status
             if pid == child:
-                status = os.waitstatus_to_exitcode(state)
+                status, work = os.waitstatus_to_exitcode(state), usage.ru_utime + usage.ru_stime
                 peak = usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
@@ -270,7 +271,7 @@ def limit_resources(job: Job) -> None:
         space = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     limits = {
         resource.RLIMIT_AS: space + job.memory_mb * 2**20,
-        resource.RLIMIT_CPU: int(job.total) + 5,
+        resource.RLIMIT_CPU: int(job.work) + 1,
         resource.RLIMIT_FSIZE: LARGEST_FILE,
         resource.RLIMIT_CORE: 0,
         resource.RLIMIT_NPROC: MOST_PROCESSES,

@@ -40,6 +40,7 @@ class Worker:
         self.pipe = pipe
         self.word = word
         self.tricks: list[str] = []
+        self.dirty = False  # after a trick in a check, for the checks to come
         # By the time it is needed, a learner's code may have replaced these.
         self.write, self.dumps, self.clock = os.write, json.JSONEncoder().encode, time.perf_counter
         self.who, self.leave, self.process = os.getpid, os._exit, os.getpid()
@@ -53,7 +54,7 @@ class Worker:
             rest = rest[self.write(self.pipe, rest) :]
 
     def run(self, path: Path, todo: list[str]) -> None:
-        """Load the notebook and check the exercises in `todo`; ends early after a trick, in a spoilt process."""
+        """Load the notebook and check the exercises in `todo`; ends early where a trick has spoilt the process."""
         self.prepare(path)
         try:
             module = load_notebook(path, self.symbols)
@@ -70,7 +71,7 @@ class Worker:
             state, message = self.judge(module, symbol, spoilt)
             seconds = self.clock() - start
             self.tell("verdict", symbol=symbol, state=state, message=message[:LONGEST], seconds=seconds)
-            if state == "cheated" and not spoilt:
+            if self.dirty:
                 return
 
     def prepare(self, path: Path) -> None:
@@ -119,6 +120,7 @@ class Worker:
         except BaseException as error:  # SystemExit in the learner's code, or a fault in the check
             given = Verdict("error", f"{symbol}: the check ended with {type(error).__name__}: {error}")
         trick = self.found()
+        self.dirty = trick is not None
         return Verdict("cheated", _cheated(symbol, trick)) if trick else given
 
 

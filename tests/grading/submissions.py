@@ -150,9 +150,10 @@ def _honest() -> list[Case]:
 def _stuck() -> list[Case]:
     fault = {"attention_scores": "timed out"}
     hang = "class Slow:\n    while True:\n        pass\n"
+    slow = replaced(untouched(), written() | {"greedy": hang + function("greedy", ANSWERS["greedy"])})
     return [
         Case("endless loop", doing("while True:\n    pass"), RIGHT | fault, "not finished", lasts=True),
-        Case("endless cell", packed(with_code(hang)), RIGHT, "was left out", lasts=True),
+        Case("endless cell", packed(slow), RIGHT | {"greedy": "timed out"}, "was left out", about="greedy", lasts=True),
         Case("recursion", doing("attention_scores(q, k)"), RIGHT | {"attention_scores": "wrong"}, "RecursionError"),
     ]
 
@@ -253,7 +254,9 @@ def _damaged() -> list[Case]:
     magics = "%matplotlib inline\n!rm -rf ~\nfiles = !ls\n%%time\n"
     syntax = replaced(untouched(), written() | {"greedy": "def greedy(logits):\n    return (logits"})
     noise = "import random, os\nq = q + random.random() + int.from_bytes(os.urandom(2), 'big')"
+    deep = b'{"cells": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
     return [
+        Case("nested deeply", deep, broken, "cannot be"),
         Case("no JSON", packed(partly)[:-2000], broken, "cannot be read as a notebook"),
         Case("empty file", b"", broken, "cannot be read as a notebook"),
         Case("wrong encoding", packed(partly).decode().encode("utf-16"), broken, "cannot be read as a notebook"),

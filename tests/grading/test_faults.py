@@ -1,5 +1,6 @@
 """Forty-odd submissions, right, wrong and hostile: each gets the states it should, in every run, and hurts nobody."""
 
+import contextlib
 import json
 import os
 import signal
@@ -22,23 +23,24 @@ NAMES = [case.learner for case in submissions.cases(Path("/nowhere"), 0)]
 TIMEOUT = 12.0
 
 
-def running() -> set[int]:
-    """The grading servers on this machine, outside and inside their sandboxes, and what they have started."""
-    found = set()
+def family(process: int) -> set[tuple[int, str]]:
+    """What a process has started, directly or not, and what is there still: numbers, and when each began."""
+    parents, begun = {}, {}
     for entry in os.listdir("/proc"):
-        try:
-            words = Path(f"/proc/{entry}/cmdline").read_bytes()
-        except (OSError, ValueError):
-            continue
-        if entry.isdigit() and b"course_utils.grading.server" in words:
-            found.add(int(entry))
-    return found
+        if entry.isdigit():
+            with contextlib.suppress(OSError):
+                fields = Path(f"/proc/{entry}/stat").read_text(errors="replace").rpartition(")")[2].split()
+                parents[int(entry)], begun[int(entry)] = int(fields[1]), fields[19]
+    own = {process}
+    while more := {pid for pid, parent in parents.items() if parent in own} - own:
+        own |= more
+    return {(pid, begun[pid]) for pid in own - {process} if pid in begun}
 
 
-def wait_until_gone(before: set[int]) -> set[int]:
-    """The servers that are there still after a while, and were not `before`."""
+def left_of(processes: set[tuple[int, str]]) -> set[tuple[int, str]]:
+    """Those that are there still after a while."""
     for _ in range(100):
-        left = running() - before
+        left = processes & family(0)
         if not left:
             break
         time.sleep(0.1)
@@ -59,11 +61,12 @@ def folder(cases: dict[str, Case], tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture(scope="module")
 def graded(box: str, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
-    before = running()
-    settings = Settings(timeout=TIMEOUT, sandbox=box, jobs=2)
+    settings, started = Settings(timeout=TIMEOUT, sandbox=box, jobs=2), set()
     with collected(folder) as found:
-        results = grade_all(found.submissions, tmp_path_factory.mktemp("first"), settings, lambda _: None)
-    assert not wait_until_gone(before)
+        out = tmp_path_factory.mktemp("first")
+        results = grade_all(found.submissions, out, settings, lambda _: started.update(family(os.getpid())))
+    assert len(started) >= 4
+    assert not left_of(started)
     return {result.learner: result for result in results}
 
 
@@ -97,7 +100,7 @@ def test_memory_stays_within_bounds(graded: dict[str, Result]):
 
 
 def test_the_same_again_after_a_kill_and_resume(graded: dict[str, Result], folder: Path, tmp_path: Path):
-    out, before = tmp_path / "report", running()
+    out = tmp_path / "report"
     command = [sys.executable, "-m", "course_utils.cli", "grade", str(folder), "--out", str(out), "--jobs", "2"]
     command += ["--timeout", str(TIMEOUT)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -107,10 +110,12 @@ def test_the_same_again_after_a_kill_and_resume(graded: dict[str, Result], folde
         while len(list((out / "parts").glob("*.json"))) < 15 and time.monotonic() < deadline:
             assert first.poll() is None
             time.sleep(0.1)
+        started = family(first.pid)
     finally:
         first.send_signal(signal.SIGKILL)
         first.wait()
-    assert not wait_until_gone(before)
+    assert len(started) >= 4
+    assert not left_of(started)
     kept = {path: path.stat().st_mtime_ns for path in (out / "parts").glob("*.json")}
     assert 15 <= len(kept) < len(NAMES)
     assert not (out / "results.json").exists()
@@ -118,7 +123,6 @@ def test_the_same_again_after_a_kill_and_resume(graded: dict[str, Result], folde
     second = subprocess.run([*command, "--resume"], env=environment, capture_output=True, text=True)
     assert second.returncode == 0, second.stderr
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
-    assert not wait_until_gone(before)
     again = {result.learner: result for result in from_json(json.loads((out / "results.json").read_text()))}
     assert again.keys() == graded.keys()
     for name, result in again.items():
