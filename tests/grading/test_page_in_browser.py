@@ -1,4 +1,4 @@
-"""The teacher's page in a real browser: its heat map is drawn, sorting and searching work, nobody is asked for anything.
+"""The teacher's page in a real browser: its heat map is drawn, it sorts and searches, and it asks nobody for anything.
 
 `make test-browser` runs this; it needs Debian's chromium and the extra `browser`.
 """
