@@ -1,7 +1,8 @@
 """The command `course`: open the chapters, check what you wrote, run the solutions, build the notebooks.
 
-Exit codes: 0 all is well; 1 an exercise is wrong or not written, a cell failed, a lesson has problems; 2 the command
-cannot be carried out as it was given (no such chapter, a broken notebook), which one sentence explains.
+Exit codes: 0 all is well (`grade`: the report is written, whatever is in it); 1 an exercise is wrong or not written, a
+cell failed, a lesson has problems; 2 the command cannot be carried out as it was given (no such chapter, a broken
+notebook), which one sentence explains.
 """
 
 import argparse
@@ -84,7 +85,9 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     add.add_argument("--out", type=Path, required=True, metavar="REPORT", help="the folder to write the report to")
     add.add_argument("--jobs", type=int, metavar="N", help="how many notebooks at a time (default: one per core)")
     add.add_argument("--resume", action="store_true", help="keep what an interrupted run has already graded")
-    add.add_argument("--timeout", type=float, default=20.0, metavar="S", help="seconds for one exercise (default: 20)")
+    add.add_argument(
+        "--timeout", type=float, default=20.0, metavar="S", help="seconds of work for one exercise (default: 20)"
+    )
     add.add_argument("--weights", type=Path, metavar="FILE", help="points for exercises, instead of their difficulty")
     add.add_argument("--scheduler", metavar="ADDRESS", help="a dask scheduler, whose workers do the work")
     commands.add_parser("build", help="build the notebooks from chapters/src and solutions (for authors)")

@@ -54,5 +54,5 @@ def grade(
 
             results = grade_all(submissions, out, settings, on_result, way)
     page = write_reports(out, results, worth, settings)
-    print(f"{len(results)} notebooks graded; the report: {page}")
+    print(f"{len(results)} notebook{'s' * (len(results) != 1)} graded; the report: {page}")
     return 0

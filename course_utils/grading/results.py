@@ -45,9 +45,11 @@ class Submission:
 class Settings:
     """How to grade. What can change a verdict is part of each result's key."""
 
-    timeout: float = 20.0  # seconds of wall time for one exercise; a whole notebook gets ten times that
+    # Seconds of processor time for one exercise, so that a busy machine changes no verdict. On the clock it may take
+    # three times as long, and a whole notebook ten times.
+    timeout: float = 20.0
     memory_mb: int = 2048  # beyond what the libraries take
-    sandbox: str = "none"  # "bubblewrap", "user namespaces" or "none": see course_utils.grading.sandbox
+    sandbox: str = "none"  # "bubblewrap" or "none": see course_utils.grading.sandbox
     jobs: int = 2
     resume: bool = False
 

@@ -45,6 +45,7 @@ class Watch:
             classes.update({one: None for one in own if one.__module__ in names or one.__module__.startswith("torch")})
         for one in classes:
             self.spaces.append((f"{one.__module__}.{one.__qualname__}", vars(one), list(_entries(vars(one)))))
+        self.classes = [(one, set(vars(one))) for one in classes]
         # A function added to the course's modules would come before the builtin of that name.
         self.closed = [(name, vars(sys.modules[name]), set(vars(sys.modules[name]))) for name in names if _ours(name)]
 
@@ -53,8 +54,14 @@ class Watch:
         found = []
         for place, space, entries in self.spaces:
             for name, value, inside in entries:
-                if space.get(name) is not value or not all(map(operator.is_, inside, _inside(value))):
+                if space.get(name) is not value or (inside and not all(map(operator.is_, inside, _inside(value)))):
                     found.append(f"{place}.{name}")
+        for one, known in self.classes:
+            if len(vars(one)) != len(known):  # a method that hides an inherited one
+                inherited = set().union(*(vars(base) for base in one.__mro__[1:]))
+                found += [
+                    f"{one.__module__}.{one.__qualname__}.{name}" for name in (vars(one).keys() - known) & inherited
+                ]
         for place, space, known in self.closed:
             added = [name for name in space if name not in known and not isinstance(space[name], ModuleType)]
             found += [f"{place}.{name}" for name in added if callable(space[name])]

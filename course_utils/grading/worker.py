@@ -21,6 +21,7 @@ from course_utils.checks.verdict import Verdict, verdict
 from course_utils.grading.tricks import Watch, guard, reference_behind
 from course_utils.notebook import CourseError, cell_name, exercise, load_notebook
 
+LONGEST = 10_000  # characters of a message; an exception's own text may have millions
 TELLING = re.compile(r", line \w+: (\w*SyntaxError|IndentationError|TabError|ImportError|ModuleNotFoundError): ")
 
 
@@ -62,12 +63,13 @@ class Worker:
         spoilt = self.found()
         # Other errors there are in every notebook: statements that read what a demo, which is not run, would bind.
         telling = [error for error in module.__cell_errors__.values() if TELLING.search(error)]
-        self.tell("loaded", warnings=telling[:10])
+        self.tell("loaded", warnings=[error[:LONGEST] for error in telling[:10]])
         for symbol in todo:
             self.tell("start", symbol=symbol)
             start = self.clock()
             state, message = self.judge(module, symbol, spoilt)
-            self.tell("verdict", symbol=symbol, state=state, message=message, seconds=self.clock() - start)
+            seconds = self.clock() - start
+            self.tell("verdict", symbol=symbol, state=state, message=message[:LONGEST], seconds=seconds)
             if state == "cheated" and not spoilt:
                 return
 

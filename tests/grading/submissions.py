@@ -126,7 +126,7 @@ def _honest() -> list[Case]:
     }
     causes = {
         "attention_scores": "the division by sqrt(d_head) is left out.",
-        "causal_mask": None,
+        "causal_mask": "future scores are -1e+09, a finite number",
         "gelu_new": "it is the exact GELU",
         "greedy": "the smallest logit",
     }
@@ -175,7 +175,7 @@ def _hostile(outside: Path, port: int) -> list[Case]:
     deleting = """\
         import shutil, course_utils
         from pathlib import Path
-        for folder in ("/tmp", "/root", "/home", Path.home(), Path.cwd(), Path(course_utils.__file__).parent):
+        for folder in ("/tmp", "/home", Path.home(), Path.cwd(), Path(course_utils.__file__).parent):
             shutil.rmtree(folder, ignore_errors=True)"""
     return [
         bad("memory bomb", "x = bytearray(10**10)", "wrong", "MemoryError"),
