@@ -93,4 +93,4 @@ if __name__ == "__main__":
     draw(two_steps(), here / "induction.png", 1000, 330)
     draw(one_head(), here / "attention.png", 900, 790)
     with tempfile.TemporaryDirectory() as folder:
-        photograph(teachers_page(Path(folder)), here / "heat_map.png", 1180, 1560)
+        photograph(teachers_page(Path(folder)), here / "heat_map.png", 1180, 1900)

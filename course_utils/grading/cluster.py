@@ -124,7 +124,7 @@ def connect(address: str) -> Iterator[Cluster]:
             "`--scheduler` needs the package `distributed`: pip install 'circuits-from-scratch[cluster]'."
         ) from None
     try:
-        client = Client(address, timeout=10, set_as_default=False)  # type: ignore[no-untyped-call]
+        client = Client(address, timeout=10, set_as_default=False)
     except (OSError, ValueError) as error:
         raise CourseError(f"No scheduler answers at {address} ({error}): start one with `dask scheduler`.") from None
     with client:

@@ -22,6 +22,7 @@ from course_utils.grading.results import Result, Settings, Submission, course_ex
 from course_utils.notebook import CourseError
 
 CHAPTER = "02"
+pytest.importorskip("distributed", reason="distributed is not installed (extra `cluster`)")
 
 
 class Local(NamedTuple):
