@@ -18,7 +18,7 @@ test: $(VENV)/.test  ## set up, run the whole suite, then every cell of the solu
 	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout 600 solutions/*.ipynb
 
 test-browser: $(VENV)/.browser  ## see in a real browser, without network, that pictures are drawn (needs Debian's chromium)
-	$(BIN)/python -m pytest -m browser tests/test_browser.py $(ARGS)
+	$(BIN)/python -m pytest -m browser tests/test_browser.py tests/grading/test_page_in_browser.py $(ARGS)
 
 # Without the suite's options: the shape checks at every call would be timed too.
 bench: $(VENV)/.test  ## measure speed against transformers and torch, and print the ratios
@@ -35,8 +35,8 @@ format: $(VENV)/.test  ## put the code into the one format
 
 setup: $(VENV)/.test  ## only the environment, with what the tests need
 
-EXTRAS.test := [test]
-EXTRAS.browser := [test,browser]
+EXTRAS.test := [test,cluster]
+EXTRAS.browser := [test,cluster,browser]
 
 # Installs again only when a requirement or a pin is newer than the stamp. Each includes the one before: the core, the
 # extra `test`, the extra `browser`.

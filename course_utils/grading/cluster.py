@@ -5,11 +5,12 @@ the sandbox. The extra `cluster` brings `distributed`, which only this module im
 """
 
 import contextlib
+import pickle
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import CancelledError
-from typing import Any
+from typing import Any, NamedTuple
 
 from course_utils.grading import sandbox
 from course_utils.grading.grade import grade_one
@@ -25,6 +26,16 @@ from course_utils.notebook import CourseError
 
 RESENT = 3  # times that a notebook is sent again; before that the scheduler itself has tried four workers
 PATIENCE = 60.0  # seconds to wait for a worker when there is none
+
+
+class Task(NamedTuple):
+    """A submission to be graded; to unpickle it is to grade it."""
+
+    submission: Submission
+    settings: Settings
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return grade_one, (self.submission, self.settings)
 
 
 class Cluster:
@@ -72,7 +83,9 @@ class Cluster:
 
         for _ in range(1 + RESENT):
             with contextlib.suppress(KilledWorker):
-                return self.wait_for(self.client.submit(grade_one, submission.with_content(), settings, pure=False))
+                # The scheduler reads functions and arguments, for which it would import the course; bytes it hands on.
+                task = pickle.dumps(Task(submission.with_content(), settings))
+                return self.wait_for(self.client.submit(pickle.loads, task, pure=False))
         why = "the workers that graded it died, one after the other; `--resume` grades it again"
         exercises = course_exercises()[submission.chapter]
         unknown = tuple(ExerciseResult(e.name, "error", f"{e.name}: {why}", None, 0.0) for e in exercises)
@@ -111,7 +124,7 @@ def connect(address: str) -> Iterator[Cluster]:
             "`--scheduler` needs the package `distributed`: pip install 'circuits-from-scratch[cluster]'."
         ) from None
     try:
-        client = Client(address, timeout=10, set_as_default=False)  # type: ignore[no-untyped-call]
+        client = Client(address, timeout=10, set_as_default=False)
     except (OSError, ValueError) as error:
         raise CourseError(f"No scheduler answers at {address} ({error}): start one with `dask scheduler`.") from None
     with client:

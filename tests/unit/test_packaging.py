@@ -14,7 +14,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-OURS = {"course_utils", "solutions", *(path.stem for path in (ROOT / "tests").rglob("*.py"))}
+OURS = {"course_utils", "solutions", *(p.stem for top in ("tests", "benchmarks") for p in (ROOT / top).rglob("*.py"))}
 
 
 def requirements(lines: list[str]) -> dict[str, SpecifierSet]:
