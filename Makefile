@@ -17,12 +17,30 @@ test: $(VENV)/.test  ## set up, run the whole suite, then every cell of the solu
 	$(BIN)/python -m pytest $(ARGS)
 	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout 600 solutions/*.ipynb
 
-test-browser: $(VENV)/.browser  ## see in a real browser, without network, that pictures are drawn (needs Debian's chromium)
-	$(BIN)/python -m pytest -m browser tests/test_browser.py $(ARGS)
+test-browser: $(VENV)/.browser site  ## what learners and readers see, in a real browser without network (needs Debian's chromium)
+	$(BIN)/python -m pytest -m browser tests $(ARGS)
+
+rehearse: $(VENV)/.test  ## run every solution notebook as Colab would: an empty folder, the wheel, nothing of this checkout
+	$(BIN)/python -m pytest -m rehearsal tests/test_colab.py $(ARGS)
+
+# The first time it runs every solution notebook; later only those of which something has changed.
+site: $(VENV)/.site  ## build the web site of the course into site/: chapters with their results, models, API
+	$(BIN)/python docs/site/make.py
 
 # Without the suite's options: the shape checks at every call would be timed too.
 bench: $(VENV)/.test  ## measure speed against transformers and torch, and print the ratios
 	$(BIN)/python -m pytest -o addopts= benchmarks $(ARGS)
+
+# The name and version come from pyproject.toml; the notebooks from the sources as they are now.
+release: $(VENV)/.test  ## build the wheel, the site and the notebooks of this version into dist/
+	$(BIN)/course build
+	$(MAKE) --no-print-directory site
+	rm -rf dist build/lib build/bdist.*
+	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+	name=$$(basename dist/*.whl -py3-none-any.whl) && \
+	  $(BIN)/python -m zipfile -c dist/$$name-notebooks.zip chapters/*.ipynb && \
+	  $(BIN)/python -m zipfile -c dist/$$name-site.zip site
+	@ls -l dist
 
 lint: $(VENV)/.test  ## check style, format and types
 	$(BIN)/ruff check .
@@ -35,12 +53,13 @@ format: $(VENV)/.test  ## put the code into the one format
 
 setup: $(VENV)/.test  ## only the environment, with what the tests need
 
-EXTRAS.test := [test]
-EXTRAS.browser := [test,browser]
+EXTRAS.test := [test,cluster]
+EXTRAS.browser := [test,cluster,browser]
+EXTRAS.site := [site]
 
-# Installs again only when a requirement or a pin is newer than the stamp. Each includes the one before: the core, the
-# extra `test`, the extra `browser`.
-$(VENV)/.core $(VENV)/.test $(VENV)/.browser: pyproject.toml constraints.txt
+# Installs again only when a requirement or a pin is newer than the stamp. Each includes the core, and `browser` the
+# extra `test`.
+$(VENV)/.core $(VENV)/.test $(VENV)/.browser $(VENV)/.site: pyproject.toml constraints.txt
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { \
 	  for python in $(PYTHON) python3 python3.13 python3.12 python3.11; do \
 	    if $$python -c 'import sys, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; then \
@@ -55,4 +74,4 @@ $(VENV)/.core $(VENV)/.test $(VENV)/.browser: pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install -c constraints.txt -e '.$(EXTRAS$(suffix $@))'
 	@touch $(VENV)/.core $(if $(filter %.browser,$@),$(VENV)/.test) $@
 
-.PHONY: help lab test test-browser bench lint format setup
+.PHONY: help lab test test-browser rehearse site bench release lint format setup

@@ -20,6 +20,10 @@ class Result(NamedTuple):
 results: list[Result] = []
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--learners", type=int, default=0, help="grade a generated class of that size too")
+
+
 def seconds(run: Callable[[], object]) -> float:
     start = time.perf_counter()
     run()

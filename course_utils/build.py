@@ -11,7 +11,6 @@ the sources alone: building twice changes no byte.
 
 import ast
 import hashlib
-import tomllib
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,20 +18,27 @@ from typing import Any, NamedTuple
 
 import nbformat
 
+from course_utils.links import read_release
 from course_utils.lint import LessonCell, lesson_problems, name_problems, read_lesson
-from course_utils.notebook import COURSE, DEFINITIONS, FUNCTIONS, names, plain_python
+from course_utils.notebook import DEFINITIONS, FUNCTIONS, names, plain_python
 
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
 }
+# IPython fills in `{importlib...}`: torch is asked for in the version that is there, so that pip leaves it alone.
 SETUP = """\
 # In Colab this installs the course; everywhere it lets an unwritten exercise say so in one line.
+import importlib.metadata
+import importlib.util
 import sys
 
 if "google.colab" in sys.modules:
-    %pip install -q "{course}=={version}"
+    %pip install -q "{requirement}" "torch=={{importlib.metadata.version('torch')}}"
+if not importlib.util.find_spec("course_utils"):
+    raise ModuleNotFoundError("No course here. With a network: `pip install {requirement}`, then restart the kernel.")
 %load_ext course_utils"""
+LINKS = "[Open in Colab]({colab}) · [Download this notebook]({download})"
 
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -246,22 +252,25 @@ def build_chapter(lesson: Path, root: Path) -> tuple[str, str]:
     if problems:
         raise BuildError("\n".join(problems))
 
-    version = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    release, name = read_release(root), f"{lesson.stem}.ipynb"
+    setup = SETUP.format(requirement=release.requirement)
+    links = LINKS.format(colab=release.colab(name), download=release.download(name))
     learner: list[nbformat.NotebookNode] = []
     solution: list[nbformat.NotebookNode] = []
     for number, (cell, identity) in enumerate(zip(cells, identities(cells), strict=True)):
         if cell.kind == "code" and not any(c.kind == "code" for c in cells[:number]):
             for notebook in (learner, solution):
-                notebook.append(new_cell("code", SETUP.format(course=COURSE, version=version), "course-setup", {}))
+                notebook.append(new_cell("code", setup, "course-setup", {}))
         shown = exercises.get(number) or Exercise("", cell.source, cell.source, {"tags": cell.tags})
-        learner.append(new_cell(cell.kind, shown.stub, identity, shown.metadata))
+        under_title = number == 0 and cell.kind == "markdown"
+        stub = shown.stub.replace("\n", f"\n\n{links}\n", 1) if under_title else shown.stub
+        learner.append(new_cell(cell.kind, stub, identity, shown.metadata))
         solution.append(new_cell(cell.kind, shown.source, identity, shown.metadata))
 
     code = [cell for cell in learner if cell.cell_type == "code"]
     for cell, waits in zip(code, waiting_cells([cell.source for cell in code], set(to_write.values())), strict=True):
         if waits:
             cell.metadata["tags"] = sorted({*cell.metadata.get("tags", []), "raises-exception"})
-    name = f"{lesson.stem}.ipynb"
     return finished(f"chapters/{name}", learner, unused=False), finished(f"solutions/{name}", solution, unused=True)
 
 

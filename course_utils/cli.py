@@ -1,12 +1,11 @@
 """The command `course`: open the chapters, check what you wrote, run the solutions, build the notebooks.
 
-Exit codes: 0 all is well; 1 an exercise is wrong or not written, a cell failed, a lesson has problems; 2 the command
-cannot be carried out as it was given (no such chapter, a broken notebook), which one sentence explains.
+Exit codes: 0 all is well (`grade`: the report is written, whatever is in it); 1 an exercise is wrong or not written, a
+cell failed, a lesson has problems; 2 the command cannot be carried out as it was given (no such chapter, a broken
+notebook), which one sentence explains.
 """
 
 import argparse
-import contextlib
-import io
 import os
 import re
 import shutil
@@ -19,18 +18,20 @@ import time
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
 from course_utils.notebook import (
     CourseError,
     chapters_folder,
     checkout,
-    exercise,
     load_notebook,
     read_notebook,
     verify_solutions,
     work_folder,
 )
+
+if TYPE_CHECKING:  # the checks import torch, and most commands need none
+    from course_utils.checks.verdict import Verdict
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -45,10 +46,18 @@ def main(argv: list[str] | None = None) -> int:
             return run(args.chapter, args.html)
         if args.command == "status":
             return status(args.notebook)
+        if args.command == "doctor":
+            from course_utils.doctor import doctor
+
+            return doctor()
         if args.command == "models" and args.action == "train":
             from course_utils.retraining import train_again
 
             return train_again(args.name, args.out, args.device, args.steps)
+        if args.command == "grade":
+            from course_utils.grading.command import grade
+
+            return grade(args.submissions, args.out, args.jobs, args.resume, args.timeout, args.weights, args.scheduler)
         return {"build": build, "models": models}[args.command]()
     except CourseError as error:
         print(error, file=sys.stderr)
@@ -75,6 +84,17 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     add = commands.add_parser("run", help="run a chapter with the solutions in place")
     add.add_argument("chapter", metavar="NN", help="a chapter's number, such as 02")
     add.add_argument("--html", type=Path, metavar="OUT", help="write what came out to this file")
+    add = commands.add_parser("grade", help="check many learners' notebooks, each in a sandbox, and write a report")
+    add.add_argument("submissions", type=Path, help="a folder of notebooks or of learners' folders, or a zip of either")
+    add.add_argument("--out", type=Path, required=True, metavar="REPORT", help="the folder to write the report to")
+    add.add_argument("--jobs", type=int, metavar="N", help="how many notebooks at a time (default: one per core)")
+    add.add_argument("--resume", action="store_true", help="keep what an interrupted run has already graded")
+    add.add_argument(
+        "--timeout", type=float, default=20.0, metavar="S", help="seconds of work for one exercise (default: 20)"
+    )
+    add.add_argument("--weights", type=Path, metavar="FILE", help="points for exercises, instead of their difficulty")
+    add.add_argument("--scheduler", metavar="ADDRESS", help="a dask scheduler, whose workers do the work")
+    commands.add_parser("doctor", help="what this machine lacks, and the command that helps")
     commands.add_parser("build", help="build the notebooks from chapters/src and solutions (for authors)")
     add = commands.add_parser("models", help="the models that ship with the course; `models train NAME` repeats one")
     actions = add.add_subparsers(dest="action", metavar="ACTION")
@@ -163,17 +183,10 @@ def listens(port: int) -> bool:
 # --- check and status -----------------------------------------------------------------------------------------------
 
 
-class Verdict(NamedTuple):
-    """What came of one exercise."""
-
-    state: str  # "correct", "wrong" or "not written yet"
-    message: str
-
-
-def judge(path: Path, chapter: str) -> Iterator[Verdict]:
+def judge(path: Path, chapter: str) -> "Iterator[Verdict]":
     """Check every exercise of a chapter in a notebook. Raises CourseError when the notebook is another one."""
-    from course_utils.checks import CheckFailed, NotWritten, find_checks
-    from course_utils.checks import check as check_one
+    from course_utils.checks import find_checks
+    from course_utils.checks.verdict import verdict
 
     symbols = find_checks().get(chapter, {})
     module = load_notebook(path, symbols)
@@ -182,15 +195,7 @@ def judge(path: Path, chapter: str) -> Iterator[Verdict]:
             f"{path} holds no exercise of chapter {chapter}: is it another chapter's, or another course's?"
         )
     for symbol in symbols:
-        try:
-            with contextlib.redirect_stdout(io.StringIO()):
-                check_one(exercise(module, symbol), symbol)
-        except NotWritten as error:
-            yield Verdict("not written yet", str(error))
-        except (CheckFailed, CourseError) as error:
-            yield Verdict("wrong", str(error))
-        else:
-            yield Verdict("correct", f"{symbol}: correct")
+        yield verdict(module, symbol)
 
 
 def check(chapter: str, notebook: Path | None) -> int:

@@ -75,8 +75,11 @@ def heatmaps(tables: Mapping[str, Tensor], *, x: str, y: str, title: str, signed
     for column, table in enumerate(values, start=1):
         hover = f"{escape(y)} %{{y}}, {escape(x)} %{{x}}: %{{z:.4g}}<extra></extra>"
         figure.add_trace(go.Heatmap(z=table.numpy(), coloraxis="coloraxis", hovertemplate=hover), 1, column)
-        for update, n in ((figure.update_yaxes, table.shape[0]), (figure.update_xaxes, table.shape[1])):
-            update(_axis(None, n), showgrid=False, zeroline=False, row=1, col=column)
+        n_rows, n_columns = table.shape
+        crowded = n_columns * len(values) > 2 * FEW  # together they have the width of one figure
+        figure.update_yaxes(_axis(None, n_rows), showgrid=False, zeroline=False, row=1, col=column)
+        x_axis = {} if crowded else _axis(None, n_columns)
+        figure.update_xaxes(x_axis, showgrid=False, zeroline=False, row=1, col=column)
     _label(figure, x, y, title)
     figure.update_yaxes(autorange="reversed")
     figure.update_yaxes(title=None, selector=lambda axis: axis.anchor != "x")  # only the first needs its name

@@ -1,7 +1,8 @@
-"""Draw the README's pictures anew: `python docs/pictures.py` writes docs/induction.png and docs/attention.png.
+"""Draw the pictures in README.md and docs/ anew: `python docs/pictures.py`, with Debian's chromium.
 
-The one is the main figure of chapter 04, the other a single head at work. Both are of the shipped weights, photographed
-by Debian's chromium. The weights decide what they show, so draw them again whenever these change.
+induction.png is the main figure of chapter 04, attention.png a single head at work. Both are of the shipped weights,
+which decide what they show, so draw them again whenever these change. heat_map.png is the teacher's page for a class
+that `benchmarks/generated_class.py` makes up.
 """
 
 import shutil
@@ -58,15 +59,30 @@ def one_head() -> Figure:
     return heatmap(patterns[layer, head], **axes, title=title, x_ticks=ticks, y_ticks=ticks, signed=False)
 
 
-def photograph(figure: Figure, path: Path, width: int, height: int) -> None:
-    """The figure as chromium draws it, without network."""
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        sys.exit("There is no chromium: apt-get install chromium")
+def teachers_page(folder: Path) -> Path:
+    """The report on a class that never was."""
+    script = Path(__file__).parent.parent / "benchmarks" / "generated_class.py"
+    subprocess.run([sys.executable, script, folder / "class", "--learners", "48"], check=True)
+    command = [sys.executable, "-m", "course_utils.cli", "grade", folder / "class", "--out", folder / "report"]
+    subprocess.run(command, check=True)
+    return folder / "report" / "report.html"
+
+
+def draw(figure: Figure, path: Path, width: int, height: int) -> None:
+    """A picture of the figure."""
     with tempfile.TemporaryDirectory() as folder:
         page = Path(folder) / "figure.html"
         figure.update_layout(width=width - 20, height=height - 10)
         figure.write_html(page, config={"displayModeBar": False})
+        photograph(page, path, width, height)
+
+
+def photograph(page: Path, path: Path, width: int, height: int) -> None:
+    """The page as chromium shows it, without network."""
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        sys.exit("There is no chromium: apt-get install chromium")
+    with tempfile.TemporaryDirectory() as folder:
         options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--virtual-time-budget=8000"]
         options += [f"--user-data-dir={folder}/profile", f"--window-size={width},{height}", f"--screenshot={path}"]
         subprocess.run([chromium, *options, page.as_uri()], check=True, capture_output=True)
@@ -74,5 +90,7 @@ def photograph(figure: Figure, path: Path, width: int, height: int) -> None:
 
 if __name__ == "__main__":
     here = Path(__file__).parent
-    photograph(two_steps(), here / "induction.png", 1000, 330)
-    photograph(one_head(), here / "attention.png", 900, 790)
+    draw(two_steps(), here / "induction.png", 1000, 330)
+    draw(one_head(), here / "attention.png", 900, 790)
+    with tempfile.TemporaryDirectory() as folder:
+        photograph(teachers_page(Path(folder)), here / "heat_map.png", 1180, 1900)

@@ -1,10 +1,22 @@
 """`pytest --notebook PATH` checks a learner's notebook with the tests that check the reference solutions."""
 
+import os
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+
+PROJECT = """\
+[project]
+name = "circuits-from-scratch"
+version = "1.2.3"
+
+[project.urls]
+Repository = "https://github.com/somebody/something"
+"""
 
 SOLUTIONS = '''"""Solutions of a small chapter."""
 
@@ -129,11 +141,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests in a browser run only where `-m` names them: they need chromium, and the extra `browser`."""
-    if "browser" not in config.getoption("markexpr"):
-        left_out = [item for item in items if item.get_closest_marker("browser")]
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in left_out]
+    """Tests in a browser (they need chromium) and the rehearsal (it takes minutes) run only where `-m` names them."""
+    for marker in ("browser", "rehearsal"):
+        if marker not in config.getoption("markexpr"):
+            left_out = [item for item in items if item.get_closest_marker(marker)]
+            config.hook.pytest_deselected(items=left_out)
+            items[:] = [item for item in items if item not in left_out]
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel of this checkout."""
+    from environments import build_wheel
+
+    return build_wheel(tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist"))
 
 
 @pytest.fixture
@@ -141,7 +162,35 @@ def small_course(tmp_path: Path) -> Path:
     """The root of a course with one chapter of two exercises, not built yet."""
     for folder in ("chapters/src", "solutions", "course_utils"):
         (tmp_path / folder).mkdir(parents=True)
-    (tmp_path / "pyproject.toml").write_text('[project]\nname = "circuits-from-scratch"\nversion = "1.2.3"\n')
+    (tmp_path / "pyproject.toml").write_text(PROJECT)
     (tmp_path / "solutions/ch07_toy.py").write_text(SOLUTIONS)
     (tmp_path / "chapters/src/07_toy.md").write_text(LESSON)
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def box() -> str:
+    """The name of the sandbox; without one, tests of it are skipped here, and fail where `.ci/run` asks for one."""
+    from course_utils.grading import sandbox
+
+    name, why = sandbox.choose()
+    if name == "none":
+        if os.environ.get("NEEDS_SANDBOX"):
+            pytest.fail(f"no sandbox: {why}")
+        pytest.skip(f"no sandbox: {why}")
+    return name
+
+
+@pytest.fixture(scope="session")
+def outside(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that no notebook may see, with a file in it."""
+    folder = tmp_path_factory.mktemp("outside")
+    (folder / "secret").write_text("nobody's business")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def port() -> Iterator[int]:
+    """Where somebody listens on this machine."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()[1]

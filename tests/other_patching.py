@@ -94,34 +94,52 @@ def patch_heads(model, tokens, source_cache, metric):
     return patch_head_inputs(model, tokens, source_cache, metric, "z")
 
 
+def run_from(model, resid, layer):
+    rest = torch.nn.Sequential(*list(model.blocks)[layer:], model.ln_final, model.unembed)
+    return rest(resid)
+
+
 def batched_sweep(model, tokens, source_cache, metric, patches, max_rows=64):
+    """By layers: those of one layer together, and a list of all embeddings' patches for the whole model."""
     n, n_fit = len(tokens), max(1, max_rows // len(tokens))
-    waiting = list(enumerate(patches))
-    found = {}
-    while waiting:
-        group, waiting = waiting[:n_fit], waiting[n_fit:]
-        points = hook_points(model)
-        handles = []
-        for copy_, (_, (name, index)) in enumerate(group):
+    points, streams, found = hook_points(model), [], {}
+    handles = [block.register_forward_pre_hook(lambda _, inputs: streams.append(inputs[0])) for block in model.blocks]
+    handles.append(model.ln_final.register_forward_pre_hook(lambda _, inputs: streams.append(inputs[0])))
+    with torch.no_grad():
+        model(tokens)
+    for handle in handles:
+        handle.remove()
+    waiting = {}
+    for number, (name, _) in enumerate(patches):
+        layer = next((i for i in range(len(streams) - 1) if name.startswith(f"blocks.{i}.")), None)
+        waiting.setdefault(-1 if name.startswith("ln_final") else layer, []).append(number)
+    for layer, numbers in waiting.items():
+        for group in torch.tensor(numbers).split(n_fit):
+            handles = []
+            for copy_, number in enumerate(group.tolist()):
+                name, index = patches[number]
 
-            def swap(activation, hook, copy_=copy_, name=name, index=index):
-                copies = list(activation.split(n))
-                own = copies[copy_].clone()
-                own[(slice(None), *index)] = source_cache[name][(slice(None), *index)]
-                copies[copy_] = own
-                return torch.cat(copies)
+                def swap(activation, hook, copy_=copy_, name=name, index=index):
+                    copies = list(activation.split(n))
+                    own = copies[copy_].clone()
+                    own[(slice(None), *index)] = source_cache[name][(slice(None), *index)]
+                    copies[copy_] = own
+                    return torch.cat(copies)
 
-            handles.append(points[name].add(swap))
-        try:
-            with torch.no_grad():
-                logits = model(torch.cat([tokens] * len(group)))
-        finally:
-            for handle in handles:
-                handle.remove()
-        for copy_, (number, _) in enumerate(group):
-            found[number] = metric(logits[copy_ * n : copy_ * n + n]).mean()
-    answers = [found[number] for number in range(len(patches))]
-    return torch.stack(answers)
+                handles.append(points[name].add(swap))
+            try:
+                with torch.no_grad():
+                    if layer is None:
+                        logits = model(torch.cat([tokens] * len(group)))
+                    else:
+                        depth = len(streams) - 1 if layer < 0 else layer
+                        logits = run_from(model, torch.cat([streams[depth]] * len(group)), depth)
+            finally:
+                for handle in handles:
+                    handle.remove()
+            for number, copy_ in zip(group.tolist(), logits.chunk(len(group)), strict=True):
+                found[number] = metric(copy_).mean()
+    return torch.stack([found[number] for number in range(len(patches))])
 
 
 def patch_heads_by_position(model, tokens, source_cache, metric):

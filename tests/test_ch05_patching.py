@@ -19,6 +19,7 @@ from torch import nn
 import solutions.ch02_transformer as ch02
 import solutions.ch05_patching as ref
 from course_utils.checks import find_checks, run_check
+from course_utils.checks.ch05_2_patching import MIXED
 from course_utils.config import TransformerConfig
 from course_utils.hooks import ActivationCache, hook_points, hooks, run_with_cache, run_with_hooks
 
@@ -223,8 +224,7 @@ def swapped_roles(model: Any, tokens: Any, source_cache: Any, name: str, index: 
     """Runs on the source's text (told from its embeddings), and patches from the other run."""
     with torch.no_grad():
         _, own = run_with_cache(model, tokens)
-        wrong_way = (source_cache["hook_embed"][:, :, None] - model.embed.W_E).abs().sum(-1).argmin(-1)
-    return patched(model, wrong_way, own, name, index)
+    return patched(model, source_tokens(model, source_cache), own, name, index)
 
 
 def one(words: str, answer: Run, surprise: bool = False) -> None:
@@ -384,18 +384,43 @@ def to_stream(name: str) -> str:
     return name.replace("attn_out", "resid_pre").replace("mlp_out", "resid_mid")
 
 
+def going_on(words: str, surprise: bool = False, **wrong: Any) -> None:
+    """A run_from with switches for what people get wrong."""
+
+    def run_from(model: Any, resid: Any, layer: int) -> Any:
+        for block in wrong.get("blocks", lambda blocks, layer: blocks[layer:])(list(model.blocks), layer):
+            resid = block(resid) + (resid if wrong.get("adds") else 0)
+        resid = resid if wrong.get("bare") else model.ln_final(resid)
+        return wrong.get("then", lambda logits: logits)(model.unembed(resid))
+
+    mistake("run_from", words, run_from, surprise)
+
+
+going_on("the final LayerNorm is left out", bare=True)
+going_on("all layers are run", blocks=lambda blocks, layer: blocks)
+going_on("the layer itself is left out", blocks=lambda blocks, layer: blocks[layer + 1 :])
+going_on("only that one layer is run", blocks=lambda blocks, layer: blocks[layer : layer + 1])
+going_on("in reverse order", blocks=lambda blocks, layer: blocks[layer:][::-1])
+going_on("values are wrong", adds=True, surprise=True)
+going_on("all layers are run", blocks=lambda blocks, layer: blocks[layer - len(blocks) :])  # at n_layers
+going_on("wrong", then=lambda logits: logits.log_softmax(-1), surprise=True)
+
+
 def batched(words: str, surprise: bool = False, **wrong: Any) -> None:
     """A batched_sweep with switches for what people get wrong."""
 
     def batched_sweep(model: Any, tokens: Any, source_cache: Any, metric: Any, patches: Any, max_rows: int = 64) -> Any:
-        n = len(tokens)
+        n, depth = len(tokens), model.cfg.n_layers
         fit = wrong.get("fit", lambda max_rows, n: max(1, max_rows // n))(max_rows, n)
+        with torch.no_grad():
+            _, own = run_with_cache(model, source_tokens(model, source_cache) if wrong.get("from_source") else tokens)
+        streams = ref.accumulated_residual(source_cache if wrong.get("source_streams") else own)
         order = list(range(len(patches)))
-        if wrong.get("sorted"):
-            order.sort(key=lambda i: patches[i][0])
+        order.sort(key=wrong.get("sort", lambda i: ref.first_layer(patches[i][0], depth)))
         values = []
         for start in range(0, len(order), fit):
             group = [patches[i] for i in order[start : start + fit]]
+            layer = min(wrong.get("layer", ref.first_layer)(name, depth) for name, _ in group)
 
             def fn(activation: Any, hook: Any, group: Any = group) -> Any:
                 out = activation.clone()
@@ -409,25 +434,44 @@ def batched(words: str, surprise: bool = False, **wrong: Any) -> None:
                         out[rows][(ALL, *index)] = source[(ALL, *index)]
                 return out
 
-            repeated = tokens.repeat(len(group), 1)
-            if wrong.get("interleaved"):
-                repeated = tokens.repeat_interleave(len(group), 0)
+            def repeat(tensor: Any, times: int = len(group)) -> Any:
+                if wrong.get("interleaved"):
+                    return tensor.repeat_interleave(times, 0)
+                return torch.cat([tensor] * times)
+
             names = dict.fromkeys(name for name, _ in group)
-            with torch.no_grad():
-                logits = run_with_hooks(model, repeated, hooks=dict.fromkeys(names, fn))
+            with torch.no_grad(), hooks(model, dict.fromkeys(names, fn)):
+                logits = model(repeat(tokens)) if layer < 0 else ref.run_from(model, repeat(streams[layer]), layer)
             copies = logits[None] if wrong.get("all_logits") else logits.split(n)
             values += [wrong.get("reduce", torch.mean)(metric(copy)) for copy in copies]
+        if not wrong.get("as_sorted"):
+            values = [values[order.index(i)] for i in range(len(order))]
         return torch.stack(values)
 
     mistake("batched_sweep", words, batched_sweep, surprise)
 
 
-batched("in the order of the hook points", sorted=True)
+def source_tokens(model: Any, source_cache: Any) -> Any:
+    """The source's text, told from its embeddings."""
+    return (source_cache["hook_embed"][:, :, None] - model.embed.W_E).abs().sum(-1).argmin(-1)
+
+
+def alphabetical(i: int) -> str:
+    return MIXED[i][0]
+
+
+batched("in the order of the layers", as_sorted=True)
+batched("in the order of the hook points", sort=alphabetical, as_sorted=True)
 batched("each patch acts on all copies", all_rows=True)
 batched("values are wrong", interleaved=True, surprise=True)
 batched("the metric was given logits", all_logits=True, surprise=True)
 batched("one forward had", fit=lambda max_rows, n: max(1, max_rows), surprise=True)
-batched("forwards for 7 patches", fit=lambda max_rows, n: 1, surprise=True)
+batched("are enough, and one without a patch", fit=lambda max_rows, n: 1, surprise=True)
+batched("times through a layer", layer=lambda name, n_layers: -1, surprise=True)
+batched("times through a layer", sort=lambda i: i, surprise=True)
+batched("nothing is patched", layer=lambda name, n: min(ref.first_layer(name, n) + 1, n))
+batched("values are wrong", source_streams=True, surprise=True)
+batched("values are wrong", from_source=True, surprise=True)
 batched("summed over the prompts", reduce=torch.sum)
 batched("it is the first prompt's metric", reduce=lambda values: values[0])
 
@@ -532,6 +576,9 @@ STILL_RIGHT = {
     "True -> False",  # strict=
     "zip(names, gradients, activations, strict=True) -> zip(names, gradients, activations)",
     "zip(names, gradients, strict=True) -> zip(names, gradients)",
+    "layer == -1 -> layer <= -1",  # there is nothing below -1
+    "zip(group, logits.split(n_batch), strict=True) -> zip(group, logits.split(n_batch))",
+    "run_with_cache(model, tokens, names='*.hook_resid_*') -> run_with_cache(model, tokens)",  # keeps more
     "run_with_cache(model, tokens, names=names) -> run_with_cache(model, tokens)",  # keeps more
     "run_with_cache(model, tokens, names=[*names, 'hook_embed']) -> run_with_cache(model, tokens)",
     "(source_cache[name] - own[name]).detach() -> source_cache[name] - own[name]",  # the source may have a graph
@@ -589,9 +636,18 @@ def test_everything_patched_is_the_source_run(module: Any, model: nn.Module) -> 
 def test_one_by_one_and_together_agree(module: Any, model: nn.Module) -> None:
     _, cache = source_run(model)
     patches = [(f"blocks.{layer}.attn.hook_z", (ALL, head)) for layer in range(2) for head in range(3)]
-    together = module.batched_sweep(model, TOKENS[0], cache, metric, patches, 7)
     one_by_one = module.patch_heads(model, TOKENS[0], cache, metric)
-    torch.testing.assert_close(together, one_by_one.flatten(), rtol=1e-5, atol=1e-5)
+    for max_rows in (1, 7, 64):
+        together = module.batched_sweep(model, TOKENS[0], cache, metric, patches, max_rows)
+        torch.testing.assert_close(together, one_by_one.flatten(), rtol=1e-5, atol=1e-5)
+
+
+@SOLUTIONS
+def test_the_rest_of_a_run_is_that_of_the_run(module: Any, model: nn.Module) -> None:
+    with torch.no_grad():
+        logits, cache = run_with_cache(model, TOKENS[0])
+        for layer, resid in enumerate(ref.accumulated_residual(cache)):
+            torch.testing.assert_close(module.run_from(model, resid, layer), logits, rtol=1e-5, atol=1e-5)
 
 
 @SOLUTIONS

@@ -366,58 +366,137 @@ def check_patch_head_inputs(fn: Fn) -> None:
         )
 
 
+def check_run_from(fn: Fn) -> None:
+    """From every depth, with and without a patch further on."""
+    name = "run_from"
+    for sizes in SIZES:
+        case = case_of(*sizes)
+        last = f"blocks.{case.n_layers - 1}.hook_resid_post"
+        streams = [case.source[f"blocks.{layer}.hook_resid_pre"] for layer in range(case.n_layers)] + [
+            case.source[last]
+        ]
+        for layer, stream in enumerate(streams):
+            resid, label = stream.clone(), f"{name} with layer={layer} {case.words}"
+            with leaves_no_trace(name, case, case.cache()), torch.no_grad(), during(f"with layer={layer}"):
+                actual = fn(case.model, resid, layer)
+            if not torch.equal(resid, stream):
+                raise CheckFailed(f"{label}: it changed `resid` in place.\n  Next: make a new tensor.")
+            right = case.logits({}, backwards=True)
+            compare(label, actual, right, "batch pos d_vocab", from_mistakes(case, stream, layer))
+
+
+def from_mistakes(case: Case, stream: Tensor, layer: int) -> Wrong:
+    """What common mistakes give from this stream on."""
+    model = case.model
+
+    def through(layers: Sequence[int], norm: bool = True) -> Tensor:
+        with torch.no_grad():
+            resid = stream
+            for number in layers:
+                resid = model.blocks[number].compute(resid, lambda place, activation: activation)
+            return (model.ln_final(resid) if norm else resid) @ model.unembed.W_U + model.unembed.b_U
+
+    rest = range(layer, case.n_layers)
+    mistakes: Wrong = {"the final LayerNorm is left out.": lambda: through(rest, norm=False)}
+    if layer > 0:
+        mistakes["all layers are run: those before `layer` are in `resid` already."] = lambda: through(
+            range(case.n_layers)
+        )
+    if layer < case.n_layers:
+        mistakes["the layer itself is left out: `resid` is the stream *before* it."] = lambda: through(rest[1:])
+    if len(rest) > 1:
+        mistakes["only that one layer is run, not those after it."] = lambda: through(rest[:1])
+        mistakes["the layers are run in reverse order."] = lambda: through(rest[::-1])
+    return mistakes
+
+
+MIXED: list[Patch] = [
+    ("blocks.1.attn.hook_z", (ALL, 1)),
+    ("blocks.1.hook_resid_pre", (2,)),
+    ("blocks.0.attn.hook_pattern", (0,)),
+    ("blocks.1.attn.hook_z", (1, 0)),
+    ("ln_final.hook_scale", (2,)),
+    ("blocks.0.hook_attn_out", (ALL,)),
+    ("blocks.1.hook_resid_pre", (3,)),
+    ("blocks.1.attn.hook_z", (ALL, 0)),
+]
+WITH_EMBEDDINGS: list[Patch] = [MIXED[1], ("hook_embed", (1,)), MIXED[4], ("hook_embed", (ALL,)), MIXED[2]]
+
+
 def check_batched_sweep(fn: Fn) -> None:
-    """Patches of all kinds in no order, in few and in many forwards; then memory, and the number of forwards."""
-    name = "batched_sweep"
+    """Patches of all kinds in no order, in few and in many forwards; then memory, forwards, and layers."""
     for sizes in SIZES:
         for max_rows in (2, 9, 64):  # the first has not even room for the prompts of one patch
-            case = case_of(*sizes)
-            patches: list[Patch] = [
-                ("blocks.1.attn.hook_z", (ALL, 1)),
-                ("blocks.1.hook_resid_pre", (2,)),
-                ("blocks.0.attn.hook_pattern", (0,)),
-                ("blocks.1.attn.hook_z", (1, 0)),
-                ("blocks.1.hook_resid_pre", (3,)),
-                ("blocks.0.hook_attn_out", (ALL,)),
-                ("blocks.1.attn.hook_z", (ALL, 0)),
-            ]
-            per_run = max(1, max_rows // case.n_batch)
-            words = f"with max_rows={max_rows} {case.words}"
-            source_cache = case.cache()
-            with leaves_no_trace(name, case, source_cache), during(words):
-                actual = fn(case.model, case.tokens, source_cache, case.metric, patches, max_rows)
-            right = known_means(case, patches, (len(patches),))
+            assert_batched(fn, case_of(*sizes), MIXED, max_rows)
+    assert_batched(fn, case_of(*SIZES[0]), WITH_EMBEDDINGS, 9)
 
-            def together(case: Case = case, patches: list[Patch] = patches, per_run: int = per_run) -> Tensor:
-                values = []
-                for start in range(0, len(patches), per_run):
-                    edits: dict[str, list[tuple[Any, ...]]] = {}
-                    for place, index in patches[start : start + per_run]:
-                        edits.setdefault(place, []).append(index)
-                    values += [case.scores(edits).mean()] * len(patches[start : start + per_run])
-                return torch.stack(values)
 
-            def by_name(case: Case = case, patches: list[Patch] = patches) -> Tensor:
-                order = sorted(range(len(patches)), key=lambda i: patches[i][0])
-                return means(case, [patches[i] for i in order], (len(patches),))
+def assert_batched(fn: Fn, case: Case, patches: list[Patch], max_rows: int) -> None:
+    """One list of patches, cut into groups of so many rows."""
+    name, n_batch, n_layers, n_patches = "batched_sweep", case.n_batch, case.n_layers, len(patches)
+    per_run = max(1, max_rows // n_batch)
+    label = f"{name} with max_rows={max_rows} {case.words}"
+    source_cache = case.cache()
+    with leaves_no_trace(name, case, source_cache), during(f"with max_rows={max_rows}"):
+        actual = fn(case.model, case.tokens, source_cache, case.metric, patches, max_rows)
+    right = known_means(case, patches, (n_patches,))
+    firsts = [first(place, n_layers) for place, _ in patches]
+    in_order = sorted(range(n_patches), key=firsts.__getitem__)
+    starts = range(0, n_patches, per_run)
 
-            mistakes: Wrong = {"the answers come in the order of the hook points, not in that of the patches.": by_name}
-            if per_run > 1:
-                mistakes["each patch acts on all copies of the prompts, not only on its own."] = together
-            mistakes |= sweep_mistakes(case, patches, (len(patches),))
-            compare(f"{name} {words}", actual, right, "patch", mistakes, rtol=1e-5, atol=1e-5)
-            no_graph(name, actual)
-            if case.model.most_rows > max(max_rows, case.n_batch):
-                raise CheckFailed(
-                    f"{name} {words}: one forward had {case.model.most_rows} rows.\n"
-                    "  Next: cut the patches into groups whose copies of the prompts fit into max_rows."
-                )
-            enough = -(-len(patches) // per_run) + 1  # one more for those who look at the run without a patch
-            if case.model.runs > enough:
-                raise CheckFailed(
-                    f"{name} {words}: it took {case.model.runs} forwards for {len(patches)} patches; "
-                    f"{enough - 1} are enough.\n  Next: put as many patches into a forward as max_rows allows."
-                )
+    def together(order: Sequence[int]) -> Tensor:
+        """Every patch of a group acts on all copies; the answers go where their patches stood."""
+        values = torch.empty_like(right)
+        for start in starts:
+            edits: dict[str, list[tuple[Any, ...]]] = {}
+            for place, index in (patches[i] for i in order[start : start + per_run]):
+                edits.setdefault(place, []).append(index)
+            values[list(order[start : start + per_run])] = case.scores(edits).mean()
+        return values
+
+    mistakes: Wrong = {
+        "the answers come in the order of the layers, not in that of the patches.": lambda: right[in_order],
+        "the answers come in the order of the hook points, not in that of the patches.": lambda: right[
+            sorted(range(n_patches), key=lambda i: patches[i][0])
+        ],
+    }
+    if per_run > 1:
+        hint = "each patch acts on all copies of the prompts, not only on its own"
+        mistakes[f"{hint}."] = lambda: together(in_order)
+        mistakes[f"{hint}; nor are the patches sorted."] = lambda: together(range(n_patches))
+    mistakes |= sweep_mistakes(case, patches, (n_patches,))
+    compare(label, actual, right, "patch", mistakes, rtol=1e-5, atol=1e-5)
+    no_graph(name, actual)
+    model = case.model
+    if model.most_rows > max(max_rows, n_batch):
+        raise CheckFailed(
+            f"{label}: one forward had {model.most_rows} rows.\n"
+            "  Next: cut the patches into groups whose copies of the prompts fit into max_rows."
+        )
+    enough = len(starts)  # and one without a patch, and a smaller group at the end of every layer
+    if model.runs > enough + 1 + n_layers:
+        raise CheckFailed(
+            f"{label}: it took {model.runs} forwards for {n_patches} patches; "
+            f"{enough} are enough, and one without a patch.\n"
+            "  Next: put as many patches into a forward as max_rows allows."
+        )
+    rows = n_layers  # of the run without a patch, counted in batches
+    for start in starts:
+        group = in_order[start : start + per_run]
+        rows += len(group) * min(n_layers, n_layers - firsts[group[0]])
+    if model.rows > rows * n_batch and per_run < n_patches:
+        raise CheckFailed(
+            f"{label}: the values are right, but the prompts went {model.rows // n_batch} times through a layer; "
+            f"{rows} times are enough.\n"
+            "  Next: sort the patches by layer, and let each group start at its first one, from the stream of the run "
+            "without a patch."
+        )
+
+
+def first(place: str, n_layers: int) -> int:
+    """The layer in which this hook point stands; -1 ahead of all, n_layers behind."""
+    owner, _, rest = place.partition(".")
+    return {"hook_embed": -1, "ln_final": n_layers}[owner] if owner != "blocks" else int(rest.partition(".")[0])
 
 
 # ------------------------------------------------------------------------------------------------ attribution patching

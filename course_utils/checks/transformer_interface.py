@@ -1,6 +1,10 @@
 """The interface of the course's `Transformer`: what its parameters and hook points are called, and their shapes.
 
 Whoever writes the class in another way keeps to this; checks, saved weights and later chapters rely on nothing else.
+
+So that a run can begin half-way, the parts are modules that can be called, too: `embed(tokens)`; every block in
+`blocks`, which maps the residual stream to the stream after it; `ln_final(resid)`, also where there is no
+normalisation; and `unembed(resid)`, which gives logits. `check_Transformer` puts toys in their places.
 """
 
 from course_utils.config import TransformerConfig

@@ -5,6 +5,7 @@ shipped models have learned what they ask; other tokenizers, such as GPT-2's, do
 """
 
 import random
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
@@ -61,13 +62,25 @@ class IOIDataset:
 
     `tokens` [batch pos]; `io` and `s`, the token ids of the receiver and the giver [batch]; `positions`, a dictionary
     with where "IO", "S1" (the giver's first mention), "S1+1" (the token after it), "S2" (the second mention) and "END"
-    stand in each prompt [batch]; `texts`; `templates`, a number into `TEMPLATES` for each prompt [batch]; and `orders`,
-    a list of "ABBA" (receiver named first) and "BABA". `flipped` gives corrupted prompts of equal length.
+    stand in each prompt [batch]; `texts`; `templates`, a number into the templates for each prompt [batch]; and
+    `orders`, a list of "ABBA" (receiver named first) and "BABA". `flipped` gives corrupted prompts of equal length.
+
+    Other `templates` may be given in the place of `TEMPLATES`, in the same notation: {A} and {B} are introduced, in
+    this order, {S} gives, a <rule> becomes one of its phrases in the grammar. {X} is one more person, who has the same
+    name wherever it stands and keeps it in all corruptions. Each template needs texts of the length that is common to
+    all.
 
     Raises ValueError for a tokenizer in which one of `names`, with a space before it, is not one token, and says which.
     """
 
-    def __init__(self, n: int, tokenizer: Any, seed: int, names: Sequence[str] | None = None) -> None:
+    def __init__(
+        self,
+        n: int,
+        tokenizer: Any,
+        seed: int,
+        names: Sequence[str] | None = None,
+        templates: Sequence[str] = TEMPLATES,
+    ) -> None:
         names = COMMON if names is None else list(names)
         for name in names:
             pieces = [tokenizer.decode([token]) for token in tokenizer.encode(" " + name)]
@@ -76,18 +89,28 @@ class IOIDataset:
                     f"IOIDataset: {' ' + name!r} is not one token here but {len(pieces)} ({pieces}); "
                     "leave it out of `names`, or take another tokenizer."
                 )
-        if len(set(names)) < 5:  # two in a prompt, and three others for its ABC corruption
-            raise ValueError(f"IOIDataset: it needs five different names or more, and got {len(set(names))}.")
+        # two in a prompt, and three others for its ABC corruption
+        if len(set(names)) < 5 + any("{X}" in template for template in templates):
+            raise ValueError(
+                f"IOIDataset: it needs five different names or more (six with {{X}}), and got {len(set(names))}."
+            )
+        for template in templates:
+            if not all(slot in template for slot in ("{A}", "{B}", "{S}")):
+                raise ValueError(f"IOIDataset: a template needs {{A}}, {{B}} and {{S}}, and {template!r} lacks one.")
+            if re.search(r"(?<! ){[ABSX]}", template):
+                raise ValueError(f"IOIDataset: a name needs a space before it, also in {template!r}.")
         self.tokenizer, self.names, self.seed = tokenizer, names, seed
         rng = random.Random(seed)
-        length = _common_length(tokenizer)
-        turns = list(product(range(len(TEMPLATES)), ORDERS))
+        length = _common_length(tokenizer, tuple(templates))
+        turns = list(product(range(len(templates)), ORDERS))
         rng.shuffle(turns)
         rows = []
         for i in range(n):
             number, order = turns[i % len(turns)]
-            text = next(_texts(TEMPLATES[number], tokenizer, length, rng))
+            text = next(_texts(templates[number], tokenizer, length, rng))
             io, s = rng.sample(names, 2)
+            if "{X}" in text:
+                text = text.replace("{X}", rng.choice([name for name in names if name not in (io, s)]))
             rows.append((text, number, order, io, s))
         self._frames = [text for text, *_ in rows]
         self.templates: Int[Tensor, " batch"] = torch.tensor([number for _, number, *_ in rows], dtype=torch.long)
@@ -135,7 +158,8 @@ class IOIDataset:
         orders, people = self.orders, self._people
         if kind == "abc":
             rng = random.Random(f"abc {self.seed}")
-            people = [_three([name for name in self.names if name not in row], rng) for row in people]
+            taken = [{*row, *re.findall(r"\w+", frame)} for row, frame in zip(people, self._frames, strict=True)]
+            people = [_three([name for name in self.names if name not in row], rng) for row in taken]
         elif kind == "names":
             if any(s1 != s2 for _, s1, s2 in people):
                 raise ValueError("IOIDataset: in ABC prompts nobody is named twice, so there are no roles to exchange.")
@@ -170,7 +194,8 @@ def _three(names: list[str], rng: random.Random) -> tuple[str, str, str]:
 
 def _length(frame: str, tokenizer: Any) -> int:
     """Tokens of a frame with names in it, which are one token each."""
-    return len(tokenizer.encode(_named(frame, COMMON[0], COMMON[1]).replace("{S}", COMMON[1])))
+    text = _named(frame, COMMON[0], COMMON[1]).replace("{S}", COMMON[1]).replace("{X}", COMMON[2])
+    return len(tokenizer.encode(text))
 
 
 def _texts(template: str, tokenizer: Any, length: int, rng: random.Random) -> Iterator[str]:
@@ -183,8 +208,8 @@ def _texts(template: str, tokenizer: Any, length: int, rng: random.Random) -> It
 
 
 @lru_cache(maxsize=8)
-def _common_length(tokenizer: Any) -> int:
+def _common_length(tokenizer: Any, templates: tuple[str, ...]) -> int:
     """The number of tokens that every template has in reach, and the one that is rarest has most often."""
     rng = random.Random(0)
-    tallies = [Counter(_length(fill(template, rng), tokenizer) for _ in range(60)) for template in TEMPLATES]
-    return max(range(1, 60), key=lambda length: min(tally[length] for tally in tallies))
+    tallies = [Counter(_length(fill(template, rng), tokenizer) for _ in range(60)) for template in templates]
+    return max(range(1, 90), key=lambda length: min(tally[length] for tally in tallies))

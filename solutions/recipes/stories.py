@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from course_utils.config import TransformerConfig
 from course_utils.data import tales
+from course_utils.device import device as default_device
 from course_utils.pretrained import save_shipped, shipped_tokenizer
 from solutions.ch02_transformer import Transformer, init_weights
 from solutions.recipes import processes
@@ -266,7 +267,7 @@ def main(recipe: Recipe, about: str, prose: str, tokenizer_of: str | None = None
     """
     parser = argparse.ArgumentParser(description=f"Train {recipe.name}; a run that was stopped goes on where it was.")
     parser.add_argument("--out", type=Path, default=Path("runs") / recipe.name, help="where the checkpoint is kept")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default=default_device())
     parser.add_argument("--seed", type=int, default=recipe.seed)
     parser.add_argument("--steps", type=int, default=recipe.steps, help="fewer make a worse model sooner")
     parser.add_argument("--ship", action="store_true", help="replace the model that ships with the course by this one")

@@ -175,7 +175,12 @@ def test_learner_and_solution(small_course: Path) -> None:
     assert len(learner.cells) == len(solution.cells)
     assert [cell.id for cell in learner.cells] == [cell.id for cell in solution.cells]
     first = code_of(learner)[0]
-    assert '%pip install -q "circuits-from-scratch==1.2.3"' in first and first.endswith("%load_ext course_utils")
+    assert '%pip install -q "circuits-from-scratch==1.2.3" "torch=={importlib.' in first
+    assert first.endswith("%load_ext course_utils") and first == code_of(solution)[0]
+    at_tag = "github.com/somebody/something/raw/v1.2.3/chapters/07_toy.ipynb"
+    in_colab = "colab.research.google.com/github/somebody/something/blob/v1.2.3/chapters/07_toy.ipynb"
+    links = f"[Open in Colab](https://{in_colab}) · [Download this notebook](https://{at_tag})"
+    assert learner.cells[0].source == f"# A small chapter\n\n{links}\n\nProse with $x^2$."
     stub = next(source for source in code_of(learner) if "def double" in source)
     assert stub.splitlines() == [
         "# Exercise · difficulty ●●○○○ · about 10 minutes",

@@ -13,6 +13,7 @@ import nbformat
 import pytest
 import torch
 from conftest import ROOT
+from environments import lab_address
 
 from course_utils import checks, cli, retraining
 from course_utils.build import build
@@ -288,16 +289,8 @@ def test_lab_serves_and_stops(tmp_path: Path) -> None:
         text=True,
         start_new_session=True,
     )
-    assert server.stdout is not None
     try:
-        lines = []
-        for line in server.stdout:
-            lines.append(line)
-            if "JupyterLab: " in line:
-                break
-        address = re.search(r"http://\S+", lines[-1])
-        assert address, "".join(lines)
-        assert b"JupyterLab" in urllib.request.urlopen(address[0], timeout=30).read()
+        assert b"JupyterLab" in urllib.request.urlopen(lab_address(server), timeout=30).read()
         chapters = {path.name for path in (ROOT / "chapters").glob("*.ipynb")}
         assert {path.name for path in (tmp_path / "work").iterdir()} >= chapters
         os.killpg(server.pid, signal.SIGINT)

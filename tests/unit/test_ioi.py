@@ -64,6 +64,58 @@ def test_the_same_seed_gives_the_same_prompts(tokenizer, dataset: IOIDataset) ->
     assert IOIDataset(5, tokenizer, seed=4).tokens.shape[1] == dataset.tokens.shape[1]
 
 
+THIRD = ("<when> {A}, {B} and {X} <went> to the <place>. While {X} <watched>, {S} <gave> <thing> to",)
+LONGER = (
+    "<when> {A} met {B} at the <place>. <scene> <scene> <scene> {S} <gave> <thing> to",
+    "<when> {A} met {B} at the <place>. <scene> {A} saw {B} <near>. <scene> <then> {S} <gave> <thing> to",
+)
+
+
+def test_other_templates(tokenizer) -> None:
+    """Names may come more often than usual: positions are those of their first mentions, and of the giver's return."""
+    dataset = IOIDataset(12, tokenizer, seed=3, templates=LONGER)
+    rows = torch.arange(12)
+    assert set(dataset.templates.tolist()) == {0, 1}
+    for place, wanted in {"IO": dataset.io, "S1": dataset.s, "S2": dataset.s}.items():
+        assert torch.equal(dataset.tokens[rows, dataset.positions[place]], wanted)
+    for row in range(12):
+        mentions = (dataset.tokens[row] == dataset.s[row]).nonzero()[:, 0].tolist()
+        assert mentions[0] == dataset.positions["S1"][row]
+        assert mentions[-1] == dataset.positions["S2"][row]
+        assert len(mentions) == 2 + int(dataset.templates[row])
+    both = dataset.flipped("names").flipped("order")
+    assert both.tokens.shape == dataset.tokens.shape
+    assert torch.equal(both.io, dataset.s)
+
+
+def test_a_third_person_keeps_the_name(tokenizer) -> None:
+    dataset = IOIDataset(20, tokenizer, seed=3, templates=THIRD)
+    names = {tokenizer.encode(" " + name)[0] for name in dataset.names}
+
+    def mentions(some: IOIDataset, row: int) -> list[int]:
+        return [token for token in some.tokens[row].tolist() if token in names]
+
+    others = [dataset.flipped(kind) for kind in ("abc", "names", "order")]
+    for row in range(20):
+        first, second, third, again, giver = mentions(dataset, row)
+        assert third == again
+        assert giver in (first, second)
+        assert len({first, second, third}) == 3
+        for other in others:
+            assert mentions(other, row)[2:4] == [third, third]
+        assert len({*mentions(others[0], row), first, second}) == 6
+
+
+def test_the_usual_prompts_stay_what_they_were(tokenizer) -> None:
+    """Figures in lessons and cards are about these."""
+    texts = IOIDataset(3, tokenizer, seed=3).flipped("abc").texts
+    assert texts == [
+        "At noon Luke met Chris at the market. After a while Eric handed a pen to",
+        "Last Sunday George and David had coffee together. Then Martin offered a coin to",
+        "One day Adam met Mary at the river. It was Victor who threw a map from home to",
+    ]
+
+
 @pytest.mark.parametrize("kind", ["abc", "names", "order"])
 def test_corruptions_keep_length_words_and_labels(dataset: IOIDataset, kind: str) -> None:
     before = dataset.tokens.clone()
@@ -127,5 +179,11 @@ def test_what_cannot_be_is_refused(tokenizer, dataset: IOIDataset) -> None:
         dataset.flipped("abc").flipped("names")
     with pytest.raises(ValueError, match="five different names"):
         IOIDataset(4, tokenizer, seed=0, names=["Mary", "John", "Tom", "Mary", "John"])
+    with pytest.raises(ValueError, match="six with"):
+        IOIDataset(4, tokenizer, seed=0, names=["Mary", "John", "Tom", "Anna", "Paul"], templates=THIRD)
+    with pytest.raises(ValueError, match="a space before it"):
+        IOIDataset(4, tokenizer, seed=0, templates=["{A} met {B}. <then> {S} <gave> <thing> to"])
+    with pytest.raises(ValueError, match="lacks one"):
+        IOIDataset(4, tokenizer, seed=0, templates=["<when> {A} met {B}. Then {A} gave it to"])
     with pytest.raises(ValueError, match="is not one token"):
         IOIDataset(4, tokenizer, seed=0, names=["Mary", "Zebulon", "Tom", "Anna", "John"])

@@ -14,7 +14,8 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-OURS = {"course_utils", "solutions", *(path.stem for path in (ROOT / "tests").glob("*.py"))}
+OURS = {"course_utils", "solutions"}
+OURS |= {path.stem for top in ("tests", "benchmarks", "docs/site") for path in (ROOT / top).rglob("*.py")}
 
 
 def requirements(lines: list[str]) -> dict[str, SpecifierSet]:
@@ -26,6 +27,9 @@ def requirements(lines: list[str]) -> dict[str, SpecifierSet]:
 CORE = requirements(PYPROJECT["project"]["dependencies"])
 TEST = requirements(PYPROJECT["project"]["optional-dependencies"]["test"])
 BROWSER = requirements(PYPROJECT["project"]["optional-dependencies"]["browser"])
+SITE = requirements(PYPROJECT["project"]["optional-dependencies"]["site"])
+PEERS = requirements(PYPROJECT["project"]["optional-dependencies"]["peers"])
+CLUSTER = requirements(PYPROJECT["project"]["optional-dependencies"]["cluster"])
 
 
 def constraints() -> dict[str, SpecifierSet]:
@@ -55,7 +59,7 @@ def imported(folder: str) -> set[str]:
 def test_constraints_pin_every_requirement_exactly_and_within_its_range() -> None:
     pins = constraints()
     assert {str(pin)[:2] for pin in pins.values()} == {"=="}
-    for name, allowed in (CORE | TEST | BROWSER).items():
+    for name, allowed in (CORE | TEST | CLUSTER | BROWSER | SITE).items():
         version = str(pins[name]).removeprefix("==")
         assert version in allowed, f"{name}: constraints.txt has {version}, pyproject.toml asks for {allowed}"
 
@@ -70,7 +74,7 @@ def test_environment_names_the_same_packages_and_ranges() -> None:
     assert environment == CORE | TEST
 
 
-@pytest.mark.parametrize("name", sorted(CORE | TEST | BROWSER))
+@pytest.mark.parametrize("name", sorted(CORE | TEST | CLUSTER | BROWSER | SITE))
 def test_every_requirement_says_why(name: str) -> None:
     lines = (ROOT / "pyproject.toml").read_text(encoding="utf-8").splitlines()
     (line,) = [line for line in lines if re.match(rf'\s+"{name}[<>=]', line)]
@@ -79,7 +83,13 @@ def test_every_requirement_says_why(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("folder", "declared"),
-    [("course_utils", CORE), ("solutions", CORE), ("tests", CORE | TEST | BROWSER), ("benchmarks", CORE | TEST)],
+    [
+        ("course_utils", CORE | CLUSTER),
+        ("solutions", CORE),
+        ("tests", CORE | TEST | CLUSTER | BROWSER),
+        ("benchmarks", CORE | TEST | PEERS),
+        ("docs/site", CORE | SITE),
+    ],
 )
 def test_every_import_is_declared(folder: str, declared: dict[str, SpecifierSet]) -> None:
     distributions = packages_distributions()
@@ -106,3 +116,8 @@ def test_every_folder_with_code_is_a_package() -> None:
     for top in ("course_utils", "solutions"):
         for path in (ROOT / top).rglob("*.py"):
             assert (path.parent / "__init__.py").exists(), f"{path.relative_to(ROOT)} would be missing from the wheel"
+
+
+def test_the_changelog_speaks_of_this_version() -> None:
+    headings = re.findall(r"^## .*", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert PYPROJECT["project"]["version"] in headings[0]

@@ -1,10 +1,15 @@
 """The figures' contents: what stands on the axes, which colours mean what, and which inputs are refused."""
 
+import os
+import re
 import subprocess
 import sys
 
+import nbformat
 import pytest
 import torch
+from conftest import ROOT
+from nbclient import NotebookClient
 
 from course_utils import plots
 
@@ -134,3 +139,23 @@ def test_importing_plots_loads_no_plotting_library() -> None:
     )
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("editor", ["JupyterLab", "VS Code"])
+def test_what_a_cell_stores_is_drawn_without_network(editor: str) -> None:
+    """Figures in plotly's own type, which JupyterLab and VS Code know; CircuitsVis with its script inside."""
+    cells = [
+        "import torch\nfrom course_utils.plots import attention_pattern, heatmap",
+        'heatmap(torch.eye(3), x="a", y="b", title="c")',
+        'attention_pattern(torch.eye(2)[None], ["a", "b"])',
+    ]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("VSCODE_")}
+    variables["PYTHONPATH"] = str(ROOT)
+    NotebookClient(notebook).execute(env=variables | {"VSCODE_PID": "1"} if editor == "VS Code" else variables)
+    (figure,), (view,) = (cell.outputs for cell in notebook.cells[1:])
+    assert set(figure.data) - {"text/plain"} == {"application/vnd.plotly.v1+json"}
+    assert figure.data["application/vnd.plotly.v1+json"]["data"][0]["type"] == "heatmap"
+    assert "<script" in view.data["text/html"] and not re.search(r"<script[^>]+src=", view.data["text/html"])
+    assert not re.search(r"""import\(?["' ]*https?:""", view.data["text/html"])

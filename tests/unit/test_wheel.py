@@ -1,100 +1,27 @@
-"""The wheel carries all that a learner needs, and works from any folder.
+"""The wheel carries all that a learner needs, and works from any folder."""
 
-Built without build isolation (setuptools comes with the extra `test`), so that no network is needed.
-"""
-
-import os
-import shutil
-import subprocess
 import sys
-import sysconfig
-import venv
 import zipfile
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
+from environments import new_environment, run
 
-ROOT = Path(__file__).parents[2]
 MODELS = sorted(card.parent.name for card in (ROOT / "course_utils" / "models").glob("*/card.md"))
-BIN = "Scripts" if os.name == "nt" else "bin"
 
 pytestmark = [pytest.mark.wheel, pytest.mark.slow]
 
 
-def run(*command: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a command as a learner would: no variable of this test run may help it."""
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "JUPYTER", "VIRTUAL"))}
-    clean |= {"PYTHONUTF8": "1", "OMP_NUM_THREADS": "1"} | environment
-    return subprocess.run(
-        [str(part) for part in command],
-        cwd=cwd,
-        env=clean,
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        timeout=300,
-    )
-
-
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built from a copy: setuptools leaves a build folder beside its sources."""
-    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    for name in ("course_utils", "solutions", "chapters"):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
-    built = run(
-        *(
-            sys.executable,
-            "-m",
-            "pip",
-            "wheel",
-            "--no-deps",
-            "--no-build-isolation",
-            "--no-index",
-            "-w",
-            target,
-            source,
-        ),
-        cwd=target,
-    )
-    assert built.returncode == 0, built.stdout + built.stderr
-    (path,) = target.glob("*.whl")
-    return path
-
-
 @pytest.fixture(scope="module")
 def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The `bin` of a new environment with the wheel and nothing else of ours.
-
-    torch and the other requirements are lent by the environment of this test run through a .pth file, which saves
-    minutes. Its own .pth files, and with them the editable install of this checkout, do not count through such a line.
-    """
+    """The `bin` of a new environment with the wheel and nothing else of ours."""
     home = tmp_path_factory.mktemp("environment")
-    venv.create(home, with_pip=False)
-    python = home / BIN / "python"
-    # realpath: the interpreter may be a link, and sysconfig must answer for the new environment.
-    where = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=home).stdout.strip()
-    lent = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
-    (Path(where) / "lent.pth").write_text("\n".join(sorted(lent)) + "\n", encoding="utf-8")
-    installed = run(
-        *(
-            sys.executable,
-            "-m",
-            "pip",
-            "--python",
-            python,
-            "install",
-            "--no-deps",
-            "--no-index",
-            "--ignore-installed",
-            wheel,
-        ),
-        cwd=home,
-    )
+    folder = new_environment(home)
+    pip = [sys.executable, "-m", "pip", "--python", folder / "python"]
+    installed = run(*pip, "install", "--no-deps", "--no-index", wheel, cwd=home)
     assert installed.returncode == 0, installed.stdout + installed.stderr
-    return home / BIN
+    return folder
 
 
 def test_wheel_ships_the_course_and_nothing_else(wheel: Path) -> None:

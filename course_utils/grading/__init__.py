@@ -1,0 +1,1 @@
+"""`course grade`: many learners' notebooks, checked unattended, and nobody's notebook can hurt anything."""

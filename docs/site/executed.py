@@ -1,0 +1,45 @@
+"""Solution notebooks with their outputs: each is run once, and again only when something that it reads has changed.
+
+A run is kept under the hash of all that its outputs come from: the notebook, both packages with the models that ship,
+and the versions of the packages that compute and draw. So nothing is ever out of date, and nothing runs in vain.
+"""
+
+import hashlib
+from importlib.metadata import version
+from pathlib import Path
+
+import nbformat
+
+from course_utils.cli import execute
+
+COMPUTES_AND_DRAWS = ("torch", "numpy", "transformers", "plotly", "circuitsvis")
+# The hub is not asked, so that a page does not depend on who builds it; progress bars would fill it with lines.
+ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "PLOTLY_RENDERER": "plotly_mimetype"}
+
+
+def common_hash(root: Path) -> str:
+    """What every run depends on beside its notebook."""
+    digest = hashlib.sha256(" ".join(f"{name} {version(name)}" for name in COMPUTES_AND_DRAWS).encode())
+    for package in ("course_utils", "solutions"):
+        for path in sorted((root / package).rglob("*")):
+            if path.is_file() and "__pycache__" not in path.parts and path.suffix != ".ipynb":
+                digest.update(str(path.relative_to(root)).encode() + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def executed(name: str, text: str, common: str, cache: Path) -> nbformat.NotebookNode:
+    """The notebook of this name and text with its outputs, from the cache where they still hold.
+
+    Older runs of it are thrown away. Raises nbclient's CellExecutionError when a cell fails.
+    """
+    key = hashlib.sha256((text + common).encode()).hexdigest()[:16]
+    kept = cache / f"{name}-{key}.ipynb"
+    if not kept.is_file():
+        print(f"{name}: running it, because it or what it uses has changed", flush=True)
+        notebook = nbformat.reads(text, as_version=4)
+        execute(notebook, ENVIRONMENT)
+        cache.mkdir(parents=True, exist_ok=True)
+        for old in cache.glob(f"{name}-*.ipynb"):
+            old.unlink()
+        nbformat.write(notebook, kept)
+    return nbformat.read(kept, as_version=4)

@@ -1,0 +1,281 @@
+"""Forty submissions for chapter 02 and what a grader must make of each: right, wrong in named ways, hostile, damaged.
+
+Most are the untouched chapter with a few exercises written. In a hostile one `attention_scores` does something bad
+and then answers rightly, so that its state tells whether that was stopped, refused or seen through, while
+`causal_mask` and what follows must not suffer.
+"""
+
+import copy
+import functools
+import json
+import textwrap
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import other_transformer
+
+from course_utils.grading.results import course_exercises
+from course_utils.notebook import chapters_folder
+
+CHAPTER = "02"
+SYMBOLS = [exercise.name for exercise in course_exercises()[CHAPTER]]
+SOLUTIONS = Path(__file__).parents[2] / "solutions"
+ANSWERS = {
+    "attention_scores": "return (q.transpose(1, 2) @ k.permute(0, 2, 3, 1)) / q.shape[-1] ** 0.5",
+    "causal_mask": """\
+        past = torch.arange(scores.shape[-1]) - (scores.shape[-1] - scores.shape[-2])
+        return torch.where(past <= torch.arange(scores.shape[-2])[:, None], scores, -torch.inf)""",
+    "gelu_new": "return nn.functional.gelu(x, approximate='tanh')",
+    "greedy": "return logits.argmax(-1)",
+}
+ARGUMENTS = {"attention_scores": "q, k", "causal_mask": "scores", "gelu_new": "x", "greedy": "logits"}
+RIGHT = dict.fromkeys(ANSWERS, "correct")
+DICT = dict[str, Any]
+
+
+@dataclass
+class Case:
+    """A submission and what is to come of it."""
+
+    learner: str
+    content: bytes
+    expected: dict[str, str]  # the states of exercises; those not named are "not written yet"
+    words: str = ""  # in the message of the exercise that the case is about, or among the problems
+    mistake: str | None = None  # the named cause of that exercise's failure
+    about: str = "attention_scores"
+    lasts: bool = False  # it is stopped by a timeout
+    files: dict[str, bytes] = field(default_factory=dict)  # what else the learner handed in
+
+    def state(self, symbol: str) -> str:
+        """The state that an exercise must get."""
+        return self.expected.get(symbol, "not written yet")
+
+
+# --- notebooks ------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def chapter_text(folder: Path) -> str:
+    return next(folder.glob(f"{CHAPTER}_*.ipynb")).read_text(encoding="utf-8")
+
+
+def untouched() -> DICT:
+    return json.loads(chapter_text(chapters_folder()))
+
+
+def solved() -> DICT:
+    return json.loads(chapter_text(SOLUTIONS))
+
+
+def packed(notebook: DICT) -> bytes:
+    return json.dumps(notebook, ensure_ascii=False).encode()
+
+
+def cell(source: str) -> DICT:
+    return {"cell_type": "code", "execution_count": None, "id": "own", "metadata": {}, "outputs": [], "source": source}
+
+
+def replaced(notebook: DICT, codes: dict[str, str]) -> DICT:
+    """The notebook with other code in some exercises' cells."""
+    notebook = copy.deepcopy(notebook)
+    for one in notebook["cells"]:
+        symbol = one["metadata"].get("course", {}).get("exercise")
+        if symbol in codes:
+            one["source"] = codes[symbol]
+    return notebook
+
+
+def function(symbol: str, body: str) -> str:
+    return f"def {symbol}({ARGUMENTS[symbol]}):\n{textwrap.indent(textwrap.dedent(body), '    ')}"
+
+
+def written(answers: dict[str, str] = ANSWERS) -> dict[str, str]:
+    return {symbol: function(symbol, body) for symbol, body in answers.items()}
+
+
+def with_code(code: str) -> DICT:
+    """A partly right notebook with one more cell in front of the first exercise."""
+    notebook = replaced(untouched(), written())
+    first = next(n for n, one in enumerate(notebook["cells"]) if "course" in one["metadata"])
+    notebook["cells"].insert(first, cell(textwrap.dedent(code)))
+    return notebook
+
+
+def doing(what: str) -> bytes:
+    """A notebook whose `attention_scores` does something before it answers."""
+    body = textwrap.dedent(what) + "\n" + ANSWERS["attention_scores"]
+    return packed(replaced(untouched(), {**written(), "attention_scores": function("attention_scores", body)}))
+
+
+# --- the forty ------------------------------------------------------------------------------------------------------
+
+
+def cases(outside: Path, port: int) -> list[Case]:
+    """All cases. `outside` is a folder that no notebook may see, with a file `secret`; a server listens on `port`."""
+    return [*_honest(), *_stuck(), *_hostile(outside, port), *_tricks(), *_damaged()]
+
+
+def _honest() -> list[Case]:
+    wrong = {
+        "attention_scores": "return q.transpose(1, 2) @ k.permute(0, 2, 3, 1)",
+        "causal_mask": "return scores.masked_fill(torch.ones(scores.shape[-2:]).triu(1).bool(), -1e9)",
+        "gelu_new": "return nn.functional.gelu(x)",
+        "greedy": "return logits.argmin(-1)",
+    }
+    causes = {
+        "attention_scores": "the division by sqrt(d_head) is left out.",
+        "causal_mask": "future scores are -1e+09, a finite number",
+        "gelu_new": "it is the exact GELU",
+        "greedy": "the smallest logit",
+    }
+    style = Path(other_transformer.__file__).read_text(encoding="utf-8")
+    in_style = [symbol for symbol in SYMBOLS if hasattr(other_transformer, symbol)]
+    in_another_style = replaced(untouched(), written())
+    in_another_style["cells"].append(cell(style))
+    given = [
+        Case("all right", packed(solved()), dict.fromkeys(SYMBOLS, "correct")),
+        Case("other style", packed(in_another_style), RIGHT | dict.fromkeys(in_style, "correct")),
+        Case("nothing written", packed(untouched()), {}),
+        Case("Zoë Ångström 李", packed(replaced(untouched(), written())), RIGHT, files={"notes.txt": b"my own"}),
+    ]
+    for symbol, body in wrong.items():
+        notebook = replaced(untouched(), written({**ANSWERS, symbol: body}))
+        cause = causes[symbol]
+        given.append(Case(f"wrong {symbol}", packed(notebook), RIGHT | {symbol: "wrong"}, "", cause, symbol))
+    return given
+
+
+def _stuck() -> list[Case]:
+    fault = {"attention_scores": "timed out"}
+    hang = "class Slow:\n    while True:\n        pass\n"
+    slow = replaced(untouched(), written() | {"greedy": hang + function("greedy", ANSWERS["greedy"])})
+    return [
+        Case("endless loop", doing("while True:\n    pass"), RIGHT | fault, "not finished", lasts=True),
+        Case("endless cell", packed(slow), RIGHT | {"greedy": "timed out"}, "was left out", about="greedy", lasts=True),
+        Case("recursion", doing("attention_scores(q, k)"), RIGHT | {"attention_scores": "wrong"}, "RecursionError"),
+    ]
+
+
+def _hostile(outside: Path, port: int) -> list[Case]:
+    def bad(name: str, what: str, state: str = "error", words: str = "") -> Case:
+        return Case(name, doing(what), RIGHT | {"attention_scores": state}, words)
+
+    def refused(name: str, what: str) -> Case:
+        """Something that must end in an OSError; if it does not, the exercise is wrong."""
+        attempt = (
+            f"import os, socket, shutil\ntry:\n    {what}\nexcept OSError:\n    pass\nelse:\n    raise OSError('done')"
+        )
+        return bad(name, attempt, "correct")
+
+    killing = "import os, contextlib\nwith contextlib.suppress(OSError):\n    os.kill({}, 9)"
+    secret = str(outside / "secret")
+    bomb = "import os, time\nfor _ in range(200):\n    try:\n        if os.fork() == 0:\n            time.sleep(600)\n"
+    left = "import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n        time.sleep(600)\n"
+    deleting = """\
+        import shutil, course_utils
+        from pathlib import Path
+        for folder in ("/tmp", "/home", Path.home(), Path.cwd(), Path(course_utils.__file__).parent):
+            shutil.rmtree(folder, ignore_errors=True)"""
+    return [
+        bad("memory bomb", "x = bytearray(10**10)", "wrong", "MemoryError"),
+        bad("memory bomb of tensors", "x = [torch.ones(2**27) for _ in range(40)]", "wrong", "memory"),
+        bad("fork bomb", bomb + "    except OSError:\n        break", "correct"),
+        bad("leaves a process", left + "    os._exit(0)", "correct"),
+        bad("os._exit", "import os; os._exit(0)", words="ended by itself"),
+        bad("sys.exit", "import sys; sys.exit(3)", words="SystemExit"),
+        bad(
+            "crash",
+            "import ctypes\nfor _ in [ctypes.string_at]:\n    import os; os.kill(os.getpid(), 11)",
+            words="SIGSEGV",
+        ),
+        bad("kills its parent", killing.format("os.getppid()"), "correct"),
+        bad("kills everybody", killing.format("-1"), "correct"),
+        bad("gigabytes of output", "for _ in range(2000):\n    print('x' * 10**6, flush=True)", "correct"),
+        bad("deletes files", deleting, "correct"),
+        refused("writes outside", f"open({str(outside / 'written')!r}, 'w')"),
+        refused("writes to the course", "open(torch.__file__, 'a')"),
+        refused("large file", "open('big', 'wb').write(bytes(10**8))"),
+        refused("reads another submission", f"open({secret!r})"),
+        refused("opens a socket", f"socket.create_connection(('127.0.0.1', {port}), timeout=5)"),
+    ]
+
+
+def _tricks() -> list[Case]:
+    cheated = {"attention_scores": "cheated"}
+
+    def trick(name: str, what: str, words: str) -> Case:
+        return Case(name, doing(what), RIGHT | cheated, words)
+
+    def bound(name: str, code: str, words: str = "solutions.ch02_transformer.attention_scores") -> Case:
+        notebook = replaced(untouched(), {**written(), "attention_scores": textwrap.dedent(code)})
+        return Case(name, packed(notebook), RIGHT | cheated, words)
+
+    at_once = "class Everything:\n    torch.isclose = lambda *args, **others: torch.tensor(True)\n"
+    forged = (
+        'import os, json\nfor pipe in range(3, 30):\n    try:\n        os.write(pipe, b\'{"state": "correct"}\\n\')\n'
+    )
+    function_copied = """\
+        import types
+        import solutions.ch02_transformer as theirs
+        attention_scores = types.FunctionType(theirs.attention_scores.__code__, vars(theirs), "attention_scores")"""
+    within = """\
+        def attention_scores(q, k):
+            from solutions.ch02_transformer import attention_scores as theirs
+            return theirs(q, k)"""
+    reading = """\
+        import solutions
+        from pathlib import Path
+        texts = [path.read_text() for path in Path(solutions.__file__).parent.glob("ch02*.py")]"""
+    checks = "import course_utils.checks.core as core\ncore.compare = lambda *args, **others: None"
+    return [
+        trick("replaces torch", "torch.isclose = torch.allclose", "it replaced torch.isclose"),
+        trick("replaces the check", checks, "it replaced course_utils.checks.core.compare"),
+        trick("changes the code", "torch.allclose.__class__\nnn.functional.gelu = None", "torch.nn.functional.gelu"),
+        trick("writes its own verdict", forged + "    except OSError:\n        pass", "the grader's own channel"),
+        trick("reads the solution", reading, "read the reference solution"),
+        Case("replaces torch at once", packed(with_code(at_once)), dict.fromkeys(SYMBOLS, "cheated"), "torch.isclose"),
+        bound("imports the answer", "from solutions.ch02_transformer import attention_scores"),
+        bound("assigns the answer", "import solutions.ch02_transformer as s\nattention_scores = s.attention_scores"),
+        bound("copies the function", function_copied),
+        bound("imports it inside", within, "solutions.ch02_transformer"),
+    ]
+
+
+def _damaged() -> list[Case]:
+    broken = dict.fromkeys(SYMBOLS, "error")
+    partly = replaced(untouched(), written())
+    old = nbformat.v3.writes_json(nbformat.v4.downgrade(nbformat.reads(json.dumps(partly), as_version=4)))
+    no_kernel = partly | {"metadata": {}}
+    large = copy.deepcopy(partly)
+    output = {"output_type": "stream", "name": "stdout", "text": "x" * 50_000_000}
+    large["cells"].append(cell("print('x' * 50_000_000)") | {"outputs": [output]})
+    magics = "%matplotlib inline\n!rm -rf ~\nfiles = !ls\n%%time\n"
+    syntax = replaced(untouched(), written() | {"greedy": "def greedy(logits):\n    return (logits"})
+    noise = "import random, os\nq = q + random.random() + int.from_bytes(os.urandom(2), 'big')"
+    deep = b'{"cells": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
+    return [
+        Case("nested deeply", deep, broken, "cannot be"),
+        Case("no JSON", packed(partly)[:-2000], broken, "cannot be read as a notebook"),
+        Case("empty file", b"", broken, "cannot be read as a notebook"),
+        Case("wrong encoding", packed(partly).decode().encode("utf-16"), broken, "cannot be read as a notebook"),
+        Case("no notebook", b'{"a": [1, 2]}', broken, "not a Jupyter notebook"),
+        Case("no cells", packed(partly | {"cells": []}), dict.fromkeys(SYMBOLS, "wrong"), "not found in"),
+        Case("old format", old.encode(), RIGHT),
+        Case("no kernel", packed(no_kernel), RIGHT),
+        Case("50 MB of outputs", packed(large), RIGHT),
+        Case("magics", packed(with_code(magics)), RIGHT),
+        Case("broken cell", packed(syntax), RIGHT | {"greedy": "wrong"}, "SyntaxError", about="greedy"),
+        Case("random answers", doing(noise), RIGHT | {"attention_scores": "wrong"}, "values are wrong"),
+    ]
+
+
+def write(folder: Path, chosen: list[Case]) -> None:
+    """Each case as a learner's folder."""
+    for case in chosen:
+        place = folder / case.learner
+        place.mkdir(parents=True)
+        (place / "02_transformer.ipynb").write_bytes(case.content)
+        for name, content in case.files.items():
+            (place / name).write_bytes(content)
