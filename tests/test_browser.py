@@ -7,7 +7,6 @@ figure only, since what is tested is the drawing. `SCREENSHOTS=docs make test-br
 import functools
 import os
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -21,10 +20,6 @@ from environments import NO_NETWORK, lab_address
 
 pytestmark = pytest.mark.browser
 
-# What Chromium would fetch by itself, and every way out: names resolve to nothing but this machine.
-CHROMIUM = """--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
-    --disable-component-update --disable-sync""".split()
-CHROMIUM += ["--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1, EXCLUDE localhost"]
 READY = """name => {
     const panel = window.jupyterapp && window.jupyterapp.shell.currentWidget;
     const open = panel && panel.context && panel.context.path === name;
@@ -116,19 +111,6 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     finally:
         server.terminate()
         server.communicate(timeout=30)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """Debian's chromium."""
-    from playwright.sync_api import sync_playwright
-
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
-    assert chromium, "there is no chromium: apt-get install chromium"
-    with sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=chromium, args=CHROMIUM)
-        yield browser
-        browser.close()
 
 
 def open_notebook(browser: Any, lab: str, name: str) -> Notebook:

@@ -7,7 +7,6 @@ import functools
 import http.server
 import json
 import re
-import shutil
 import sys
 import threading
 from collections.abc import Iterator
@@ -20,7 +19,6 @@ import nbformat
 import pytest
 import torch
 from conftest import ROOT
-from test_browser import CHROMIUM
 
 from course_utils.build import build_chapter
 from course_utils.plots import attention_pattern, bar, heatmap, line
@@ -244,18 +242,6 @@ def address(files: dict[Path, Links]) -> Iterator[str]:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}/"
         server.shutdown()
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    from playwright.sync_api import sync_playwright
-
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
-    assert chromium, "there is no chromium: apt-get install chromium"
-    with sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=chromium, args=CHROMIUM)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

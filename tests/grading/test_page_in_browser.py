@@ -4,7 +4,6 @@
 """
 
 import dataclasses
-import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,28 +21,22 @@ EXERCISES = [exercise.name for exercise in course_exercises()["02"]]
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def page(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """The page, open; `page.asked` are the addresses that it asked for, `page.complaints` the errors that it logged."""
-    from playwright.sync_api import sync_playwright
-
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
-    assert chromium, "there is no chromium: apt-get install chromium"
     nasty = all_of(
         "02", f"zz {NASTY}", "wrong", causal_mask=made_up("causal_mask", "wrong", NASTY, f"causal_mask: {NASTY}")
     )
     results = [*a_class(N_LEARNERS - 1), dataclasses.replace(nasty, problems=(NASTY,))]
     report = write_reports(tmp_path_factory.mktemp("report"), results, difficulty_weights(), Settings())
-    with sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
-        page = browser.new_page(viewport={"width": 1280, "height": 900})
-        page.asked, page.complaints = [], []
-        page.on("request", lambda request: page.asked.append(request.url))
-        page.on("console", lambda message: page.complaints.append(message.text))
-        page.on("pageerror", lambda error: page.complaints.append(str(error)))
-        page.on("dialog", lambda dialog: (page.complaints.append(f"dialog: {dialog.message}"), dialog.dismiss()))
-        page.goto(report.as_uri())
-        yield page
-        browser.close()
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    page.asked, page.complaints = [], []
+    page.on("request", lambda request: page.asked.append(request.url))
+    page.on("console", lambda message: page.complaints.append(message.text))
+    page.on("pageerror", lambda error: page.complaints.append(str(error)))
+    page.on("dialog", lambda dialog: (page.complaints.append(f"dialog: {dialog.message}"), dialog.dismiss()))
+    page.goto(report.as_uri())
+    yield page
+    page.close()
 
 
 def names(page: Any) -> list[str]:
