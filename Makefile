@@ -21,7 +21,7 @@ test-browser: $(VENV)/.browser site  ## what learners and readers see, in a real
 	$(BIN)/python -m pytest -m browser tests $(ARGS)
 
 rehearse: $(VENV)/.test  ## run every solution notebook as Colab would: an empty folder, the wheel, nothing of this checkout
-	$(BIN)/python -m pytest -m rehearsal tests/test_colab.py $(ARGS)
+	$(BIN)/python -m pytest -m rehearsal tests/course/test_colab.py $(ARGS)
 
 # The first time it runs every solution notebook; later only those of which something has changed.
 site: $(VENV)/.site  ## build the web site of the course into site/: chapters with their results, models, API

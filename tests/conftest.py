@@ -172,7 +172,7 @@ def browser() -> Iterator[Any]:
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel of this checkout."""
-    from environments import build_wheel
+    from tests.support.environments import build_wheel
 
     return build_wheel(tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist"))
 

@@ -1,4 +1,4 @@
-"""Comparing plain values (numbers, texts, lists, tuples, dictionaries), in the manner of `core.compare` for tensors."""
+"""Comparing plain values (numbers, texts, lists, tuples, dictionaries), as `compare` does tensors."""
 
 import copy
 import math
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from course_utils.checks.core import CheckFailed
+from course_utils.checks.outcomes import CheckFailed, Evidence
 
 PlainMistakes = Mapping[str, Any]  # hint -> the answer which that mistake gives, or a function that works it out
 LONGEST = 90  # characters of a value that a message shows
@@ -28,14 +28,16 @@ def agree(name: str, call: str, actual: object, expected: object, mistakes: Plai
     place = _difference(actual, expected)
     if place is None:
         return
-    lines = [f"{name}: wrong answer.", f"  {call}", f"  {place}"]
     causes = [
-        hint for hint, answer in (mistakes or {}).items() if _same(actual, answer() if callable(answer) else answer)
+        f"  This is what you get if {hint}"
+        for hint, answer in (mistakes or {}).items()
+        if _same(actual, answer() if callable(answer) else answer)
     ]
-    lines += [f"  This is what you get if {hint}" for hint in causes]
-    if not causes:
-        lines.append("  Next: work this case out by hand, and print what each of your steps gives.")
-    raise CheckFailed("\n".join(lines))
+    raise CheckFailed(
+        f"{name}: wrong answer.\n  {call}\n  {place}",
+        evidence=Evidence(f"{name} {call}", actual),
+        advice="\n".join(causes) or "  Next: work this case out by hand, and print what each of your steps gives.",
+    )
 
 
 def shown(value: object) -> str:

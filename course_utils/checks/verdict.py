@@ -5,7 +5,8 @@ import os
 import types
 from typing import NamedTuple
 
-from course_utils.checks.core import CheckFailed, NotWritten, check
+from course_utils.checks.outcomes import CheckFailed, NotWritten
+from course_utils.checks.running import check
 from course_utils.notebook import CourseError, exercise
 
 

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
-import other_transformer
 
 from course_utils.grading.results import course_exercises
 from course_utils.notebook import chapters_folder
+from tests.ch02 import other_transformer
 
 CHAPTER = "02"
 SYMBOLS = [exercise.name for exercise in course_exercises()[CHAPTER]]
@@ -228,10 +228,10 @@ def _tricks() -> list[Case]:
         import solutions
         from pathlib import Path
         texts = [path.read_text() for path in Path(solutions.__file__).parent.glob("ch02*.py")]"""
-    checks = "import course_utils.checks.core as core\ncore.compare = lambda *args, **others: None"
+    checks = "import course_utils.checks.comparing as comparing\ncomparing.compare = lambda *args, **others: None"
     return [
         trick("replaces torch", "torch.isclose = torch.allclose", "it replaced torch.isclose"),
-        trick("replaces the check", checks, "it replaced course_utils.checks.core.compare"),
+        trick("replaces the check", checks, "it replaced course_utils.checks.comparing.compare"),
         trick("changes the code", "torch.allclose.__class__\nnn.functional.gelu = None", "torch.nn.functional.gelu"),
         trick("writes its own verdict", forged + "    except OSError:\n        pass", "the grader's own channel"),
         trick("reads the solution", reading, "read the reference solution"),

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from conftest import ROOT
 
 from course_utils.grading import cluster as cluster_module
 from course_utils.grading import sandbox
@@ -20,6 +19,7 @@ from course_utils.grading.cluster import Cluster, connect
 from course_utils.grading.grade import grade_all
 from course_utils.grading.results import Result, Settings, Submission, course_exercises
 from course_utils.notebook import CourseError
+from tests.conftest import ROOT
 
 CHAPTER = "02"
 pytest.importorskip("distributed", reason="distributed is not installed (extra `cluster`)")

@@ -9,11 +9,11 @@ import zipfile
 from pathlib import Path
 
 import pytest
-import submissions
-from submissions import packed, replaced, untouched, written
 
 from course_utils.grading.collect import collected, prepare_out
 from course_utils.notebook import CourseError
+from tests.grading import submissions
+from tests.grading.submissions import packed, replaced, untouched, written
 
 NOTEBOOK = packed(untouched())
 

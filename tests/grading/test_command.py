@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
-from submissions import packed, replaced, untouched, written
 
 from course_utils.cli import main
 from course_utils.grading import sandbox
 from course_utils.grading.results import from_json
+from tests.grading.submissions import packed, replaced, untouched, written
 
 
 @pytest.fixture

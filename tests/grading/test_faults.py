@@ -10,12 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
-import submissions
-from submissions import SYMBOLS, Case
 
 from course_utils.grading.collect import collected
 from course_utils.grading.grade import grade_all
 from course_utils.grading.results import Result, Settings, from_json
+from tests.grading import submissions
+from tests.grading.submissions import SYMBOLS, Case
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]

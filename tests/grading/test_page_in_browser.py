@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from made_up_results import NASTY, a_class, all_of, made_up
 
 from course_utils.grading.reports import write_reports
 from course_utils.grading.results import Settings, course_exercises
 from course_utils.grading.weights import difficulty_weights
+from tests.support.made_up_results import NASTY, a_class, all_of, made_up
 
 pytestmark = pytest.mark.browser
 

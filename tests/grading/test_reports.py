@@ -14,8 +14,6 @@ from xml.etree import ElementTree
 
 import jsonschema
 import pytest
-from conftest import ROOT
-from made_up_results import MISTAKES, NASTY, a_class, all_of, made_up
 
 from course_utils.grading.feedback import escaped, feedback, fenced
 from course_utils.grading.gradebook import gradebook, harmless
@@ -27,6 +25,8 @@ from course_utils.grading.results import STATES, Result, Settings, course_exerci
 from course_utils.grading.text import clean, clean_name, clean_result, file_name
 from course_utils.grading.weights import difficulty_weights, number, points, read_weights
 from course_utils.notebook import CourseError
+from tests.conftest import ROOT
+from tests.support.made_up_results import MISTAKES, NASTY, a_class, all_of, made_up
 
 WEIGHTS = difficulty_weights()
 SETTINGS = Settings()

@@ -7,12 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
-from submissions import SYMBOLS, doing, packed, replaced, solved, untouched, written
 
 from course_utils.grading import grade, sandbox
 from course_utils.grading.grade import close_servers, grade_all, grade_one
 from course_utils.grading.results import ExerciseResult, Result, Settings, Submission, course_exercises, load_part
+from tests.conftest import ROOT
+from tests.grading.submissions import SYMBOLS, doing, packed, replaced, solved, untouched, written
 
 SOLUTIONS = sorted((ROOT / "solutions").glob("*.ipynb"))
 pytestmark = pytest.mark.slow

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import ROOT
 
 from course_utils.grading.results import course_exercises
+from tests.conftest import ROOT
 
 GUIDE = (ROOT / "docs/teaching.md").read_text(encoding="utf-8")
 SCRIPTS = re.findall(r"^ *```sh\n(.*?)^ *```$", GUIDE, re.MULTILINE | re.DOTALL)

@@ -12,7 +12,7 @@ import torch._dynamo  # which replaces torch.manual_seed
 from torch import nn
 
 import solutions.ch02_transformer as theirs
-from course_utils.checks import core, find_checks, verdict
+from course_utils.checks import comparing, find_checks, outcomes, verdict
 from course_utils.grading.tricks import Watch, reference_behind
 
 find_checks()
@@ -30,9 +30,9 @@ REPLACED = [
     (nn.functional, "gelu", "torch.nn.functional.gelu"),
     (nn.Module, "__call__", "torch.nn.modules.module.Module.__call__"),
     (builtins, "isinstance", "builtins.isinstance"),
-    (core, "compare", "course_utils.checks.core.compare"),
-    (core.CheckFailed, "_render_traceback_", "course_utils.checks.core.CheckFailed._render_traceback_"),
-    (sys.modules["course_utils.checks.ch02_1_transformer"], "check_MLP", "check_MLP"),
+    (comparing, "compare", "course_utils.checks.comparing.compare"),
+    (outcomes.CheckFailed, "_render_traceback_", "course_utils.checks.outcomes.CheckFailed._render_traceback_"),
+    (sys.modules["course_utils.checks.ch02.layers"], "check_MLP", "check_MLP"),
     (verdict, "check", "course_utils.checks.verdict.check"),
 ]
 
@@ -60,8 +60,8 @@ def test_what_is_changed_inside_is_found(watch: Watch, monkeypatch: pytest.Monke
 
 def test_what_hides_a_builtin_from_the_checks_is_found(watch: Watch, monkeypatch: pytest.MonkeyPatch):
     with monkeypatch.context() as patch:
-        patch.setattr(core, "isinstance", lambda *args: True, raising=False)
-        assert watch.changes() == ["course_utils.checks.core.isinstance"]
+        patch.setattr(comparing, "isinstance", lambda *args: True, raising=False)
+        assert watch.changes() == ["course_utils.checks.comparing.isinstance"]
 
 
 def test_what_is_added_elsewhere_is_none_of_it(watch: Watch, monkeypatch: pytest.MonkeyPatch):

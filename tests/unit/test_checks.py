@@ -21,7 +21,7 @@ from course_utils.checks import (
     run_check,
     unchanged,
 )
-from course_utils.checks import core as core_module
+from course_utils.checks import running as running_module
 
 INF = torch.inf
 
@@ -201,7 +201,7 @@ def test_cells_are_recognised_by_any_of_their_names(filename: str, place: str) -
     namespace = learner_module("def greedy(logits):\n    return logits.argmin(dim=9)\n", filename)
     message = message_of(lambda: check(namespace["greedy"]))
     assert f"at {place}: return logits.argmin(dim=9)" in message
-    assert "core.py" not in message and "ch02" not in message
+    assert "course_utils" not in message and "running.py" not in message
 
 
 def test_a_helper_is_shown_with_the_line_that_called_it() -> None:
@@ -229,7 +229,7 @@ def test_a_fault_of_the_check_is_not_blamed_on_the_learner() -> None:
     def check_greedy(fn: Any) -> None:
         raise KeyError("ours")
 
-    check_greedy.__code__ = check_greedy.__code__.replace(co_filename=core_module.__file__)
+    check_greedy.__code__ = check_greedy.__code__.replace(co_filename=running_module.__file__)
     with pytest.raises(KeyError) as caught:
         run_check(check_greedy, causal_mask)
     assert any("a fault in the check of greedy" in note for note in caught.value.__notes__)
@@ -400,7 +400,7 @@ def test_the_notebook_shows_the_message_and_no_frames(capsys: pytest.CaptureFixt
     assert "This is what you get if the smallest logit is taken." in out
     assert "greedy: not written yet." in out
     assert "at line 2 of your cell: return logits.argmax(-2, -3, -4)" in out
-    assert "Traceback" not in out and "core.py" not in out
+    assert "Traceback" not in out and "running.py" not in out
 
 
 def test_everything_promised_is_exported() -> None:

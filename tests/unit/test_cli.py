@@ -12,12 +12,12 @@ from pathlib import Path
 import nbformat
 import pytest
 import torch
-from conftest import ROOT
-from environments import lab_address
 
 from course_utils import checks, cli, retraining
 from course_utils.build import build
 from course_utils.cli import main
+from tests.conftest import ROOT
+from tests.support.environments import lab_address
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def course(small_course: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     check_shift.__name__ = "check_Shift"
     found = {"07": {"double": check_double, "Shift": check_shift}}
     monkeypatch.setattr(checks, "find_checks", lambda: found)
-    monkeypatch.setattr(checks.core, "find_checks", lambda: found)
+    monkeypatch.setattr(checks.running, "find_checks", lambda: found)
     monkeypatch.setattr(cli, "chapters_folder", lambda: small_course / "chapters")
     monkeypatch.chdir(small_course)
     return small_course

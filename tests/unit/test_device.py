@@ -5,10 +5,10 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from conftest import ROOT
 
 from course_utils.device import device
 from course_utils.notebook import plain_python
+from tests.conftest import ROOT
 
 
 @pytest.mark.parametrize(("there", "chosen"), [(True, "cuda"), (False, "cpu")])

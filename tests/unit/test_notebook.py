@@ -186,7 +186,7 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     found = {"07": {"add": check_add, "Adder": check_adder_class}}
     monkeypatch.setattr(checks, "find_checks", lambda: found)
-    monkeypatch.setattr(checks.core, "find_checks", lambda: found)
+    monkeypatch.setattr(checks.running, "find_checks", lambda: found)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "work").mkdir()
     return tmp_path / "work"

@@ -8,10 +8,10 @@ import sys
 import nbformat
 import pytest
 import torch
-from conftest import ROOT
 from nbclient import NotebookClient
 
 from course_utils import plots
+from tests.conftest import ROOT
 
 TOKENS = ["<|eos|>", " Mary", " and", " Mary", "\n"]
 MATRIX = torch.arange(15.0).reshape(3, 5) - 4

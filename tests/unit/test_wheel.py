@@ -5,8 +5,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
-from environments import new_environment, run
+
+from tests.conftest import ROOT
+from tests.support.environments import new_environment, run
 
 MODELS = sorted(card.parent.name for card in (ROOT / "course_utils" / "models").glob("*/card.md"))
 

@@ -1,0 +1,1 @@
+"""The checks of chapter 02, A transformer from scratch: a module for each section, and what they share."""

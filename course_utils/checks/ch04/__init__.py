@@ -1,0 +1,1 @@
+"""The checks of chapter 04, Induction heads: a module for each section, and what they share."""

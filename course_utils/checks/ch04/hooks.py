@@ -1,0 +1,427 @@
+# ruff: noqa: N802 (check_MyHookPoint is named after its exercise)
+"""Checks of chapter 04, seeing inside: a hook system written by hand, and attention rebuilt from a cache."""
+
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from course_utils.checks.comparing import compare, follows_input, unchanged
+from course_utils.checks.modules import noise
+from course_utils.checks.outcomes import CheckFailed
+from course_utils.checks.plain import agree, must_raise
+from course_utils.checks.translating import during
+
+Fn = Callable[..., Any]
+VECTORS = "batch pos d_model"
+INF = torch.inf
+
+# --------------------------------------------------------------------------------------------------- the hook system
+
+
+class Stop(Exception):
+    """What a hook raises in a check, to see what is left behind."""
+
+
+class Part(nn.Module):
+    """A piece of a small model: it reads through one hook point, and writes through another."""
+
+    def __init__(self, point: Callable[[], nn.Module], slope: float) -> None:
+        super().__init__()
+        self.slope = slope
+        self.hook_in, self.hook_out = point(), point()
+
+    def forward(self, resid: Tensor) -> Tensor:
+        return resid + self.hook_out(torch.sin(self.slope * self.hook_in(resid) + 0.3))
+
+
+class Watched(nn.Module):
+    """A small model full of hook points of any class; a token 0 makes it fail half-way."""
+
+    def __init__(self, point: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.runs = 0
+        self.table = nn.Parameter(noise(11, 3, seed=1))
+        self.hook_start, self.between, self.hook_end = point(), nn.Identity(), point()
+        self.blocks = nn.ModuleList([Part(point, 1.3), Part(point, 0.7)])
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        self.runs += 1
+        resid = self.hook_start(self.table[tokens])
+        for block in self.blocks:
+            if block is self.blocks[1] and (tokens == 0).any():
+                raise Stop
+            resid = self.between(block(resid))
+        return self.hook_end(resid)
+
+
+POINTS = ["hook_start", *(f"blocks.{layer}.hook_{end}" for layer in range(2) for end in ("in", "out")), "hook_end"]
+TOKENS, OTHERS = torch.tensor([[3, 1, 4, 10, 5], [9, 2, 6, 7, 8]]), torch.tensor([[7, 7, 2, 1]])
+FAILING = torch.tensor([[3, 0, 1]])
+
+
+def by_pytorch(hooks: Sequence[tuple[str, Fn]], tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """The oracle: PyTorch's own forward hooks, on the same model with identity layers. Output, and what was seen."""
+    model = Watched(nn.Identity)
+    seen: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Fn:
+        return lambda module, inputs, output: seen.__setitem__(name, output)
+
+    for name, fn in hooks:
+        model.get_submodule(name).register_forward_hook(lambda module, inputs, output, fn=fn: fn(output))
+    for name in POINTS:
+        model.get_submodule(name).register_forward_hook(keep(name))
+    return model(tokens), seen
+
+
+def check_MyHookPoint(cls: Any) -> None:
+    """What goes in, what the functions get, and what comes out, from no function to three."""
+    name = "MyHookPoint"
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        raise CheckFailed(
+            f"{name}: expected a class that inherits from nn.Module.\n  Next: keep the `class` line that was given."
+        )
+    point: Any = cls()
+    activation = noise(2, 5, 7).requires_grad_()
+    if not isinstance(getattr(point, "fns", None), list) or point.fns:
+        raise CheckFailed(
+            f"{name}: a new one should have `fns`, an empty list.\n  Next: keep the `__init__` that was given."
+        )
+    with unchanged(name, activation=activation):
+        compare(f"{name} without functions", point(activation), activation, VECTORS)
+    watched = [point.is_watched, [point.fns.append(print), point.is_watched][1]]
+    if watched != [False, True]:
+        raise CheckFailed(
+            f"{name}: `is_watched` is {watched[0]} without functions and {watched[1]} with one.\n"
+            "  Next: keep the one that was given."
+        )
+    got: list[Tensor] = []
+    double, shift, square = (lambda x: 2 * x), (lambda x: x + 1), (lambda x: x * x)
+
+    def look(x: Tensor) -> None:
+        got.append(x)
+
+    def first(x: Tensor) -> Tensor:
+        return square(x) + 3
+
+    cases: list[tuple[str, list[Fn], Tensor, dict[str, Tensor]]] = [
+        ("when its function returns None", [look], activation, {}),
+        (
+            "when its function returns a tensor",
+            [double],
+            2 * activation,
+            {"what the function returns is thrown away; it should come out.": activation},
+        ),
+        (
+            "with three functions",
+            [first, look, shift, double],
+            2 * (activation**2 + 4),
+            {
+                "every function is given the original activation; each should get what the one before left.": double(
+                    activation
+                ),
+                "the functions run in reverse order.": first(shift(double(activation))),
+                "None ends it: the functions after one that returns None no longer run.": first(activation),
+                "what the functions return is thrown away.": activation,
+            },
+        ),
+    ]
+    for case, fns, expected, mistakes in cases:
+        got.clear()
+        point.fns[:] = fns
+        with unchanged(name, activation=activation), during(case):
+            actual = point(activation)
+        if len(got) != fns.count(look):
+            raise CheckFailed(
+                f"{name} {case}: a function that only looks was called {len(got)} times, expected {fns.count(look)}.\n"
+                "  Next: call every function in `self.fns` once."
+            )
+        compare(f"{name} {case}", actual, expected, VECTORS, mistakes)
+        if fns[0] is first:
+            before = {
+                "it gets the original activation; it should get what the function before it left.": activation,
+            }
+            compare(f"{name} {case}: what the second gets", got[0], first(activation), VECTORS, before)
+        if point.fns != fns:
+            raise CheckFailed(
+                f"{name} {case}: `fns` is another list after the run.\n  Next: only read `self.fns` in `forward`."
+            )
+    point.fns[:] = [look]
+    if not point(activation).requires_grad:
+        raise CheckFailed(
+            f"{name}: no gradient comes through it.\n  Next: hand on the tensor itself, without .detach() or .data."
+        )
+
+
+def _point_class(name: str, fn: Any) -> type:
+    """The learner's `MyHookPoint`, which stands where the function does."""
+    space = getattr(inspect.unwrap(getattr(fn, "func", fn)), "__globals__", {})
+    cls = space.get("MyHookPoint")
+    if not isinstance(cls, type):
+        raise CheckFailed(f"{name}: there is no class `MyHookPoint` beside it.\n  Next: run the cell that defines it.")
+    return cls
+
+
+def _earlier(model: nn.Module, calls: list[str]) -> dict[str, list[Fn]]:
+    """Somebody else's hooks, which were there before: they count, and one of them changes something."""
+
+    def count(activation: Tensor) -> None:
+        calls.append("count")
+
+    def raise_it(activation: Tensor) -> Tensor:
+        return activation + 0.5
+
+    for place, fn in (("blocks.0.hook_out", count), ("blocks.0.hook_out", raise_it), ("hook_end", count)):
+        model.get_submodule(place).fns.append(fn)
+    return _attached(model)
+
+
+def _attached(model: nn.Module) -> dict[str, list[Fn]]:
+    return {name: list(model.get_submodule(name).fns) for name in POINTS}
+
+
+EARLIER: list[tuple[str, Fn]] = [("blocks.0.hook_out", lambda activation: activation + 0.5)]
+
+
+def _assert_clean(name: str, when: str, model: nn.Module, before: dict[str, list[Fn]]) -> None:
+    """The functions at every hook point are those from before the run."""
+    for place, fns in _attached(model).items():
+        module = model.get_submodule(place)
+        extra = len(fns) + len(module._forward_hooks) + len(module._forward_pre_hooks) - len(before[place])
+        if extra > 0:
+            raise CheckFailed(
+                f"{name}: {when}, {'a function is' if extra == 1 else f'{extra} functions are'} left behind at "
+                f"`{place}`.\n  Next: take away what you attached, in the `finally` of a `try` around the run."
+            )
+        if fns != before[place]:
+            raise CheckFailed(
+                f"{name}: {when}, the functions at `{place}` are not those that were there before: "
+                f"{len(before[place])} before, {len(fns)} now.\n"
+                "  Next: take away your own functions only, and leave the others where they were."
+            )
+
+
+def assert_stops(name: str, run: Callable[[], object], when: str) -> None:
+    try:
+        run()
+    except Stop:
+        return
+    raise CheckFailed(
+        f"{name}: {when} raised an exception, and it was swallowed.\n  Next: clean up in `finally`, without `except`."
+    )
+
+
+def check_my_run_with_hooks(fn: Fn) -> None:
+    """Beside PyTorch's forward hooks; then what is left when a run ends well, ends badly, or cannot begin."""
+    name = "my_run_with_hooks"
+    model = Watched(_point_class(name, fn))
+    plain = by_pytorch([], TOKENS)[0]
+    with during("with no hooks"):
+        compare(f"{name} with no hooks", fn(model, TOKENS, []), plain, VECTORS)
+    seen: dict[str, Tensor] = {}
+
+    def keep(place: str) -> Fn:
+        return lambda activation: seen.__setitem__(place, activation)
+
+    double, shift = (lambda activation: 2 * activation), (lambda activation: activation + 0.7)
+    cases: dict[str, list[tuple[str, Fn]]] = {
+        "with a hook that replaces": [("blocks.0.hook_in", double)],
+        "with hooks at two places": [("hook_end", shift), ("blocks.0.hook_in", double)],
+        "with two hooks at one place": [("hook_start", double), ("blocks.0.hook_out", double), ("hook_start", shift)],
+        "with the same hook twice": [("hook_start", shift), ("hook_start", shift)],
+    }
+    for case, pairs in cases.items():
+        expected, sights = by_pytorch(pairs, TOKENS)
+        mistakes = {"the hooks change nothing: what they return never reaches the model.": plain}
+        if len(pairs) > 1:
+            mistakes |= {
+                "the hooks at one place run in reverse order.": by_pytorch(pairs[::-1], TOKENS)[0],
+                "only the last hook at each place is kept.": by_pytorch(list(dict(pairs).items()), TOKENS)[0],
+                "only the first of the hooks is attached.": by_pytorch(pairs[:1], TOKENS)[0],
+                "only the last of the hooks is attached.": by_pytorch(pairs[-1:], TOKENS)[0],
+            }
+            mistakes = {hint: answer for hint, answer in mistakes.items() if not torch.equal(answer, expected)}
+        looks = [(place, keep(place)) for place in ("blocks.1.hook_in", "blocks.1.hook_out")]
+        before, given = _attached(model), [*pairs, *looks]
+        with during(case):
+            actual = fn(model, TOKENS, given)
+        if given != [*pairs, *looks]:
+            raise CheckFailed(f"{name}: it changed the list `hooks`.\n  Next: only read it.")
+        compare(f"{name} {case}", actual, expected, VECTORS, mistakes)
+        for place, _ in looks:
+            if place not in seen:
+                raise CheckFailed(
+                    f"{name} {case}: the hook at `{place}` was not called.\n  Next: attach every pair of `hooks`."
+                )
+            compare(f"{name} {case}: what a later hook at `{place}` gets", seen[place], sights[place], VECTORS)
+        _assert_clean(name, "after a run", model, before)
+    _check_ends(name, model, lambda tokens, hooks: fn(model, tokens, hooks), lambda place, hook: [(place, hook)])
+
+
+def _check_ends(name: str, model: Watched, run: Fn, wanted: Callable[[str, Fn], Any]) -> None:
+    """Other people's hooks, a run that ends in an exception, and one that cannot begin."""
+    calls: list[str] = []
+    before = _earlier(model, calls)
+    run(TOKENS, wanted("blocks.0.hook_out", lambda activation: None))
+    _assert_clean(name, "after a run", model, before)
+    if calls != ["count", "count"]:
+        raise CheckFailed(
+            f"{name}: functions that others had attached were called {len(calls)} times, expected 2.\n"
+            "  Next: leave those that are there already where they are, and run the model once."
+        )
+    failing = wanted("blocks.0.hook_out", lambda activation: activation * 2)
+    assert_stops(name, lambda: run(FAILING, failing), "the model")
+    _assert_clean(name, "after a run that ended in an exception", model, before)
+    runs = model.runs
+    must_raise(
+        name,
+        KeyError,
+        "a name that no hook point has, 'hook_strat',",
+        lambda: run(TOKENS, [*failing, *wanted("hook_strat", lambda activation: None)]),
+    )
+    must_raise(
+        name,
+        KeyError,
+        "the name of a module that is no hook point, 'between',",
+        lambda: run(TOKENS, wanted("between", lambda activation: None)),
+    )
+    _assert_clean(name, "after a name that no hook point has", model, before)
+    if model.runs != runs:
+        raise CheckFailed(
+            f"{name}: for a name that no hook point has, the model ran all the same.\n"
+            "  Next: look up all the names before you begin."
+        )
+
+
+def check_my_run_with_cache(fn: Fn) -> None:
+    """All places, some, none; a cache that stays as it is; and the ends of a run, good and bad."""
+    name = "my_run_with_cache"
+    model = Watched(_point_class(name, fn))
+    expected, sights = by_pytorch([], TOKENS)
+    before = _attached(model)
+    for case, names in (
+        ("without names", None),
+        ("with names", ["hook_end", "blocks.1.hook_in"]),
+        ("with an empty list of names", []),
+    ):
+        with during(case):
+            returned = fn(model, TOKENS) if names is None else fn(model, TOKENS, names)
+        cache = _output_and_cache(name, returned, expected)
+        wanted = POINTS if names is None else names
+        agree(f"{name} {case}", "the names in the cache, sorted", sorted(cache), sorted(wanted))
+        for place in wanted:
+            others = {f"it is what `{other}` saw.": sights[other] for other in POINTS if other != place}
+            others = {h: a for h, a in others.items() if not torch.equal(a, sights[place])}
+            compare(f"{name} {case}: `{place}`", cache[place], sights[place], VECTORS, others)
+        _assert_clean(name, "after a run", model, before)
+        model(OTHERS)
+        for place in wanted:
+            compare(f"{name}: `{place}`, after the model ran on something else", cache[place], sights[place], VECTORS)
+    _earlier(model, [])
+    changed, sights = by_pytorch(EARLIER, TOKENS)
+    cache = _output_and_cache(name, fn(model, TOKENS), changed)
+    for place in POINTS:
+        early = {"it is what came in; a function that was there already had replaced it.": sights[place] - 0.5}
+        compare(f"{name} with others' functions: `{place}`", cache[place], sights[place], VECTORS, early)
+    model = Watched(_point_class(name, fn))
+    _check_ends(name, model, partial(fn, model), lambda place, hook: [place])
+
+
+def _output_and_cache(name: str, returned: Any, output: Tensor) -> Mapping[str, Tensor]:
+    if returned is None:
+        raise CheckFailed(f"{name}: returned None.\n  Next: end the function with `return ...`.")
+    if not (isinstance(returned, tuple) and len(returned) == 2):
+        raise CheckFailed(
+            f"{name}: expected two things, the output and the cache, got a {type(returned).__name__}.\n"
+            "  Next: return output, cache."
+        )
+    if isinstance(returned[0], Mapping):
+        raise CheckFailed(f"{name}: the cache comes first.\n  Next: return the output first, then the cache.")
+    compare(f"{name}: the output", returned[0], output, VECTORS)
+    if not isinstance(returned[1], Mapping):
+        raise CheckFailed(
+            f"{name}: expected a dict of activations, got a {type(returned[1]).__name__}.\n"
+            "  Next: keep each activation under the path of its hook point."
+        )
+    return returned[1]
+
+
+# ---------------------------------------------------------------------------------------------------- by hand, again
+
+
+def check_pattern_from_qk(fn: Fn) -> None:
+    """Every pair of query and key, one by one, then the softmax spelled out."""
+    axes, name = "batch head query key", "pattern_from_qk"
+    for n_batch, n_pos in [(2, 5), (1, 4)]:
+        q, k = noise(n_batch, n_pos, 3, 6, seed=1), noise(n_batch, n_pos, 3, 6, seed=2)
+        right = torch.zeros(n_batch, 3, n_pos, n_pos)
+        for row in range(n_batch):
+            for head in range(3):
+                for query in range(n_pos):
+                    scores = [
+                        float(torch.dot(q[row, query, head], k[row, key, head])) / 6**0.5 for key in range(query + 1)
+                    ]
+                    total = sum(math.exp(score) for score in scores)
+                    for key, score in enumerate(scores):
+                        right[row, head, query, key] = math.exp(score) / total
+        dots = torch.einsum("bqhd,bkhd->bhqk", q, k)
+        future = torch.ones(n_pos, n_pos, dtype=torch.bool).triu(1)
+        scaled = dots / 6**0.5
+        mistakes: dict[str, Tensor] = {
+            "the scores are not divided by sqrt(d_head).": dots.masked_fill(future, -INF).softmax(-1),
+            "the scores are divided by d_head; divide by its root.": (dots / 6).masked_fill(future, -INF).softmax(-1),
+            "nothing is masked: queries look at later positions.": scaled.softmax(-1),
+            "the future is masked after the softmax; the weights of a query no longer sum to 1.": scaled.softmax(
+                -1
+            ).masked_fill(future, 0.0),
+            "future scores are 0; softmax gives them exp(0) = 1, not nothing.": scaled.masked_fill(future, 0.0).softmax(
+                -1
+            ),
+            "the softmax runs over the queries.": scaled.masked_fill(future, -INF).softmax(-2),
+            "the scores are masked, but there is no softmax.": scaled.masked_fill(future, -INF),
+            "queries and keys are swapped.": scaled.mT.masked_fill(future, -INF).softmax(-1),
+            "past and future are swapped.": scaled.masked_fill(future.T, -INF).softmax(-1),
+            "the diagonal is masked too; a query may look at itself.": scaled.masked_fill(
+                future | torch.eye(n_pos).bool(), -INF
+            ).softmax(-1),
+        }
+        with unchanged(name, q=q, k=k):
+            actual = fn(q, k)
+        compare(name, actual, right, axes, mistakes)
+        follows_input(name, fn, (q, k), axes)
+
+
+def check_z_from_pattern(fn: Fn) -> None:
+    """Each query's weighted mean, added up key by key."""
+    axes, name = "batch query head d_head", "z_from_pattern"
+    for n_batch, n_pos in [(2, 5), (1, 4)]:
+        scores = noise(n_batch, 3, n_pos, n_pos, seed=3)
+        pattern = scores.masked_fill(torch.ones(n_pos, n_pos, dtype=torch.bool).triu(1), -INF).softmax(-1)
+        v = noise(n_batch, n_pos, 3, 6, seed=4)
+        right = torch.zeros(n_batch, n_pos, 3, 6)
+        for row in range(n_batch):
+            for head in range(3):
+                for query in range(n_pos):
+                    for key in range(n_pos):
+                        right[row, query, head] += pattern[row, head, query, key] * v[row, key, head]
+        mistakes = {
+            "the pattern is transposed: each key gathers from the queries that look at it.": torch.einsum(
+                "bhkq,bkhd->bqhd", pattern, v
+            ),
+            "every head uses the pattern of head 0.": torch.einsum("bqk,bkhd->bqhd", pattern[:, 0], v),
+            "every head averages the values of head 0.": torch.einsum("bhqk,bkd->bqhd", pattern, v[:, :, 0]),
+            "the patterns of the heads are averaged.": torch.einsum("bqk,bkhd->bqhd", pattern.mean(1), v),
+            "the softmax is taken again; a pattern has it already.": torch.einsum(
+                "bhqk,bkhd->bqhd", pattern.softmax(-1), v
+            ),
+            "the values are handed on as they are.": v,
+        }
+        with unchanged(name, pattern=pattern, v=v):
+            actual = fn(pattern, v)
+        compare(name, actual, right, axes, mistakes)
+        follows_input(name, fn, (pattern, v), axes)

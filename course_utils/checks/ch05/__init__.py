@@ -1,0 +1,1 @@
+"""The checks of chapter 05, Patching: a module for each section, and what they share."""

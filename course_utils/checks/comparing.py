@@ -1,0 +1,177 @@
+"""Comparing tensors in the words of their axes: what is wrong, one place, and a fact about all the wrong values."""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from course_utils.checks.outcomes import CheckFailed, Evidence
+
+Mistakes = Mapping[str, Tensor | Callable[[], Tensor]]
+
+
+def compare(
+    name: str,
+    actual: object,
+    expected: Tensor,
+    axes: str,
+    mistakes: Mistakes | None = None,
+    rtol: float = 1e-4,
+    atol: float = 1e-5,
+    inputs: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Raise CheckFailed unless `actual` is the tensor `expected`, in shape, dtype, device and values.
+
+    `axes` names the axes, such as "batch pos d_model". `mistakes` maps a hint, the rest of the sentence "This is what
+    you get if ...", to the answer which that mistake gives, or to a function that works it out: it is printed only
+    where the whole answer equals it. `inputs` are tensors of the same shape whose value at the wrong place is worth
+    knowing, by name.
+    """
+    words, evidence = axes.split(), Evidence(name, actual)
+    if actual is None:
+        raise CheckFailed(f"{name}: returned None.\n  Next: end the function with `return ...`.")
+    if not isinstance(actual, Tensor):
+        raise CheckFailed(
+            f"{name}: expected a Tensor, got a {type(actual).__name__}.\n  Next: return the tensor itself."
+        )
+    if actual.shape != expected.shape:
+        causes = _causes(actual, mistakes)
+        message, advice = _shape_message(name, actual, expected, words)
+        raise CheckFailed(message, evidence=evidence, advice="\n".join(causes) or advice)
+    for what in ("dtype", "device"):
+        want, got = (str(getattr(tensor, what)).removeprefix("torch.") for tensor in (expected, actual))
+        if getattr(actual, what) != getattr(expected, what):
+            raise CheckFailed(
+                f"{name}: expected {what} {want}, got {got}.\n"
+                f"  Next: look for a tensor or a conversion with a {what} of its own; it should follow the input's."
+            )
+    actual, expected = actual.detach(), expected.detach()
+    if not expected.is_floating_point():
+        rtol = atol = 0.0
+    wrong = ~torch.isclose(actual.double(), expected.double(), rtol=rtol, atol=atol)
+    if wrong.any():
+        causes = _causes(actual, mistakes)
+        message = _value_message(name, actual, expected, wrong, words, inputs or {})
+        advice = "\n".join(causes) or _advice(actual, expected, wrong, words)
+        raise CheckFailed(message, evidence=evidence, advice=advice)
+
+
+def _causes(actual: Tensor, mistakes: Mistakes | None) -> list[str]:
+    """A line for each known mistake whose whole answer this is."""
+    answers = {hint: answer if isinstance(answer, Tensor) else answer() for hint, answer in (mistakes or {}).items()}
+    return [f"  This is what you get if {hint}" for hint, answer in answers.items() if _same(actual, answer)]
+
+
+def _same(actual: Tensor, other: Tensor) -> bool:
+    return actual.shape == other.shape and torch.allclose(
+        actual.double(), other.detach().double(), rtol=1e-4, atol=1e-5, equal_nan=True
+    )
+
+
+def _shape_message(name: str, actual: Tensor, expected: Tensor, words: list[str]) -> tuple[str, str]:
+    """What is wrong, and what to do."""
+    sizes, got = list(expected.shape), list(actual.shape)
+    want = ", ".join(f"{word}={size}" for word, size in zip(words, sizes, strict=True))
+    message = f"{name}: wrong shape.\n  expected ({want})\n  got      {tuple(actual.shape)}"
+    if len(set(sizes)) == len(sizes) and sorted(got) == sorted(sizes):
+        order = ", ".join(words[sizes.index(size)] for size in got)
+        return message, f"  The axes are all there, in another order: ({order})."
+    if len(got) < len(sizes):
+        return message, "  Next: find the step after which an axis is missing; print shapes along the way."
+    return message, "  Next: print the shape after each step, and compare with the signature."
+
+
+def _shown(value: Tensor) -> str:
+    number = value.item()
+    return f"{number:.4g}" if isinstance(number, float) else str(number)
+
+
+def _value_message(
+    name: str, actual: Tensor, expected: Tensor, wrong: Tensor, words: list[str], inputs: Mapping[str, Tensor]
+) -> str:
+    index = tuple(wrong.nonzero()[0].tolist())
+    place = ", ".join(f"{word}={i}" for word, i in zip(words, index, strict=True))
+    count = int(wrong.sum())
+    at = f"first at [{place}]: " if words else ""
+    given = ", ".join(f"{label} {_shown(tensor[index])}" for label, tensor in inputs.items())
+    return (
+        f"{name}: {count} of {wrong.numel()} {'values is' if count == 1 else 'values are'} wrong.\n"
+        f"  {at}expected {_shown(expected[index])}, got {_shown(actual[index])}"
+        + (f" (there: {given})" if given else "")
+    )
+
+
+def _advice(actual: Tensor, expected: Tensor, wrong: Tensor, words: list[str]) -> str:
+    """What helps while no cause is known."""
+    pattern = _pattern_of_wrong(actual, expected, wrong, words)
+    lines = [f"  {pattern}"] if pattern else []
+    if actual.is_floating_point() and actual.isnan().any() and not expected.isnan().any():
+        lines.append("  Next: find the step that gives NaN (not a number), such as 0/0 or inf - inf.")
+    else:
+        lines.append(
+            "  Next: make a small input of your own, work out one value by hand, and print what each step gives."
+        )
+    return "\n".join(lines)
+
+
+def _pattern_of_wrong(actual: Tensor, expected: Tensor, wrong: Tensor, words: list[str]) -> str | None:
+    """A fact about all wrong values at once, where there is a simple one."""
+    for axis, word in enumerate(words):
+        others = [other for other in range(wrong.dim()) if other != axis]
+        hit = wrong.sum(dim=others).bool() if others else wrong
+        if len(hit) > 1 and int(hit.sum()) == 1:
+            return f"All of the wrong values are at {word}={hit.int().argmax()}."
+        if len(hit) > 2 and hit[1:].all() and not hit[0]:
+            return f"None of them is at {word}=0."
+    if wrong.all() and wrong.numel() > 2 and actual.is_floating_point() and actual.isfinite().all():
+        if not actual.any():
+            return "Every value is 0."
+        ratio, shift = actual / expected, actual - expected
+        if expected.isfinite().all() and expected.all() and torch.allclose(ratio, ratio.flatten()[0], rtol=1e-3):
+            return f"Every value is {_shown(ratio.flatten()[0])} times the right one."
+        if expected.isfinite().all() and torch.allclose(shift, shift.flatten()[0], rtol=1e-3):
+            return f"Every value is off by the same {_shown(shift.flatten()[0])}."
+    return None
+
+
+def identical(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors hold the very same values; NaN is the same as NaN."""
+    return first.shape == second.shape and torch.allclose(first, second, rtol=0.0, atol=0.0, equal_nan=True)
+
+
+@contextmanager
+def unchanged(name: str, **inputs: Tensor) -> Iterator[None]:
+    """Raise CheckFailed if one of these tensors is another one after the block than before it."""
+    before = {label: tensor.detach().clone() for label, tensor in inputs.items()}
+    yield
+    for label, tensor in inputs.items():
+        if tensor.dtype != before[label].dtype or not identical(tensor.detach(), before[label]):
+            raise CheckFailed(
+                f"{name}: it changed `{label}` in place.\n"
+                f"  Next: make a new tensor; `{label}[...] = `, `{label} += ` and methods named ..._() write into it."
+            )
+
+
+def follows_input(name: str, fn: Callable[..., Any], inputs: tuple[Any, ...], axes: str) -> None:
+    """Call `fn` again in float64, and on a GPU where there is one: values as before, dtype and device the input's.
+
+    Modules among the inputs are copied and moved along; inputs that are neither stay as they are.
+    """
+    usual = fn(*inputs)
+    moves: dict[str, dict[str, Any]] = {"in float64": {"dtype": torch.float64}}
+    if torch.cuda.is_available():
+        moves["on the GPU"] = {"device": torch.device("cuda", torch.cuda.current_device())}
+    for where, target in moves.items():
+        moved = [_moved(value, target) for value in inputs]
+        compare(f"{name} {where}", fn(*moved), _moved(usual, target), axes, rtol=1e-3, atol=1e-4)
+
+
+def _moved(value: Any, target: dict[str, Any]) -> Any:
+    if isinstance(value, nn.Module):
+        return copy.deepcopy(value).to(**target)
+    if isinstance(value, Tensor) and (value.is_floating_point() or "device" in target):
+        return value.to(**target)
+    return value

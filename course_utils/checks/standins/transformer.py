@@ -1,0 +1,136 @@
+"""A transformer with hook points for checks that need one: the course's interface, in as few lines as possible.
+
+Checks may not borrow the learner's or the reference's class; what this one computes is compared with `by_loops` in the
+suite.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from course_utils.checks.modules import randomise
+from course_utils.checks.transformer_interface import (
+    ATTENTION_HOOKS,
+    MLP_HOOKS,
+    NORM_HOOKS,
+    Shapes,
+    attention_parameters,
+    mlp_parameters,
+    norm_parameters,
+)
+from course_utils.config import TransformerConfig
+from course_utils.hooks import HookPoint
+
+
+class _Part(nn.Module):
+    """Parameters and hook points by name."""
+
+    def __init__(self, shapes: Shapes, hooks: tuple[str, ...] = ()) -> None:
+        super().__init__()
+        for name, shape in shapes.items():
+            setattr(self, name, nn.Parameter(torch.empty(shape)))
+        for name in hooks:
+            setattr(self, name, HookPoint(on_request=name == "hook_result"))
+
+
+class Norm(_Part):
+    """LayerNorm, or nothing at all where the configuration says so."""
+
+    def __init__(self, cfg: TransformerConfig) -> None:
+        super().__init__(norm_parameters(cfg), NORM_HOOKS if cfg.normalization == "LN" else ())
+        self.cfg = cfg
+
+    def forward(self, resid: Tensor) -> Tensor:
+        if self.cfg.normalization == "none":
+            return resid
+        scale = self.hook_scale((resid.var(-1, correction=0, keepdim=True) + self.cfg.layer_norm_eps).sqrt())
+        return self.hook_normalized((resid - resid.mean(-1, keepdim=True)) / scale) * self.w + self.b
+
+
+class Table(_Part):
+    """Rows of a table: W_E or W_pos."""
+
+    def forward(self, rows: Tensor) -> Tensor:
+        (table,) = self.parameters()
+        return table[rows]
+
+
+class Attention(_Part):
+    """Multi-head causal attention, spelled out."""
+
+    def __init__(self, cfg: TransformerConfig) -> None:
+        super().__init__(attention_parameters(cfg), ATTENTION_HOOKS)
+
+    def forward(self, resid: Tensor) -> Tensor:
+        q, k, v = (
+            getattr(self, f"hook_{letter}")(
+                torch.einsum("bpm,hmd->bphd", resid, getattr(self, f"W_{letter.upper()}"))
+                + getattr(self, f"b_{letter.upper()}")
+            )
+            for letter in "qkv"
+        )
+        scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / q.shape[-1] ** 0.5
+        future = torch.ones_like(scores, dtype=torch.bool).triu(1)
+        pattern = self.hook_pattern(self.hook_attn_scores(scores.masked_fill(future, -torch.inf)).softmax(-1))
+        z = self.hook_z(torch.einsum("bhqk,bkhd->bqhd", pattern, v))
+        return self.hook_result(torch.einsum("bphd,hdm->bphm", z, self.W_O)).sum(2) + self.b_O
+
+
+class MLP(_Part):
+    """Two maps with cfg.act between them."""
+
+    def __init__(self, cfg: TransformerConfig) -> None:
+        super().__init__(mlp_parameters(cfg), MLP_HOOKS)
+        self.act = {"gelu_new": lambda x: F.gelu(x, approximate="tanh"), "relu": F.relu}[cfg.act]
+
+    def forward(self, resid: Tensor) -> Tensor:
+        return self.hook_post(self.act(self.hook_pre(resid @ self.W_in + self.b_in))) @ self.W_out + self.b_out
+
+
+class Block(nn.Module):
+    """Attention, and an MLP where there is one; each reads the normalised stream and adds to it."""
+
+    def __init__(self, cfg: TransformerConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.ln1, self.attn = Norm(cfg), Attention(cfg)
+        self.hook_resid_pre, self.hook_attn_out, self.hook_resid_post = HookPoint(), HookPoint(), HookPoint()
+        if not cfg.attn_only:
+            self.ln2, self.mlp = Norm(cfg), MLP(cfg)
+            self.hook_resid_mid, self.hook_mlp_out = HookPoint(), HookPoint()
+
+    def forward(self, resid: Tensor) -> Tensor:
+        resid = self.hook_resid_pre(resid)
+        resid = resid + self.hook_attn_out(self.attn(self.ln1(resid)))
+        if not self.cfg.attn_only:
+            resid = self.hook_resid_mid(resid)
+            resid = resid + self.hook_mlp_out(self.mlp(self.ln2(resid)))
+        return self.hook_resid_post(resid)
+
+
+class Unembed(_Part):
+    """From the stream to logits."""
+
+    def forward(self, resid: Tensor) -> Tensor:
+        return resid @ self.W_U + self.b_U
+
+
+class SmallModel(nn.Module):
+    """The names, shapes and hook points of the course's `Transformer`; every parameter random, biases included."""
+
+    def __init__(self, cfg: TransformerConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.embed, self.hook_embed = Table({"W_E": (cfg.d_vocab, cfg.d_model)}), HookPoint()
+        self.pos_embed, self.hook_pos_embed = Table({"W_pos": (cfg.n_ctx, cfg.d_model)}), HookPoint()
+        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
+        self.ln_final = Norm(cfg)
+        self.unembed = Unembed({"W_U": (cfg.d_model, cfg.d_vocab), "b_U": (cfg.d_vocab,)})
+        randomise(self)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        resid = self.hook_embed(self.embed(tokens)) + self.hook_pos_embed(self.pos_embed(positions))
+        for block in self.blocks:
+            resid = block(resid)
+        return self.unembed(self.ln_final(resid))
