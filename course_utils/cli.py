@@ -58,6 +58,8 @@ def main(argv: list[str] | None = None) -> int:
             from course_utils.grading.command import grade
 
             return grade(args.submissions, args.out, args.jobs, args.resume, args.timeout, args.weights, args.scheduler)
+        if args.command in ("where", "new-exercise"):
+            return show_places(args)
         return {"build": build, "models": models}[args.command]()
     except CourseError as error:
         print(error, file=sys.stderr)
@@ -96,6 +98,16 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     add.add_argument("--scheduler", metavar="ADDRESS", help="a dask scheduler, whose workers do the work")
     commands.add_parser("doctor", help="what this machine lacks, and the command that helps")
     commands.add_parser("build", help="build the notebooks from chapters/src and solutions (for authors)")
+    add = commands.add_parser("where", help="where the pieces of an exercise are (for authors)")
+    add.add_argument("name", metavar="NAME", help="the exercise, such as causal_mask")
+    add = commands.add_parser(
+        "new-exercise", help="begin an exercise in lesson, solution, check and tests (for authors)"
+    )
+    add.add_argument("chapter", metavar="NN", help="a chapter's number, such as 02")
+    add.add_argument("name", metavar="NAME", help="the function or class that the learner will write")
+    add.add_argument(
+        "--section", metavar="NAME", help="the module of checks that it belongs to, where there are several"
+    )
     add = commands.add_parser("models", help="the models that ship with the course; `models train NAME` repeats one")
     actions = add.add_subparsers(dest="action", metavar="ACTION")
     add = actions.add_parser("train", help="train a model again and compare it with its card")
@@ -329,6 +341,19 @@ def build() -> int:
         print(f"built {path.relative_to(root)}")
     if not changed:
         print("Everything is up to date.")
+    return 0
+
+
+def show_places(args: argparse.Namespace) -> int:
+    """Print where the pieces of an exercise are; for a new one, after they were begun."""
+    from course_utils.authoring import new_exercise, root_of_checkout, where
+
+    new = args.command == "new-exercise"
+    places = new_exercise(args.chapter.zfill(2), args.name, args.section) if new else where(args.name)
+    for place in places:
+        print(f"{place.piece:<9} {place.path.relative_to(root_of_checkout())}:{place.line}")
+    if new:
+        print("\nWrite each of them, then: course build, and python -m pytest tests/test_checks.py -k", args.name)
     return 0
 
 

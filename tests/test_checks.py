@@ -16,9 +16,11 @@ import pytest
 
 from course_utils.checks import CheckFailed, NotWritten, find_checks, refuse_foreign, run_check
 from course_utils.checks.mistakes import mistakes_of
+from course_utils.checks.running import run_once
 from course_utils.lint import read_lesson
 from course_utils.notebook import CourseError, exercise, load_notebook
 from tests.conftest import ROOT
+from tests.support import strangers
 from tests.support.mutation import survivors
 
 CHECKS = find_checks()
@@ -126,6 +128,54 @@ def test_surprise_is_refused_without_a_cause(chapter: str, symbol: str, number: 
 @answers("ALSO_RIGHT")
 def test_another_right_answer_passes(chapter: str, symbol: str, number: int) -> None:
     run_check(CHECKS[chapter][symbol], section(chapter, symbol).ALSO_RIGHT[symbol][number])
+
+
+# Exercises for which a transformation of tests/support/strangers.py turns a right answer into a wrong one, and why.
+NOT_RIGHT = {
+    "a batch of one, row by row": {
+        "logits_at_end": "one row's end is given for all rows",
+        "cross_entropy_gradient": "the loss is a mean over the batch",
+    },
+}
+
+# Exercises for which a transformation spoils nothing that was promised, and why.
+NOT_WRONG: dict[str, dict[str, str]] = {}
+
+
+@every_exercise
+def test_right_answers_from_a_stranger_pass(chapter: str, symbol: str) -> None:
+    """All transformations at once; where that is refused, one at a time, to say which."""
+    run, answer = functools.partial(run_check, CHECKS[chapter][symbol]), reference(chapter, symbol)
+    fitting = {what: change for what, change in strangers.RIGHT.items() if symbol not in NOT_RIGHT.get(what, {})}
+    altogether = answer
+    for change in fitting.values():
+        altogether = change(altogether) or altogether
+    try:
+        run(altogether)
+    except CheckFailed:
+        for what, change in fitting.items():
+            try:
+                run(change(answer) or answer)
+            except CheckFailed as refusal:
+                pytest.fail(f"{what}: {refusal}", pytrace=False)
+        raise
+
+
+@every_exercise
+def test_spoiled_answers_from_a_stranger_are_refused(chapter: str, symbol: str) -> None:
+    check, answer = CHECKS[chapter][symbol], reference(chapter, symbol)
+    passed = []
+    for what, change in strangers.wrong_for(answer).items():
+        spoiled = change(answer)
+        if spoiled is None or symbol in NOT_WRONG.get(what, {}):
+            continue
+        try:
+            run_once(check, spoiled)
+        except CheckFailed:
+            continue
+        if getattr(spoiled, "spoiled", True):
+            passed.append(what)
+    assert not passed
 
 
 @every_exercise

@@ -1,0 +1,127 @@
+"""Values as they were: told whether somebody changed them, and put back if so."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from course_utils.checks.comparing import identical
+
+IN_PLACE = "  Next: make a new tensor; `{0}[...] = `, `{0} += ` and methods named ..._() write into it."
+READ_ONLY = "which it was only given to read.\n  Next: make a new one."
+
+
+class Kept:
+    """A value as it was when this was made; `put_back` says in words what was changed since, and undoes it."""
+
+    def __init__(self, label: str) -> None:
+        self.label = label
+
+    def put_back(self) -> str | None:
+        raise NotImplementedError
+
+
+class KeptTensor(Kept):
+    def __init__(self, tensor: Tensor, label: str) -> None:
+        super().__init__(label)
+        self.tensor, self.before, self.needs = tensor, tensor.detach().clone(), tensor.requires_grad
+
+    def put_back(self) -> str | None:
+        tensor, label = self.tensor, self.label
+        if tensor.requires_grad != self.needs and tensor.is_leaf:
+            tensor.requires_grad_(self.needs)
+            changed = f"it changed `{label}.requires_grad` to {not self.needs}."
+            return f"{changed}\n  Next: leave it, or work on `{label}.detach()`."
+        if tensor.dtype == self.before.dtype and identical(tensor.detach(), self.before):
+            return None
+        tensor.data = self.before.clone()
+        return f"it changed `{label}` in place.\n" + IN_PLACE.format(label)
+
+
+class KeptEntries(Kept):
+    """The entries of a list, a dictionary, a dataclass or a module, each kept itself."""
+
+    def __init__(self, entries: Mapping[str, Any], label: str, undo: Callable[[], str | None]) -> None:
+        super().__init__(label)
+        self.undo = undo  # of what happened to the container: entries more, fewer, others
+        self.kept = [kept for name, entry in entries.items() if (kept := keep(entry, name))]
+
+    def put_back(self) -> str | None:
+        changes = [self.undo(), *(kept.put_back() for kept in self.kept)]
+        return next(filter(None, changes), None)
+
+
+def keep(value: Any, label: str) -> Kept | None:
+    """Remember a value; None for one that cannot be changed, or that is none of ours."""
+    if isinstance(value, Tensor):
+        return KeptTensor(value, label)
+    if isinstance(value, nn.Module):
+        entries = {f"{label}.{name}": tensor for name, tensor in [*value.named_parameters(), *value.named_buffers()]}
+        return KeptEntries(entries, label, _undo_modes(value, label))
+    if isinstance(value, list):
+        return KeptEntries({f"{label}[{i}]": entry for i, entry in enumerate(value)}, label, _undo_list(value, label))
+    if isinstance(value, tuple):
+        return KeptEntries({f"{label}[{i}]": entry for i, entry in enumerate(value)}, label, lambda: None)
+    if isinstance(value, Mapping):
+        entries = {f"{label}[{key!r}]": entry for key, entry in value.items()}
+        return KeptEntries(entries, label, _undo_dict(value, label) if type(value) is dict else lambda: None)
+    if type(value) is set:
+        return KeptEntries({}, label, _undo_set(value, label))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        entries = {f"{label}.{field.name}": getattr(value, field.name) for field in dataclasses.fields(value)}
+        return KeptEntries(entries, label, lambda: None)
+    return None
+
+
+def _undo_list(value: list[Any], label: str) -> Callable[[], str | None]:
+    before = list(value)
+
+    def undo() -> str | None:
+        if len(value) == len(before) and all(old is new for old, new in zip(before, value, strict=True)):
+            return None
+        value[:] = before
+        return f"it changed `{label}`, {READ_ONLY}"
+
+    return undo
+
+
+def _undo_dict(value: dict[Any, Any], label: str) -> Callable[[], str | None]:
+    before = dict(value)
+
+    def undo() -> str | None:
+        if list(value) == list(before) and all(value[key] is before[key] for key in before):
+            return None
+        value.clear()
+        value.update(before)
+        return f"it changed `{label}`, {READ_ONLY}"
+
+    return undo
+
+
+def _undo_set(value: set[Any], label: str) -> Callable[[], str | None]:
+    before = set(value)
+
+    def undo() -> str | None:
+        if value == before:
+            return None
+        value.clear()
+        value.update(before)
+        return f"it changed `{label}`, {READ_ONLY}"
+
+    return undo
+
+
+def _undo_modes(module: nn.Module, label: str) -> Callable[[], str | None]:
+    before = {name: part.training for name, part in module.named_modules()}
+
+    def undo() -> str | None:
+        changed = [name for name, part in module.named_modules() if before.get(name, part.training) != part.training]
+        for name in changed:
+            module.get_submodule(name).training = before[name]
+        if not changed:
+            return None
+        now = "evaluation" if before[changed[0]] else "training"
+        return f"it left `{label}` in {now} mode.\n  Next: put it back, also where an error comes up."
+
+    return undo
