@@ -160,9 +160,8 @@ def new_exercise(chapter: str, name: str, section: str | None) -> list[Place]:
 def only_section(root: Path, chapter: str) -> str:
     """The one section of a chapter that has checks."""
     has_checks = re.compile(r"^def check_\w+", re.MULTILINE)
-    sections = [
-        p.stem for p in sorted((root / CHECKS / f"ch{chapter}").glob("*.py")) if has_checks.search(p.read_text())
-    ]
+    modules = sorted((root / CHECKS / f"ch{chapter}").glob("*.py"))
+    sections = [path.stem for path in modules if has_checks.search(path.read_text(encoding="utf-8"))]
     if len(sections) != 1:
         known = ", ".join(sections) or "none yet"
         raise CourseError(f"Say in which section, as --section NAME; chapter {chapter} has {known}.")

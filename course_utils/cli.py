@@ -100,14 +100,10 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     commands.add_parser("build", help="build the notebooks from chapters/src and solutions (for authors)")
     add = commands.add_parser("where", help="where the pieces of an exercise are (for authors)")
     add.add_argument("name", metavar="NAME", help="the exercise, such as causal_mask")
-    add = commands.add_parser(
-        "new-exercise", help="begin an exercise in lesson, solution, check and tests (for authors)"
-    )
+    add = commands.add_parser("new-exercise", help="begin an exercise in all of its places (for authors)")
     add.add_argument("chapter", metavar="NN", help="a chapter's number, such as 02")
     add.add_argument("name", metavar="NAME", help="the function or class that the learner will write")
-    add.add_argument(
-        "--section", metavar="NAME", help="the module of checks that it belongs to, where there are several"
-    )
+    add.add_argument("--section", metavar="NAME", help="the module of checks for it, where there are several")
     add = commands.add_parser("models", help="the models that ship with the course; `models train NAME` repeats one")
     actions = add.add_subparsers(dest="action", metavar="ACTION")
     add = actions.add_parser("train", help="train a model again and compare it with its card")

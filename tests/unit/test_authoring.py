@@ -1,5 +1,6 @@
 """`course where` and `course new-exercise`, in a copy of the checkout's sources."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -45,12 +46,12 @@ def test_a_new_exercise_is_begun_everywhere_and_holds_the_suite_until_it_is_writ
     for place in places:
         assert place.path.is_relative_to(clone)
         assert "softcap" in place.path.read_text().splitlines()[place.line - 1]
+    words = "-q -p no:cacheprovider tests/test_checks.py --deselect tests/test_checks.py::test_stub -k".split()
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_checks.py"]
-        + ["-k", "02-softcap or test_every_exercise_has_a_check", "--deselect", "tests/test_checks.py::test_stub"],
+        [sys.executable, "-m", "pytest", *words, "02-softcap or test_every_exercise_has_a_check"],
         capture_output=True,
         text=True,
-        env={**authoring_environment(clone)},
+        env={**os.environ, "PYTHONPATH": str(clone), "OMP_NUM_THREADS": "1"},
     )
     failed = {line.split("::")[1].split("[")[0].split(" ")[0] for line in run.stdout.splitlines() if "FAILED" in line}
     assert "test_exercise" in failed  # the solution raises NotImplementedError
@@ -62,14 +63,8 @@ def has(chapter: str, section: str) -> bool:
     return (ROOT / f"course_utils/checks/ch{chapter}/{section}.py").exists()
 
 
-def authoring_environment(clone: Path) -> dict[str, str]:
-    import os
-
-    return {**os.environ, "PYTHONPATH": str(clone), "OMP_NUM_THREADS": "1"}
-
-
 def test_the_section_must_be_named_where_there_are_several(clone: Path) -> None:
-    with pytest.raises(CourseError, match="as --section NAME; chapter 02 has .*layers"):
+    with pytest.raises(CourseError, match=r"as --section NAME; chapter 02 has .*layers"):
         authoring.new_exercise("02", "softcap", None)
 
 
