@@ -33,7 +33,7 @@ def may_change(*arguments: str) -> Callable[[Check], Check]:
 @contextmanager
 def guarded(check: Callable[[Any], None], name: str, answer: Any) -> Iterator[Any]:
     """The answer, every call of which is guarded: a function wrapped, a class with its methods wrapped for a while."""
-    allowed = getattr(check, "may_change", frozenset())
+    allowed: frozenset[str] = getattr(check, "may_change", frozenset())
     if not isinstance(answer, type):
         yield _watching(name, answer, allowed) if callable(answer) else answer
         return

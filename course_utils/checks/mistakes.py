@@ -47,10 +47,11 @@ def same_evidence(first: Evidence | None, second: Evidence | None) -> bool:
 def same(first: Any, second: Any) -> bool:
     """Whether two values agree: tensors and numbers to a tolerance, containers item by item."""
     if isinstance(first, Tensor) and isinstance(second, Tensor):
-        return (
-            (first.shape, first.dtype, first.device) == (second.shape, second.dtype, second.device)
-            and torch.allclose(first.detach().double(), second.detach().double(), 1e-4, 1e-5, equal_nan=True)
-        )  # fmt: skip
+        if (first.shape, first.dtype, first.device) != (second.shape, second.dtype, second.device):
+            return False
+        if not first.is_floating_point():
+            return torch.equal(first, second)
+        return torch.allclose(first.detach().double(), second.detach().double(), 1e-4, 1e-5, equal_nan=True)
     if isinstance(first, Mapping) and isinstance(second, Mapping):
         return first.keys() == second.keys() and all(same(first[key], second[key]) for key in first)
     if isinstance(first, list | tuple) and isinstance(second, list | tuple):

@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from course_utils.checks.comparing import compare, follows_input, unchanged
+from course_utils.checks.comparing import compare, follows_input
+from course_utils.checks.mistakes import known_mistakes
 from course_utils.checks.modules import noise
-from course_utils.checks.outcomes import CheckFailed
+from course_utils.checks.outcomes import CheckFailed, Evidence
+from course_utils.checks.standins.lookalikes import Lookalikes
 from course_utils.checks.translating import during
 
 # ------------------------------------------------------------------------------------------------------- the dataset
@@ -26,43 +28,50 @@ def _digits() -> Tensor:
     return torch.frombuffer(bytearray(rows), dtype=torch.uint8).view(-1, 8).long()
 
 
+def dataset(step: int = 1, modulus: int | None = 4, **wrong: Any) -> Callable[[], Tensor]:
+    """A dataset with switches for what people get wrong."""
+
+    def reverse_increment_dataset() -> Tensor:
+        digits = _digits().flip(1) if wrong.get("little") else _digits()
+        answer = (digits if wrong.get("forwards") else digits.flip(1)) + step
+        answer = answer % modulus if modulus else answer.clamp(max=wrong.get("top", 9))
+        bos = torch.full((len(digits), wrong.get("n_bos", 1)), wrong.get("bos", 4))
+        parts = [bos, answer, digits] if wrong.get("answer_first") else [bos, digits, answer]
+        return torch.cat([*parts[1:], bos] if wrong.get("bos_last") else parts, dim=1)
+
+    return reverse_increment_dataset
+
+
+@known_mistakes(
+    {
+        "the answer is reversed only; each of its digits is also incremented.": dataset(step=0),
+        "the answer is incremented only; it also runs backwards.": dataset(forwards=True),
+        "a 3 becomes 4, which is BOS; it becomes 0, as in counting modulo 4.": dataset(modulus=None),
+        "a 3 stays a 3; it becomes 0.": dataset(modulus=None, top=3),
+        "the answer is decremented; each digit grows by one.": dataset(step=-1),
+        "the answer stands before the digits.": dataset(answer_first=True),
+        "the first digit changes fastest; in counting order it is the last.": dataset(little=True),
+        "BOS is 0; it is token 4.": dataset(bos=0),
+        "BOS is 5; it is token 4.": dataset(bos=5),
+        "BOS is left out.": dataset(n_bos=0),
+        "BOS stands at the end.": dataset(bos_last=True),
+    }
+)
 def check_reverse_increment_dataset(fn: Callable[..., Any]) -> None:
     """All 65,536 rows, one beside the other."""
     name = "reverse_increment_dataset"
-    digits = _digits()
-    expected = _rows(digits, (digits.flip(1) + 1) % 4)
-    little = digits.flip(1)  # the first digit counts fastest
-    mistakes = {
-        "the answer is reversed only; each of its digits is also incremented.": lambda: _rows(digits, digits.flip(1)),
-        "the answer is incremented only; it also runs backwards.": lambda: _rows(digits, (digits + 1) % 4),
-        "a 3 becomes 4, which is BOS; it becomes 0, as in counting modulo 4.": lambda: _rows(
-            digits, digits.flip(1) + 1
-        ),
-        "a 3 stays a 3; it becomes 0.": lambda: _rows(digits, (digits.flip(1) + 1).clamp(max=3)),
-        "the answer is decremented; each digit grows by one.": lambda: _rows(digits, (digits.flip(1) - 1) % 4),
-        "the answer stands before the digits.": lambda: _rows((digits.flip(1) + 1) % 4, digits),
-        "the first digit changes fastest; in counting order it is the last.": lambda: _rows(little, (digits + 1) % 4),
-        "BOS is 0; it is token 4.": lambda: torch.cat([expected[:, :1] * 0, expected[:, 1:]], dim=1),
-        "BOS is 5; it is token 4.": lambda: torch.cat([expected[:, :1] * 0 + 5, expected[:, 1:]], dim=1),
-        "BOS is left out.": lambda: expected[:, 1:],
-        "BOS stands at the end.": lambda: expected.roll(-1, dims=1),
-    }
+    expected = dataset()()
     actual = fn()
     same_rows = isinstance(actual, Tensor) and actual.shape == expected.shape and actual.dtype == expected.dtype
     if same_rows and not torch.equal(actual, expected) and _is_permutation(actual, expected):
-        hint = "the first digit changes fastest; in counting order it is the last."
-        if not torch.equal(actual, mistakes[hint]()):
-            row = int((actual != expected).any(dim=1).nonzero()[0])
-            raise CheckFailed(
-                f"{name}: all 65,536 rows are right, but they are in another order.\n"
-                f"  first at row {row}: expected the digits {_word(expected[row])}, got {_word(actual[row])}\n"
-                "  Next: put them into counting order."
-            )
-    compare(name, actual, expected, "batch pos", mistakes)
-
-
-def _rows(digits: Tensor, answers: Tensor) -> Tensor:
-    return torch.cat([torch.full((len(digits), 1), 4), digits, answers], dim=1)
+        row = int((actual != expected).any(dim=1).nonzero()[0])
+        raise CheckFailed(
+            f"{name}: all 65,536 rows are right, but they are in another order.\n"
+            f"  first at row {row}: expected the digits {_word(expected[row])}, got {_word(actual[row])}",
+            evidence=Evidence(name, actual),
+            advice="  Next: put them into counting order.",
+        )
+    compare(name, actual, expected, "batch pos")
 
 
 def _is_permutation(actual: Tensor, expected: Tensor) -> bool:
@@ -90,6 +99,74 @@ def _nats(logits: Tensor, tokens: Tensor) -> Tensor:
     return out
 
 
+def nats_of(logits: Tensor, tokens: Tensor) -> Tensor:
+    """-log p of each token under the logits at the same place."""
+    return -logits.log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
+
+
+def next_nats(logits: Tensor, tokens: Tensor) -> Tensor:
+    """-log p of every token but the first, under the logits before it."""
+    return nats_of(logits[:, :-1], tokens[:, 1:])
+
+
+def mean_of_rows(logits: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+    rows = zip(next_nats(logits, tokens), mask[:, 1:], strict=True)
+    return torch.stack([nats[marked].mean() for nats, marked in rows if marked.any()]).mean()
+
+
+def chance(logits: Tensor, tokens: Tensor) -> Tensor:
+    return logits[:, :-1].softmax(-1).gather(-1, tokens[:, 1:, None]).squeeze(-1)
+
+
+@known_mistakes(
+    {
+        "the labels are not shifted: the logits at a position are compared with the token at the same position.": (
+            lambda logits, tokens, mask: nats_of(logits, tokens)[mask].mean()
+        ),
+        "the labels are shifted the wrong way: logits predict the token after them, not the one before.": (
+            lambda logits, tokens, mask: nats_of(logits[:, 1:], tokens[:, :-1])[mask[:, :-1]].mean()
+        ),
+        "the mask is read at the position of the logits; it marks the targets, one later.": (
+            lambda logits, tokens, mask: next_nats(logits, tokens)[mask[:, :-1]].mean()
+        ),
+        "the mask is shifted the wrong way, by one.": (
+            lambda logits, tokens, mask: next_nats(logits, tokens)[:, :-1][mask[:, 2:]].mean()
+        ),
+        "the mask is not used: all positions count.": (lambda logits, tokens, mask: next_nats(logits, tokens).mean()),
+        "the sum over the targets is divided by the number of all positions.": (
+            lambda logits, tokens, mask: (next_nats(logits, tokens) * mask[:, 1:]).mean()
+        ),
+        "the sum over the targets is divided by the number of all tokens, the first ones included.": (
+            lambda logits, tokens, mask: (next_nats(logits, tokens) * mask[:, 1:]).sum() / mask.numel()
+        ),
+        "the sum is taken; it should be the mean.": (
+            lambda logits, tokens, mask: next_nats(logits, tokens)[mask[:, 1:]].sum()
+        ),
+        "the sum is divided by the number of rows; divide by the number of marked targets.": (
+            lambda logits, tokens, mask: next_nats(logits, tokens)[mask[:, 1:]].sum() / len(mask)
+        ),
+        "the sum is divided by all that the mask marks; position 0 has no prediction.": (
+            lambda logits, tokens, mask: next_nats(logits, tokens)[mask[:, 1:]].sum() / mask.sum()
+        ),
+        "each row's mean is taken first; every target counts the same, whichever row it is in.": mean_of_rows,
+        "the sign is missing.": (lambda logits, tokens, mask: -next_nats(logits, tokens)[mask[:, 1:]].mean()),
+        "p is averaged; take its logarithm first.": (
+            lambda logits, tokens, mask: chance(logits, tokens)[mask[:, 1:]].mean()
+        ),
+        "the softmax is taken before a function that takes it again.": (
+            lambda logits, tokens, mask: next_nats(logits.softmax(-1), tokens)[mask[:, 1:]].mean()
+        ),
+        "the unmarked targets are counted, instead of the marked ones.": (
+            lambda logits, tokens, mask: next_nats(logits, tokens)[~mask[:, 1:]].mean()
+        ),
+        "the logarithm has base 2; nats have base e.": (
+            lambda logits, tokens, mask: next_nats(logits, tokens)[mask[:, 1:]].mean() / math.log(2)
+        ),
+        "log 0 came up: take log_softmax (or cross_entropy), which never rounds p to 0.": (
+            lambda logits, tokens, mask: -chance(logits, tokens).log()[mask[:, 1:]].mean()
+        ),
+    }
+)
 def check_masked_lm_loss(fn: Callable[..., Any]) -> None:
     """Rows with different numbers of targets; first positions marked too; large logits; everything marked."""
     name = "masked_lm_loss"
@@ -104,61 +181,16 @@ def check_masked_lm_loss(fn: Callable[..., Any]) -> None:
     for seed, (case, mask, scale) in enumerate(cases):
         logits = noise(*mask.shape, 7, seed=seed, scale=scale)
         tokens = torch.randint(7, mask.shape, generator=torch.Generator().manual_seed(seed))
-        nats = _nats(logits, tokens)
-        expected = nats[:, 1:][mask[:, 1:]].mean().float()
-        with unchanged(name, logits=logits, tokens=tokens, mask=mask), during(case.strip()):
+        expected = _nats(logits, tokens)[:, 1:][mask[:, 1:]].mean().float()
+        with during(case.strip()):
             actual = fn(logits, tokens, mask)
-        compare(f"{name}{case}", actual, expected, "", _loss_mistakes(logits, tokens, mask, nats))
+        compare(f"{name}{case}", actual, expected, "")
     logits = noise(*first.shape, 7, seed=9)
     tokens = torch.randint(7, first.shape, generator=torch.Generator().manual_seed(9))
     _check_loss_gradient(fn, logits, tokens, first)
     follows_input(name, fn, (logits, tokens, first), "")
     for nothing in (torch.zeros_like(first), torch.zeros_like(first).index_fill(1, torch.tensor(0), True)):
         _must_refuse_mask(fn, logits, tokens, nothing)
-
-
-def _loss_mistakes(logits: Tensor, tokens: Tensor, mask: Tensor, nats: Tensor) -> dict[str, Tensor]:
-    """What known mistakes give; `nats` holds -log p on the tokens' own positions."""
-    here = -logits.log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
-    inner, counts = nats[:, 1:], mask[:, 1:]
-    total = (inner * counts).sum()
-    reversed_time = -logits[:, 1:].log_softmax(-1).gather(-1, tokens[:, :-1, None]).squeeze(-1)
-    rows = [row[marked].mean() for row, marked in zip(inner, counts, strict=True) if marked.any()]
-    probabilities = logits[:, :-1].softmax(-1)
-    chance = probabilities.gather(-1, tokens[:, 1:, None]).squeeze(-1)
-    twice = -probabilities.log_softmax(-1).gather(-1, tokens[:, 1:, None]).squeeze(-1)
-    answers = {
-        "the labels are not shifted: the logits at a position are compared with the token at the same position.": here[
-            mask
-        ].mean(),
-        "the labels are shifted the wrong way: logits predict the token after them, not the one before.": reversed_time[
-            mask[:, :-1]
-        ].mean(),
-        "the mask is read at the position of the logits; it marks the targets, one later.": inner[mask[:, :-1]].mean(),
-        "the mask is shifted the wrong way, by one.": inner[:, :-1][mask[:, 2:]].mean(),
-        "the mask is not used: all positions count.": inner.mean(),
-        "the sum over the targets is divided by the number of all positions.": total / inner.numel(),
-        "the sum over the targets is divided by the number of all tokens, the first ones included.": total
-        / mask.numel(),
-        "the sum is taken; it should be the mean.": total,
-        "the sum is divided by the number of rows; divide by the number of marked targets.": total / len(mask),
-        "the sum is divided by all that the mask marks; position 0 has no prediction.": total / mask.sum(),
-        "each row's mean is taken first; every target counts the same, whichever row it is in.": torch.stack(
-            rows
-        ).mean(),
-        "the sign is missing.": -total / counts.sum(),
-        "p is averaged; take its logarithm first.": chance[counts].mean(),
-        "the softmax is taken before a function that takes it again.": twice[counts].mean(),
-        "the unmarked targets are counted, instead of the marked ones.": inner[~counts].mean(),
-        "the logarithm has base 2; nats have base e.": total / counts.sum() / math.log(2),
-        "log 0 came up: take log_softmax (or cross_entropy), which never rounds p to 0.": -chance.log()[counts].mean(),
-    }
-    right = total / counts.sum()
-    return {
-        hint: answer.float()
-        for hint, answer in answers.items()
-        if not torch.allclose(answer.double(), right, rtol=1e-3, atol=1e-4)
-    }
 
 
 def _check_loss_gradient(fn: Callable[..., Any], logits: Tensor, tokens: Tensor, mask: Tensor) -> None:
@@ -194,40 +226,51 @@ def _must_refuse_mask(fn: Callable[..., Any], logits: Tensor, tokens: Tensor, ma
 # ------------------------------------------------------------------------------------------------------ the ablation
 
 
-class _Part(nn.Module):
-    def __init__(self, seed: int) -> None:
-        super().__init__()
-        self.W_O = nn.Parameter(noise(3, 2, 5, seed=seed))
-        self.b_O = nn.Parameter(noise(5, seed=seed + 1))
-
-
-class _Block(nn.Module):
-    def __init__(self, seed: int) -> None:
-        super().__init__()
-        self.attn, self.mlp = _Part(seed), nn.Module()
-        self.mlp.W_out = nn.Parameter(noise(7, 5, seed=seed + 2))
-
-
-class _Model(nn.Module):
-    """Something with parameters whose names resemble each other."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(_Block(10 * layer) for layer in range(2))
-        self.W_O = nn.Parameter(noise(4, 5, seed=30))
-        self.register_buffer("seen", noise(3, seed=31))
-        with torch.no_grad():  # values that arithmetic does not bring back: W - W + W, or W * 0 / 0
-            self.blocks[1].attn.W_O[0, 0] = torch.tensor([1 / 3, -0.0, 1e30, torch.inf, 1e-30])
-
-
 class _Interrupted(Exception):
     """What a cell raises inside of the block."""
 
 
+def ablating(choose: Callable[[str, str], bool], fill: Callable[[Tensor], Tensor] = torch.zeros_like) -> Any:
+    """An ablation of the parameters that `choose(entry, name)` picks, which puts everything back."""
+
+    @contextmanager
+    def zero_ablated(model: nn.Module, parameter_name: str) -> Iterator[nn.Module]:
+        chosen = [parameter for entry, parameter in model.named_parameters() if choose(entry, parameter_name)]
+        kept = [parameter.detach().clone() for parameter in chosen]
+        try:
+            for parameter, values in zip(chosen, kept, strict=True):
+                parameter.data.copy_(fill(values))
+            yield model
+        finally:
+            for parameter, values in zip(chosen, kept, strict=True):
+                parameter.data.copy_(values)
+
+    return zero_ablated
+
+
+def last_part(name: str) -> str:
+    return name.split(".")[-1]
+
+
+@known_mistakes(
+    {
+        "every parameter whose name ends like this one is zero.": ablating(lambda entry, name: entry.endswith(name)),
+        "every parameter of this kind is zero, in all layers.": ablating(
+            lambda entry, name: last_part(entry) == last_part(name)
+        ),
+        "the first head alone is zero; it is the whole parameter.": ablating(
+            lambda entry, name: entry == name,
+            lambda values: torch.cat([torch.zeros_like(values[:1]), values[1:]]),
+        ),
+        "the parameter is filled with its mean; fill it with zeros.": ablating(
+            lambda entry, name: entry == name, lambda values: values.nan_to_num(posinf=0).mean().expand_as(values)
+        ),
+    }
+)
 def check_zero_ablated(fn: Callable[..., Any]) -> None:
     """Names that resemble each other; nested blocks; a block that raises; bits, memory and flags."""
     name = "zero_ablated"
-    model = _Model().eval()
+    model = Lookalikes().eval()
     model.blocks[0].attn.W_O.requires_grad_(False)
     model.blocks[1].attn.W_O.grad = noise(3, 2, 5, seed=40)
     for wanted in ("blocks.1.attn.W_O", "blocks.0.mlp.W_out", "W_O", "blocks.0.attn.W_O"):
@@ -308,10 +351,11 @@ def _not_restored(name: str, when: str, entry: str, wanted: str, parameter: Tens
     return "\n".join(lines)
 
 
-def _judge_inside(model: nn.Module, *wanted: str, originals: nn.Module | None = None) -> None:
+def _judge_inside(model: nn.Module, *wanted: str) -> None:
     """In the block the named parameters are zero and all the others are themselves."""
     name = f"zero_ablated(model, {wanted[-1]!r})"
-    fresh = dict(_Model().named_parameters())
+    evidence = Evidence(name, {entry: parameter.detach().clone() for entry, parameter in model.named_parameters()})
+    fresh = dict(Lookalikes().named_parameters())
     for entry, parameter in model.named_parameters():
         if entry in wanted:
             if parameter.detach().any():
@@ -319,13 +363,15 @@ def _judge_inside(model: nn.Module, *wanted: str, originals: nn.Module | None = 
                 place = ", ".join(map(str, index))
                 raise CheckFailed(
                     f"{name}: in the block `{entry}` is not zero.\n"
-                    f"  at [{place}]: expected 0.0, got {parameter[index].item():.4g}\n"
-                    "  Next: fill the parameter of just this name with zeros before you yield."
+                    f"  at [{place}]: expected 0.0, got {parameter[index].item():.4g}",
+                    evidence=evidence,
+                    advice="  Next: fill the parameter of just this name with zeros before you yield.",
                 )
         elif not torch.equal(_bits(parameter), _bits(fresh[entry])):
             raise CheckFailed(
-                f"{name}: in the block `{entry}` is another one than before.\n"
-                "  Next: find the parameter by its whole name; others end in the same letters."
+                f"{name}: in the block `{entry}` is another one than before.",
+                evidence=evidence,
+                advice="  Next: find the parameter by its whole name; others end in the same letters.",
             )
 
 
