@@ -1,5 +1,6 @@
-"""Chapter 00's checks against surprises (wrong answers of the right type, shape and dtype that a check does not know,
-or whose refusal is written by hand), and right answers written another way.
+"""Chapter 00's checks against surprises, right answers written another way, and the reference from other sides.
+
+A surprise is a wrong answer that a check does not know, or whose refusal is written by hand.
 """
 
 import warnings
