@@ -123,7 +123,7 @@ ALSO_RIGHT: dict[str, list[Any]] = {
     ],
     "add_at_position": [
         lambda r, d, pos: r + at_one(r, pos) * d,
-        lambda r, d, pos: r.index_add(1, torch.tensor([pos % r.shape[1]]), d.expand(len(r), 1, -1)),
+        lambda r, d, pos: r.index_add(1, torch.tensor([pos % r.shape[1]], device=r.device), d.expand(len(r), 1, -1)),
     ],
     "diagonal_mean": [
         lambda p, offset: (p * on_diagonal(p, offset)).sum((-1, -2)) / on_diagonal(p, offset).sum(),

@@ -81,13 +81,13 @@ def check_centre_vectors(fn: Fn) -> None:
 @known_mistakes(
     {
         "numbers are added; multiply them.": lambda a, b: a[:, :, None] + b[:, None, :],
-        "the first item's numbers are used for the whole batch.": lambda a, b: (a[:1, :, None] * b[:1, None, :]).expand(
-            len(a), -1, -1
+        "the first item's numbers are used for the whole batch.": (
+            lambda a, b: (a[:1, :, None] * b[:1, None, :]).expand(len(a), -1, -1)
         ),
         "rows and columns are swapped: `a` chooses the row.": lambda a, b: b[:, :, None] * a[:, None, :],
         "the products are summed over the batch.": lambda a, b: a.T @ b,
-        "every item of `a` meets every item of `b`; keep to the same item of the batch.": lambda a, b: torch.einsum(
-            "ir,jc->ijrc", a, b
+        "every item of `a` meets every item of `b`; keep to the same item of the batch.": (
+            lambda a, b: torch.einsum("ir,jc->ijrc", a, b)
         ),
         "the batch of `b` is lined up with the rows of `a`; it needs an axis of size 1 for the rows.": lambda a, b: (
             a[:, :, None] * b
@@ -120,14 +120,14 @@ def check_batched_outer(fn: Fn) -> None:
         "the last position is read, padding or not.": lambda x, lengths: x[:, -1],
         "all texts are read where the first one ends.": lambda x, lengths: x[:, lengths[0] - 1],
         "every row is of the first text.": lambda x, lengths: x[0, lengths - 1],
-        "every text is read at the ends of all; pair each row with its own position.": lambda x, lengths: x[
-            :, lengths - 1
-        ],
+        "every text is read at the ends of all; pair each row with its own position.": (
+            lambda x, lengths: x[:, lengths - 1]
+        ),
         "it is counted from the end of the padding.": lambda x, lengths: x[torch.arange(len(lengths)), -lengths],
         "the first position is read.": lambda x, lengths: x[:, 0],
-        "it is one position too far: a text of length 3 ends at position 2.": lambda x, lengths: x[
-            torch.arange(len(lengths)), lengths
-        ],
+        "it is one position too far: a text of length 3 ends at position 2.": (
+            lambda x, lengths: x[torch.arange(len(lengths)), lengths]
+        ),
     }
 )
 def check_logits_at_end(fn: Fn) -> None:
@@ -153,9 +153,9 @@ def picked(values: Tensor, tokens: Tensor) -> Tensor:
         "the sign is changed; log-probabilities are negative.": lambda lp, t: -picked(lp, t),
         "the largest is taken at each position, whatever the token.": lambda lp, t: lp.amax(-1),
         "an axis of size 1 is left at the end.": lambda lp, t: lp.gather(-1, t[..., None]),
-        "`squeeze()` is given no axis: it removes every axis of size 1, the batch too.": lambda lp, t: picked(
-            lp, t
-        ).squeeze(),
+        "`squeeze()` is given no axis: it removes every axis of size 1, the batch too.": (
+            lambda lp, t: picked(lp, t).squeeze()
+        ),
         "every token is looked up at every position; each belongs to one.": lambda lp, t: lp[:, :, t],
     }
 )
@@ -174,8 +174,8 @@ def mean_of_kept(values: Tensor, mask: Tensor) -> Tensor:
 
 @known_mistakes(
     {
-        "the sum is divided by the number of positions, not by how many are kept.": lambda v, m: v.where(m, 0.0).mean(
-            -1
+        "the sum is divided by the number of positions, not by how many are kept.": (
+            lambda v, m: v.where(m, 0.0).mean(-1)
         ),
         "the sum is not divided by how many are kept.": lambda v, m: v.where(m, 0.0).sum(-1),
         "one mean is taken over all texts.": lambda v, m: v[m].mean().expand(len(v)),
@@ -215,8 +215,8 @@ def with_vectors(resid: Tensor, place: Any, vectors: Tensor) -> Tensor:
 @known_mistakes(
     {
         "the direction is added at every position.": lambda r, d, pos: r + d,
-        "the direction takes the place of the vectors; add it to them.": lambda r, d, pos: with_vectors(
-            r, (ALL, pos), d
+        "the direction takes the place of the vectors; add it to them.": (
+            lambda r, d, pos: with_vectors(r, (ALL, pos), d)
         ),
         "the direction is subtracted.": lambda r, d, pos: with_vectors(r, (ALL, pos), r[:, pos] - d),
         "only the first text gets the direction.": lambda r, d, pos: with_vectors(r, (0, pos), r[0, pos] + d),
@@ -260,9 +260,9 @@ def diagonal(pattern: Tensor, offset: int) -> Tensor:
         "the mean is over the whole pattern.": lambda p, k: p.mean((-2, -1)),
         "one mean is taken over everything; each pattern has its own.": lambda p, k: diagonal(p, k).mean(),
         "the weights themselves are returned; take their mean.": diagonal,
-        "the diagonal runs through the first two axes; query and key are the last two.": lambda p, k: p.diagonal(
-            k
-        ).mean(-1),
+        "the diagonal runs through the first two axes; query and key are the last two.": (
+            lambda p, k: p.diagonal(k).mean(-1)
+        ),
     }
 )
 def check_diagonal_mean(fn: Fn) -> None:
@@ -297,8 +297,8 @@ def heads_first(resid: Tensor, n_heads: int) -> Tensor:
         ),
         "the view is (batch, head, pos, d_head). The heads stand first, and it mixes positions and heads; "
         "cut d_model alone.": heads_first,
-        "the heads stand before the positions; here they come after.": lambda r, n: r.unflatten(-1, (n, -1)).transpose(
-            1, 2
+        "the heads stand before the positions; here they come after.": (
+            lambda r, n: r.unflatten(-1, (n, -1)).transpose(1, 2)
         ),
     }
 )
@@ -314,9 +314,9 @@ def check_split_heads(fn: Fn) -> None:
 
 @known_mistakes(
     {
-        "positions and heads are mixed: the axes were moved before the last two were joined.": lambda z: z.transpose(
-            1, 2
-        ).reshape(*z.shape[:2], -1),
+        "positions and heads are mixed: the axes were moved before the last two were joined.": (
+            lambda z: z.transpose(1, 2).reshape(*z.shape[:2], -1)
+        ),
         "the heads' numbers take turns; each head's piece should be in one stretch.": lambda z: z.mT.flatten(2),
         "the heads are summed; put them side by side.": lambda z: z.sum(2),
         "the heads are averaged; put them side by side.": lambda z: z.mean(2),
@@ -362,8 +362,8 @@ def mixed(pattern: Tensor, v: Tensor) -> Tensor:
 @known_mistakes(
     {
         "the sum runs over the queries; each query gathers from the keys.": lambda p, v: mixed(p.mT, v),
-        "the keys all get the same weight; the pattern is ignored.": lambda p, v: v.mean(1, True).expand(
-            -1, p.shape[2], -1, -1
+        "the keys all get the same weight; the pattern is ignored.": (
+            lambda p, v: v.mean(1, True).expand(-1, p.shape[2], -1, -1)
         ),
         "the sum is divided by the number of keys as well; the weights sum to 1 already.": lambda p, v: (
             mixed(p, v) / v.shape[1]
@@ -374,8 +374,8 @@ def mixed(pattern: Tensor, v: Tensor) -> Tensor:
         "the first text's pattern is used for all.": lambda p, v: mixed(p[:1].expand_as(p), v),
         "the first text's values are used for all.": lambda p, v: mixed(p, v[:1].expand_as(v)),
         "the heads are summed; each keeps its own result.": lambda p, v: mixed(p, v).sum(2),
-        "the values of all heads are summed before they are weighted.": lambda p, v: mixed(
-            p, v.sum(2, True).expand_as(v)
+        "the values of all heads are summed before they are weighted.": (
+            lambda p, v: mixed(p, v.sum(2, True).expand_as(v))
         ),
     }
 )
@@ -413,14 +413,14 @@ def products(vectors: Tensor) -> Tensor:
             products(v) / length(v).T
         ),
         "the lengths lack their root.": lambda v: products(v / length(v) ** 2),
-        "each coordinate is divided by its length over the vectors; divide each vector by its own.": lambda v: products(
-            F.normalize(v, dim=0)
+        "each coordinate is divided by its length over the vectors; divide each vector by its own.": (
+            lambda v: products(F.normalize(v, dim=0))
         ),
         "one length is taken of all vectors together.": lambda v: products(v / v.norm()),
         "each vector is centred first; that is their correlation.": lambda v: products(F.normalize(centred(v), dim=-1)),
         "the sign is lost.": lambda v: products(F.normalize(v, dim=-1)).abs(),
-        "coordinates are compared, not vectors: the product is the other way round.": lambda v: products(
-            F.normalize(v, dim=0).T
+        "coordinates are compared, not vectors: the product is the other way round.": (
+            lambda v: products(F.normalize(v, dim=0).T)
         ),
     }
 )
@@ -453,9 +453,9 @@ def by_formula(logits: Tensor) -> Tensor:
 
 CARELESS: dict[str, Callable[[Tensor], Tensor]] = {
     "exp overflows to inf, or underflows to 0, before the logarithm can bring it back.": by_formula,
-    "small probabilities are rounded to 0 before the logarithm; stay with logarithms throughout.": lambda x: x.softmax(
-        -1
-    ).log(),
+    "small probabilities are rounded to 0 before the logarithm; stay with logarithms throughout.": (
+        lambda x: x.softmax(-1).log()
+    ),
 }
 
 
@@ -472,8 +472,8 @@ CARELESS: dict[str, Callable[[Tensor], Tensor]] = {
         "the softmax runs over the positions; for each position the tokens compete.": lambda x: x.log_softmax(-2),
         "the softmax runs over the batch; for each position the tokens compete.": lambda x: x.log_softmax(0),
         "exp overflows before the quotient is taken.": lambda x: (x.exp() / x.exp().sum(-1, keepdim=True)).log(),
-        "one number is subtracted from the whole tensor; each position has its own maximum.": lambda x: by_formula(
-            x - x.max()
+        "one number is subtracted from the whole tensor; each position has its own maximum.": (
+            lambda x: by_formula(x - x.max())
         ),
         "the forbidden tokens get a finite number; log(0) is -inf.": lambda x: x.log_softmax(-1).clamp(min=-1e9),
     },
@@ -537,9 +537,9 @@ def mean_loss(log_softmax: Callable[[Tensor], Tensor], logits: Tensor, targets: 
         "the mean is taken of the probabilities, before the logarithm.": lambda x, t: (
             -(-losses(x, t)).exp().mean().log()
         ),
-        "the targets are shifted by one position; they are aligned already.": lambda x, t: losses(
-            x[:, :-1], t[:, 1:]
-        ).mean(),
+        "the targets are shifted by one position; they are aligned already.": (
+            lambda x, t: losses(x[:, :-1], t[:, 1:]).mean()
+        ),
         "only the first text counts.": lambda x, t: losses(x[:1], t[:1]).mean(),
     },
     {sentence: partial(mean_loss, careless) for sentence, careless in CARELESS.items()},

@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import cache
 from itertools import pairwise
-from typing import Any
 
 Word = tuple[int, ...]
 Pair = tuple[int, int]
@@ -103,5 +102,5 @@ def encoded(
     merge: Callable[[Word, dict[Pair, Rule]], Word] = in_turn,
 ) -> list[int]:
     """The ids of a text; the switches are mistakes."""
-    rules: Any = ordinals(merges)
+    rules = ordinals(merges)
     return [token for piece in pieces(text) for token in merge(tuple(piece.encode()), rules)]

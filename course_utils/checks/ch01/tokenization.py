@@ -53,16 +53,16 @@ def apart(word: Word) -> list[Pair]:
 
 @known_mistakes(
     {
-        "the word counts are ignored; a word that occurs 7 times counts 7 times.": lambda words: count_of(words),
-        "pairs are counted across words; they lie within one.": lambda words: count_of(
-            [tuple(token for word, count in words.items() for token in word * count)]
+        "the word counts are ignored; a word that occurs 7 times counts 7 times.": count_of,
+        "pairs are counted across words; they lie within one.": (
+            lambda words: count_of([tuple(token for word, count in words.items() for token in word * count)])
         ),
         "overlapping pairs are counted once; in (7, 7, 7) there are two.": lambda words: tally(words, apart),
-        "a pair counts once per word; it counts at every place.": lambda words: tally(
-            words, lambda word: set(pairwise(word))
+        "a pair counts once per word; it counts at every place.": (
+            lambda words: tally(words, lambda word: set(pairwise(word)))
         ),
-        "pairs are counted without regard to order; (2, 3) is not (3, 2).": lambda words: tally(
-            words, lambda word: [tuple(sorted(pair)) for pair in pairwise(word)]
+        "pairs are counted without regard to order; (2, 3) is not (3, 2).": (
+            lambda words: tally(words, lambda word: [tuple(sorted(pair)) for pair in pairwise(word)])
         ),
     }
 )
@@ -102,19 +102,19 @@ def second_kept(word: Word, pair: Pair, new_id: int) -> Word:
 
 @known_mistakes(
     {
-        "only the first occurrence is merged; merge all of them.": lambda word, pair, new_id: replaced(
-            word, where(word, pair)[:1], new_id
+        "only the first occurrence is merged; merge all of them.": (
+            lambda word, pair, new_id: replaced(word, where(word, pair)[:1], new_id)
         ),
-        "only the last occurrence is merged; merge all of them.": lambda word, pair, new_id: replaced(
-            word, where(word, pair)[-1:], new_id
+        "only the last occurrence is merged; merge all of them.": (
+            lambda word, pair, new_id: replaced(word, where(word, pair)[-1:], new_id)
         ),
         "overlapping pairs are merged, and a token is used twice; go on behind the pair.": overlapping,
         "the second token of the pair stays; both are replaced.": second_kept,
-        "the word is read from the right; begin at the left.": lambda word, pair, new_id: merged(
-            word[::-1], pair[::-1], new_id
-        )[::-1],
-        "the pair is merged in both orders; (1, 2) is not (2, 1).": lambda word, pair, new_id: merged(
-            merged(word, pair, new_id), pair[::-1], new_id
+        "the word is read from the right; begin at the left.": (
+            lambda word, pair, new_id: merged(word[::-1], pair[::-1], new_id)[::-1]
+        ),
+        "the pair is merged in both orders; (1, 2) is not (2, 1).": (
+            lambda word, pair, new_id: merged(merged(word, pair, new_id), pair[::-1], new_id)
         ),
     }
 )
@@ -253,8 +253,8 @@ def check_train_bpe(fn: Fn) -> None:
 
 @known_mistakes(
     {
-        "the halves are put together in the wrong order.": lambda merges: vocabulary(
-            [(right, left) for left, right in merges]
+        "the halves are put together in the wrong order.": (
+            lambda merges: vocabulary([(right, left) for left, right in merges])
         ),
         "the 256 single bytes are missing.": lambda merges: {
             256 + i: bytes_of(256 + i, merges) for i in range(len(merges))
@@ -331,8 +331,8 @@ LAST_FIRST = partial(by_choice, key=lambda rule: -rule[0])
         "the pair is chosen by the id that it makes; choose by rank.": partial(by_choice, key=lambda rule: rule[1]),
         "the merge learned last goes first; the lowest rank goes first.": LAST_FIRST,
         "it stops after one merge; go on until none fits.": partial(by_choice, key=lambda rule: rule[0], once=True),
-        "tokens are made as 256 + rank; `rules` says which token a pair makes.": lambda word, rules: in_turn(
-            word, {pair: (rank, 256 + rank) for pair, (rank, _) in rules.items()}
+        "tokens are made as 256 + rank; `rules` says which token a pair makes.": (
+            lambda word, rules: in_turn(word, {pair: (rank, 256 + rank) for pair, (rank, _) in rules.items()})
         ),
     }
 )
