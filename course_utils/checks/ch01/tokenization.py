@@ -41,7 +41,7 @@ Fn = Callable[..., Any]
 # ------------------------------------------------------------------------------------------------- learning the merges
 
 
-def tally(words: dict[Word, int], pairs_of: Callable[[Word], Iterable[Any]] = pairwise) -> Counter[Any]:
+def tally(words: dict[Word, int], pairs_of: Callable[[Word], Iterable[Any]]) -> Counter[Any]:
     """The pairs that are found in a word, as often as the word occurs."""
     return Counter(pair for word, count in words.items() for pair in [*pairs_of(word)] * count)
 
