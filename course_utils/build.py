@@ -18,9 +18,11 @@ from typing import Any, NamedTuple
 
 import nbformat
 
+from course_utils.cells import names, plain_python
 from course_utils.links import read_release
 from course_utils.lint import LessonCell, lesson_problems, name_problems, read_lesson
-from course_utils.notebook import DEFINITIONS, FUNCTIONS, names, plain_python
+from course_utils.scopes import FUNCTIONS
+from course_utils.slicing import DEFINITIONS
 
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},

@@ -14,7 +14,7 @@ from conftest import ROOT
 
 from course_utils.checks import CheckFailed, NotWritten, find_checks, refuse_foreign, run_check
 from course_utils.lint import read_lesson
-from course_utils.notebook import CourseError, exercise, load_notebook
+from course_utils.notebook import CourseError, exercise, explained, load_notebook
 
 EXERCISES = [(chapter, symbol) for chapter, checks in find_checks().items() for symbol in checks]
 IDS = [f"{chapter}-{symbol}" for chapter, symbol in EXERCISES]
@@ -55,7 +55,9 @@ def test_exercise(chapter: str, symbol: str, request: pytest.FixtureRequest) -> 
             raise
         pytest.skip(str(error))
     except (CheckFailed, CourseError) as error:
-        raise pytest.fail.Exception(str(error), pytrace=False) from None
+        wrong_answer = path is not None and isinstance(error, CheckFailed)
+        message = explained(loaded(path, chapter), symbol, str(error)) if wrong_answer else str(error)
+        raise pytest.fail.Exception(message, pytrace=False) from None
 
 
 @pytest.mark.parametrize(("chapter", "symbol"), EXERCISES, ids=IDS)

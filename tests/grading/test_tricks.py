@@ -12,7 +12,8 @@ import torch._dynamo  # which replaces torch.manual_seed
 from torch import nn
 
 import solutions.ch02_transformer as theirs
-from course_utils.checks import core, find_checks, verdict
+from course_utils import verdict
+from course_utils.checks import core, find_checks
 from course_utils.grading.tricks import Watch, reference_behind
 
 find_checks()
@@ -33,7 +34,7 @@ REPLACED = [
     (core, "compare", "course_utils.checks.core.compare"),
     (core.CheckFailed, "_render_traceback_", "course_utils.checks.core.CheckFailed._render_traceback_"),
     (sys.modules["course_utils.checks.ch02_1_transformer"], "check_MLP", "check_MLP"),
-    (verdict, "check", "course_utils.checks.verdict.check"),
+    (verdict, "check", "course_utils.verdict.check"),
 ]
 
 

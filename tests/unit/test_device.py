@@ -7,8 +7,8 @@ import nbformat
 import pytest
 from conftest import ROOT
 
+from course_utils.cells import plain_python
 from course_utils.device import device
-from course_utils.notebook import plain_python
 
 
 @pytest.mark.parametrize(("there", "chosen"), [(True, "cuda"), (False, "cpu")])

@@ -15,7 +15,8 @@ from nbclient import NotebookClient
 
 import course_utils.notebook as notebook_module
 from course_utils import checks
-from course_utils.notebook import CourseError, exercise, load_notebook, mine, names, plain_python, verify_solutions
+from course_utils.cells import CourseError, names, plain_python
+from course_utils.notebook import exercise, load_notebook, mine, verify_solutions
 
 
 def write_notebook(path: Path, *cells: str) -> Path:
@@ -54,17 +55,18 @@ def test_definitions_are_kept_and_demos_are_not(tmp_path: Path) -> None:
     path = write_notebook(
         tmp_path / "03_x.ipynb",
         "%load_ext nothing_of_that_name\nimport math\nfrom pathlib import Path as P",
-        "cfg = {'n': base + 1}\nunused = 1 / 0",
+        "size = base + 1\nunused = 1 / 0",
         "base = 3",
-        "# after all\ncfg = {'n': base + 1}\ndef f(x):\n    return x * cfg['n']\nprint(f(1)); raise SystemExit",
-        "class A:\n    factor = SIZE if False else 2\n    def g(self):\n        return f(self.factor)",
-        "history = f(10)\ndef show():\n    return history",
+        "cfg = {'n': base + 1}\ndef f(x):\n    return x * cfg['n']\nprint(f(1)); raise SystemExit",
+        "class A:\n    factor = SIZE if False else 2\n    def g(self):\n        return f(self.factor) if True else size",
+        "history = f(10)\ncurve = f(11)\ndef show():\n    return history",
         "!ls\nresult = %timeit -o f(2)",
     )
     module = load_notebook(path)
     assert module.math.pi > 3 and module.P is Path
     assert module.A().g() == 8
-    assert not hasattr(module, "unused") and not hasattr(module, "history") and not hasattr(module, "result")
+    assert not hasattr(module, "unused") and not hasattr(module, "curve") and not hasattr(module, "result")
+    assert module.show() == 40, "what a definition reads is made, also by a function of the notebook"
     assert module.__cell_errors__ == {2: "code cell 2 of 03_x.ipynb, line 1: NameError: name 'base' is not defined"}
     assert exercise(module, "A") is module.A and module.A.__module__ == "notebook_03_x"
 
@@ -86,10 +88,10 @@ def test_choices_made_at_import_are_kept(tmp_path: Path) -> None:
         tmp_path / "03_x.ipynb",
         "try:\n    import no_such_module\nexcept ImportError:\n    no_such_module = None",
         "if 1 > 0:\n    device = 'cpu'\nelse:\n    device = 'gpu'",
-        "if True:\n    print('demo')\n    device = 'changed'",
+        "if True:\n    raise_if_run()\n    device = 'changed'",
         "def where():\n    return device, no_such_module",
     )
-    assert load_notebook(path).where() == ("cpu", None)
+    assert load_notebook(path).where() == ("changed", None)
 
 
 def test_a_broken_cell_costs_only_what_it_defines(tmp_path: Path) -> None:
