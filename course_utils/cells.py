@@ -129,6 +129,9 @@ def read_cells(path: Path) -> Iterator[Cell]:
             code = without_magics(source)
             tree = ast.parse(code, name)
             compile(tree, name, "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
+            for node in ast.walk(tree):
+                if isinstance(node, ast.Compare) and isinstance(node.left, ast.Name) and node.left.id == "__name__":
+                    node.left = ast.copy_location(ast.Constant("__main__"), node.left)  # as it is in Jupyter
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:  # the last two: nested too deeply
             yield Cell(number, [ast.Pass(lineno=1, col_offset=0)], error, lost)
             continue

@@ -8,6 +8,7 @@ import ast
 import contextlib
 import importlib.util
 import io
+import linecache
 import os
 import re
 import signal
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from course_utils.cells import Cell, CourseError, cell_name, read_cells
-from course_utils.slicing import DEFINITIONS, make_units, pruned, slice_for
+from course_utils.slicing import DEFINITIONS, Unit, left_aside, make_units, pruned, slice_for
 
 COURSE = "circuits-from-scratch"
 MOST_SECONDS = 30.0  # of processor time, for what answers need beside their definitions
@@ -65,7 +66,7 @@ def load_notebook(path: Path, wanted: Iterable[str] = (), seconds: float | None 
     module = types.ModuleType("notebook_" + re.sub(r"\W", "_", path.stem))
     module.__doc__ = f"The definitions of {path.name}."
     space: dict[str, Any] = {"__cell_errors__": {}, "__broken__": {}, "__left_out__": {}, "__reads__": {}}
-    space |= {"__notebook__": path.name, "__places__": {}, "__unseen__": []}
+    space |= {"__notebook__": path.name, "__places__": {}, "__unseen__": [], "__aside__": {}}
     module.__dict__.update(space, display=_shows_nothing, input=_answers_nothing)  # as IPython does
     sys.modules[module.__name__] = module  # dataclasses and pickle look a class's module up by name
     cells = list(read_cells(path))
@@ -75,18 +76,23 @@ def load_notebook(path: Path, wanted: Iterable[str] = (), seconds: float | None 
         contextlib.redirect_stderr(nowhere),
         _at_most(seconds, cell_name(path, 0)[:-1]),
     ):
-        for statement in to_run(cells, set(wanted)):
+        to_run, aside = plan(cells, set(wanted))
+        for statement in to_run:
             _run(statement, path, module)
+    for unit, names in aside:
+        text = linecache.getline(cell_name(path, unit.cell), unit.node.lineno).strip()[:80]
+        module.__aside__.update(dict.fromkeys(names, f"{_where(path, unit.cell, unit.node.lineno)}: {text}"))
     for cell in cells:
         if cell.magic:
-            why = f"code cell {cell.number} of {path.name}: `{cell.magic}` is not run here"
+            what = "is not run here" if cell.body else "keeps no names"
+            why = f"code cell {cell.number} of {path.name}: `{cell.magic}` {what}"
             module.__unseen__.append(why)
             module.__left_out__.update(dict.fromkeys(cell.lost - vars(module).keys(), why))
     return module
 
 
-def to_run(cells: list[Cell], wanted: set[str]) -> Iterator[Statement]:
-    """The statements to run, in the order of the notebook."""
+def plan(cells: list[Cell], wanted: set[str]) -> tuple[list[Statement], list[tuple[Unit, set[str]]]]:
+    """The statements to run, in the order of the notebook, and those left aside that might change a name needed."""
     units = make_units((cell.number, node) for cell in cells for node in cell.body)
     broken = {cell.body[0]: cell for cell in cells if cell.error}
     for unit in units:
@@ -95,8 +101,10 @@ def to_run(cells: list[Cell], wanted: set[str]) -> Iterator[Statement]:
             unit.replaces = True
     top = [unit for unit in units if not unit.parents]
     always = {unit for unit in top if isinstance(unit.node, DEFINITIONS) or unit.node in broken}
-    chosen = slice_for(units, wanted or set().union(*(unit.found.now.bound for unit in always))).units | always
+    needed = slice_for(units, wanted or set().union(*(unit.found.now.bound for unit in always)))
+    chosen = needed.units | always
     nodes = {unit.node for unit in chosen}
+    statements = []
     for unit in top:
         if unit in chosen:
             inside = [part for part in chosen if part is unit or unit in part.parents]
@@ -104,7 +112,8 @@ def to_run(cells: list[Cell], wanted: set[str]) -> Iterator[Statement]:
             read, bound = set().union(*(use.read for use in uses)), set().union(*(use.bound for use in uses))
             changed = set().union(*(part.changed for part in inside))
             error = broken[unit.node].error if unit.node in broken else None
-            yield Statement(unit.cell, pruned(unit.node, nodes), read, bound, changed - bound, error)
+            statements.append(Statement(unit.cell, pruned(unit.node, nodes), read, bound, changed - bound, error))
+    return statements, list(left_aside(units, needed))
 
 
 def _run(statement: Statement, path: Path, module: types.ModuleType) -> None:
@@ -130,10 +139,11 @@ def _run(statement: Statement, path: Path, module: types.ModuleType) -> None:
         for name in statement.bound:
             module.__broken__.pop(name, None)
             module.__left_out__.pop(name, None)
-    # What its value is made of, as it is now; a function's name may be given to another one later.
     known = module.__reads__
-    read = statement.read.union(*(known.get(name, set()) for name in statement.read))
-    known.update(dict.fromkeys(statement.bound, statement.read))
+    read = statement.read
+    if not isinstance(statement.node, DEFINITIONS):  # what a value is made of, as that is now: its name may be reused
+        read = read.union(*(known.get(name, set()) for name in read))
+    known.update(dict.fromkeys(statement.bound, read))
     known.update({name: known.get(name, set()) | read for name in statement.changed})
     module.__places__.update(dict.fromkeys(statement.bound, _where(path, statement.cell, line)))
 
@@ -223,7 +233,9 @@ def explained(module: types.ModuleType, name: str, message: str) -> str:
         return _needs(name, *_reason(module, missing[1]))
     if missing and module.__unseen__:
         return _needs(name, missing[1], module.__unseen__[0])
-    return message
+    parts = sorted(used & module.__aside__.keys())
+    aside = [f"\n  Not run here, though it may change `{part}`: {module.__aside__[part]}" for part in parts]
+    return message + "".join(aside[:3])
 
 
 def _needs(name: str, part: str, why: str) -> str:

@@ -20,7 +20,7 @@ class Uses(NamedTuple):
 
     read: set[str]
     bound: set[str]
-    changed: set[str]  # `x.y = 1`, `x[0] = 1`, `setattr(x, "y", 1)`
+    changed: set[str]  # `x.y = 1`, `x[0] = 1`, `x += [1]`, `setattr(x, "y", 1)`
     called_on: set[str]  # `x.append(1)` as a statement of its own
 
     @classmethod
@@ -132,6 +132,8 @@ def changed_by(node: ast.AST) -> list[str]:
     match node:
         case ast.Attribute(ctx=ast.Store() | ast.Del()) | ast.Subscript(ctx=ast.Store() | ast.Del()):
             touched = [node]
+        case ast.AugAssign(target=ast.Name() as target):
+            touched = [target]
         case ast.Call(func=ast.Name(id=last) | ast.Attribute(attr=last)):
             in_place = last.endswith("_") and not last.endswith("__")
             if in_place or last in CHANGING_FUNCTIONS:

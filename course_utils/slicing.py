@@ -8,7 +8,7 @@ import ast
 import builtins
 import copy
 from collections import defaultdict
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Set
 from typing import NamedTuple
 
 from course_utils.scopes import FUNCTIONS, base, parameters, scan
@@ -17,6 +17,7 @@ DEFINITIONS = (ast.Import, ast.ImportFrom, *FUNCTIONS, ast.ClassDef)
 LOOPS = (ast.For, ast.AsyncFor, ast.While)
 TRIES = (ast.Try, ast.TryStar)
 BINDS_UNSEEN = {"exec", "globals"}
+ONLY_SHOW = {"print", "display", "check", "help", "len", "type"}
 END = 1 << 30  # after the last statement: when the answers are called
 
 
@@ -78,14 +79,13 @@ def _find_changes(units: list[Unit]) -> None:
     """Say of each unit which objects it changes, itself or by calling one of the notebook's own functions."""
     imported = {name for u in units if isinstance(u.node, (ast.Import, ast.ImportFrom)) for name in u.found.now.bound}
     functions: dict[str, list[Unit]] = defaultdict(list)
-    aliases: dict[tuple[int, str], set[str]] = defaultdict(set)
+    aliases: dict[str, Set[str]] = {}
     for unit in units:
         if isinstance(unit.node, (*FUNCTIONS, ast.ClassDef)):
             functions[unit.node.name].append(unit)
-        for name, others in _aliases(unit.node):
-            aliases[unit.cell, name] |= others
     for unit in units:
         uses = unit.found.now
+        aliases |= dict.fromkeys(uses.bound - uses.changed, frozenset()) | _aliases(unit.node)
         # A library's own functions (`plt.show()`, `torch.manual_seed(0)`) make nothing that an answer reads.
         unit.changed |= uses.changed | (uses.called_on - imported)
         for call in unit.found.calls:
@@ -96,18 +96,19 @@ def _find_changes(units: list[Unit]) -> None:
                     unit.changed |= later.changed | (later.called_on - imported)
         waiting = list(unit.changed)
         while waiting:
-            new = aliases[unit.cell, waiting.pop()] - unit.changed - imported
+            new = aliases.get(waiting.pop(), frozenset()) - unit.changed - imported
             unit.changed |= new
             waiting += new
 
 
-def _aliases(node: ast.stmt) -> Iterator[tuple[str, set[str]]]:
+def _aliases(node: ast.stmt) -> dict[str, Set[str]]:
     """Names that stand for other names' objects or for parts of them: `x = xs[0]`, `for x in xs`."""
     if isinstance(node, (ast.For, ast.AsyncFor)):
-        others = set(_handed_on(node.iter))
-        yield from ((n.id, others) for n in ast.walk(node.target) if isinstance(n, ast.Name))
-    elif isinstance(node, ast.Assign) and (other := base(node.value)):
-        yield from ((target.id, {other}) for target in node.targets if isinstance(target, ast.Name))
+        others = frozenset(_handed_on(node.iter))
+        return {n.id: others for n in ast.walk(node.target) if isinstance(n, ast.Name)}
+    if isinstance(node, ast.Assign) and (other := base(node.value)):
+        return {target.id: frozenset([other]) for target in node.targets if isinstance(target, ast.Name)}
+    return {}
 
 
 def _handed_on(iterated: ast.AST) -> Iterator[str]:
@@ -184,6 +185,17 @@ def slice_for(units: list[Unit], wanted: Iterable[str]) -> Slice:
                 if unit.replaces and name in unit.found.now.bound:
                     break
     return Slice(chosen, {name for name, _ in seen})
+
+
+def left_aside(units: list[Unit], needed: Slice) -> Iterator[tuple[Unit, set[str]]]:
+    """Calls that do not run although they are handed what an answer needs: a library's function might change it."""
+    data = {name for u in units if not isinstance(u.node, DEFINITIONS) for name in u.found.now.bound} & needed.names
+    for unit in units:
+        call = unit.bare_call
+        if call and unit not in needed.units and getattr(call.func, "id", None) not in ONLY_SHOW:
+            given = {base(value) for value in [*call.args, *(keyword.value for keyword in call.keywords)]}
+            if names := {name for name in given if name in data}:
+                yield unit, names
 
 
 def pruned(node: ast.stmt, chosen: Container[ast.AST]) -> ast.stmt:

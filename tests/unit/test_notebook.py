@@ -58,8 +58,8 @@ def test_definitions_are_kept_and_demos_are_not(tmp_path: Path) -> None:
         "size = base + 1\nunused = 1 / 0",
         "base = 3",
         "cfg = {'n': base + 1}\ndef f(x):\n    return x * cfg['n']\nprint(f(1)); raise SystemExit",
-        "class A:\n    factor = SIZE if False else 2\n    def g(self):\n        return f(self.factor) if True else size",
-        "history = f(10)\ncurve = f(11)\ndef show():\n    return history",
+        "class A:\n    factor = SIZE if False else 2\n    def g(self):\n        return f(self.factor)",
+        "# after all\nhistory = f(10)\ncurve = f(11)\ndef show():\n    return history if True else size",
         "!ls\nresult = %timeit -o f(2)",
     )
     module = load_notebook(path)
