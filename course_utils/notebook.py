@@ -212,30 +212,27 @@ def _reason(module: types.ModuleType, name: str) -> tuple[str, str]:
     return name, known[name]
 
 
-def used_by(module: types.ModuleType, name: str) -> set[str]:
-    """The names that an object is made of or reads, directly or through others, and its own."""
-    used, waiting = {name}, [name]
-    while waiting:
-        new = module.__reads__.get(waiting.pop(), set()) - used
-        used |= new
-        waiting += new
+def used_by(module: types.ModuleType, name: str) -> list[str]:
+    """The name itself and those that its object is made of or reads, directly or through others, the nearest first."""
+    used = [name]
+    for one in used:
+        used += sorted(module.__reads__.get(one, set()).difference(used))
     return used
 
 
 def explained(module: types.ModuleType, name: str, message: str) -> str:
     """What a check says of an answer; where something that the answer needs was left out, that instead."""
     used, missing = used_by(module, name), MISSING.search(message)
-    for part in module.__left_out__:
+    for part in used:
         # What does not exist does no harm as long as nobody asks for it.
-        if part in used and hasattr(module, part):
+        if part in module.__left_out__ and hasattr(module, part):
             return _needs(name, *_reason(module, part))
     if missing and missing[1] in module.__left_out__ | module.__broken__:
         return _needs(name, *_reason(module, missing[1]))
     if missing and module.__unseen__:
         return _needs(name, missing[1], module.__unseen__[0])
-    parts = sorted(used & module.__aside__.keys())
-    aside = [f"\n  Not run here, though it may change `{part}`: {module.__aside__[part]}" for part in parts]
-    return message + "".join(aside[:3])
+    aside = [(part, module.__aside__[part]) for part in used if part in module.__aside__]
+    return message + "".join(f"\n  Not run here, though it may change `{part}`: {what}" for part, what in aside)
 
 
 def _needs(name: str, part: str, why: str) -> str:

@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import json
+import os
 import sys
 import textwrap
 import traceback
@@ -42,6 +43,19 @@ def write_notebook(path: Path, *cells: str) -> Path:
         ("%%time\na = f(x)", {"get_ipython", "f", "x"}, {"a"}),
         ("x.y = 1\nx[0] = 2", {"x"}, set()),
         ("f = lambda q: q + r", {"r"}, {"f"}),
+        ("x = {i: [i + j for j in i] for i in k if i > m}", {"k", "m"}, {"x"}),
+        ("x = [(y := i) for i in k]", {"k"}, {"x", "y"}),
+        ("def f():\n    return [(y := i) for i in k] + [y]", {"k"}, {"f"}),
+        ("def f(n):\n    total: int = 0\n    total += n\n    return total", {"int"}, {"f"}),
+        ("class A:\n    f = f\n    g = f", {"f"}, {"A"}),
+        ("def f():\n    global g\n    g = h", {"h"}, {"f", "g"}),
+        (
+            "match a:\n    case {'x': x, **rest} if b:\n        pass\n    case [u, *v]:\n        pass",
+            {"a", "b"},
+            {*"xuv", "rest"},
+        ),
+        ("try:\n    a\nexcept E as e:\n    b = 1", {"a", "E"}, {"e", "b"}),
+        ("y = " + " + ".join(["x"] * 350), {"x"}, {"y"}),
     ],
 )
 def test_names(code: str, read: set[str], bound: set[str]) -> None:
@@ -156,6 +170,12 @@ def test_what_is_no_notebook(tmp_path: Path, content: str | bytes | None, words:
         load_notebook(path)
 
 
+def test_a_byte_order_mark_does_no_harm(tmp_path: Path) -> None:
+    path = write_notebook(tmp_path / "x.ipynb", "def f():\n    return 'Zoë'")
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert load_notebook(path).f() == "Zoë"
+
+
 def test_older_notebook_formats_are_read(tmp_path: Path) -> None:
     cell = {
         "cell_type": "code",
@@ -238,6 +258,33 @@ def test_mine(work: Path, capsys: pytest.CaptureFixture[str], cells: list[str] |
     chosen = mine("07", Adder)
     assert capsys.readouterr().out == line + "\n"
     assert (chosen is Adder) == ("the reference" in line)
+
+
+def test_the_chapters_own_name_comes_before_copies(
+    work: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "chapters").mkdir()
+    write_notebook(tmp_path / "chapters/07_toy.ipynb")
+    monkeypatch.setattr(notebook_module, "chapters_folder", lambda: tmp_path / "chapters")
+    older = write_notebook(work / "07_toy-Copy1.ipynb", *RIGHT[:2])
+    os.utime(older, (1, 1))
+    write_notebook(work / "07_toy-Copy2.ipynb", *RIGHT)
+    assert mine("07", Adder) is not Adder
+    assert capsys.readouterr().out == "Adder: yours, from chapter 07 (07_toy-Copy2.ipynb, not 07_toy-Copy1.ipynb)\n"
+    write_notebook(work / "07_toy.ipynb", *RIGHT)
+    os.utime(work / "07_toy.ipynb", (0, 0))
+    mine("07", Adder)
+    read = "07_toy.ipynb, not 07_toy-Copy2.ipynb, 07_toy-Copy1.ipynb"
+    assert capsys.readouterr().out == f"Adder: yours, from chapter 07 ({read})\n"
+    write_notebook(work / "07_toy.ipynb", *RIGHT[:2])
+    assert mine("07", Adder) is Adder
+    assert "(Adder: not found in 07_toy.ipynb;" in capsys.readouterr().out
+
+
+def test_mine_says_what_was_left_out(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_notebook(work / "07_toy.ipynb", *RIGHT[:1], "ONE = 1 / 0", "def add(x):\n    return x + ONE", RIGHT[2])
+    assert mine("07", Adder) is Adder
+    assert "add: it needs `ONE`, which could not be made as in Jupyter: code cell 2 of" in capsys.readouterr().out
 
 
 def test_work_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
