@@ -49,12 +49,12 @@ class OutOfTime(BaseException):
     """Not an Exception, which a learner's code may catch."""
 
 
-def load_notebook(path: Path, wanted: Iterable[str] = (), seconds: float | None = MOST_SECONDS) -> types.ModuleType:
+def load_notebook(path: Path, wanted: Iterable[str] = (), seconds: float = MOST_SECONDS) -> types.ModuleType:
     """Import a notebook as a module: its definitions, and what the `wanted` answers need, without running its demos.
 
     All imports, functions and classes run, and of the other statements those that an answer needs (see `slice_for`);
-    without `wanted` every definition counts as an answer. After so many seconds of processor time it stops running
-    statements that take long.
+    without `wanted` every definition counts as an answer. After so many seconds of processor time, statements that are
+    no definitions are stopped.
 
     A broken statement costs only what it defines: `module.__cell_errors__` maps the number of a code cell (the first
     is 1) to a sentence, `module.__broken__` maps names which could not be bound to a sentence, and `__left_out__` those
@@ -74,10 +74,11 @@ def load_notebook(path: Path, wanted: Iterable[str] = (), seconds: float | None 
         open(os.devnull, "w") as nowhere,
         contextlib.redirect_stdout(nowhere),
         contextlib.redirect_stderr(nowhere),
-        _at_most(seconds, cell_name(path, 0)[:-1]),
+        _at_most(seconds, cell_name(path, 0)[:-1]) as alarm,
     ):
         to_run, aside = plan(cells, set(wanted))
         for statement in to_run:
+            alarm.armed = not isinstance(statement.node, DEFINITIONS)
             _run(statement, path, module)
     for unit, names in aside:
         text = linecache.getline(cell_name(path, unit.cell), unit.node.lineno).strip()[:80]
@@ -162,17 +163,18 @@ def _answers_nothing(prompt: object = "") -> str:
 
 
 @contextlib.contextmanager
-def _at_most(seconds: float | None, cells: str) -> Iterator[None]:
+def _at_most(seconds: float, cells: str) -> Iterator[types.SimpleNamespace]:
     """Stop code in these cells after so many seconds of processor time, and what follows after one second more.
 
-    Only in the main thread, and not on Windows, which has no such alarm.
+    Only while what it gives is `armed`, only in the main thread, and not on Windows, which has no such alarm.
     """
-    if not seconds or not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
-        yield
+    alarm = types.SimpleNamespace(armed=False)
+    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+        yield alarm
         return
 
     def stop(number: int, frame: types.FrameType | None) -> None:
-        while frame is not None:
+        while alarm.armed and frame is not None:
             if frame.f_code.co_filename.startswith(cells):
                 raise OutOfTime(f"not finished after {seconds:g} s, so it was stopped")
             frame = frame.f_back
@@ -180,7 +182,7 @@ def _at_most(seconds: float | None, cells: str) -> Iterator[None]:
     handler = signal.signal(signal.SIGVTALRM, stop)
     timer = signal.setitimer(signal.ITIMER_VIRTUAL, seconds, 1.0)
     try:
-        yield
+        yield alarm
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, *timer)
         signal.signal(signal.SIGVTALRM, handler)
@@ -199,7 +201,7 @@ def exercise(module: types.ModuleType, name: str) -> Any:
     found = getattr(module, name)
     if not callable(found) and name in module.__places__:
         place, kind = module.__places__[name], type(found).__name__
-        raise CourseError(f"{name}: {place} gives this name to a {kind}; rename that, so that your answer stays.")
+        raise CourseError(f"{name}: {place} gives this name to something else ({kind}); rename that.")
     return found
 
 

@@ -54,11 +54,14 @@ class Worker:
         while rest:
             rest = rest[self.write(self.pipe, rest) :]
 
-    def run(self, path: Path, todo: list[str]) -> None:
-        """Load the notebook and check the exercises in `todo`; ends early where a trick has spoilt the process."""
+    def run(self, path: Path, todo: list[str], seconds: float) -> None:
+        """Load the notebook and check the exercises in `todo`; ends early where a trick has spoilt the process.
+
+        What answers need beside their definitions gets so many seconds of processor time.
+        """
         self.prepare(path)
         try:
-            module = load_notebook(path, self.symbols, seconds=None)  # the server sees to the time
+            module = load_notebook(path, self.symbols, seconds)
         except CourseError as error:
             self.tell("unreadable", message=str(error).replace(str(path), path.name))
             return

@@ -278,7 +278,7 @@ def test_a_call_left_aside_is_mentioned(tmp_path: Path) -> None:
         (["%%timeit\ndef answer():\n    return 3"], "answer: code cell 1 of 03_x.ipynb: `%%timeit` keeps no names"),
         (
             ["def answer():\n    return 3", "\nanswer = answer()"],
-            "answer: code cell 2 of 03_x.ipynb, line 1 gives this name to a int;",
+            "answer: code cell 2 of 03_x.ipynb, line 1 gives this name to something else (int); rename that.",
         ),
         (["def answer(x=Y):\n    return 3", "Y = 3"], "answer: code cell 1 of 03_x.ipynb, line 1: NameError: name 'Y'"),
         (
