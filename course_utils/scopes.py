@@ -4,7 +4,7 @@ Nothing is run, and only the standard library is used: Python's own symbol table
 """
 
 import ast
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
@@ -177,24 +177,27 @@ def scan(root: ast.AST, deep: bool = False) -> Found:
 
 def _record(found: Found, root: ast.AST, node: ast.AST, scope: Scope | None) -> None:
     uses = found.later if scope is not None and scope.deferred else found.now
-
-    def add(kind: set[str], names: Iterable[str]) -> None:
-        for name in names:
-            owner = scope.owner(name) if scope is not None else None
-            if owner is None:
-                kind.add(name)
-            elif owner.node is root and (kind is uses.changed or kind is uses.called_on):
-                found.parameters.add(name)
-
-    bound = bound_by(node)
-    if scope is not None and isinstance(scope.node, ast.ClassDef):
-        scope.local.update(name for name in bound if name not in scope.outside)
-    add(uses.bound, bound)
-    add(uses.changed, changed_by(node))
+    bound, changed = bound_by(node), changed_by(node)
+    read: list[str] = []
+    called_on: list[str] = []
     match node:
         case ast.Name(id=name, ctx=ast.Load()) | ast.AugAssign(target=ast.Name(id=name)):
-            add(uses.read, [name])
-        case ast.Expr(value=ast.Call(func=ast.Attribute(value=owner))):
-            add(uses.called_on, filter(None, [base(owner)]))
+            read = [name]
+        case ast.Expr(value=ast.Call(func=ast.Attribute(value=inner))):
+            called_on = [name for name in [base(inner)] if name]
         case ast.Call(func=ast.Name()) if uses is found.now:
             found.calls.append(node)
+    if scope is not None:
+        if isinstance(scope.node, ast.ClassDef):
+            scope.local.update(name for name in bound if name not in scope.outside)
+        owners = {name: scope.owner(name) for name in (*read, *bound, *changed, *called_on)}
+        found.parameters.update(
+            name for name in (*changed, *called_on) if (owner := owners[name]) and owner.node is root
+        )
+        read, bound, changed, called_on = (
+            [n for n in names if owners[n] is None] for names in (read, bound, changed, called_on)
+        )
+    uses.read.update(read)
+    uses.bound.update(bound)
+    uses.changed.update(changed)
+    uses.called_on.update(called_on)

@@ -60,7 +60,7 @@ def make_units(statements: Iterable[tuple[int, ast.stmt]]) -> list[Unit]:
             start = len(units)
             for statement in getattr(owner, field):
                 add(statement, cell, (*parents, unit))
-            if isinstance(node, TRIES) and owner is node and field == "body":
+            if (isinstance(node, TRIES) or _suppresses(node)) and owner is node and field == "body":
                 unit.companions += units[start:]  # any of them may be what fails
             if isinstance(node, LOOPS):
                 unit.companions += [u for u in units[start:] if isinstance(u.node, (ast.Break, ast.Continue))]
@@ -73,6 +73,12 @@ def make_units(statements: Iterable[tuple[int, ast.stmt]]) -> list[Unit]:
                 unit.at = len(units)
     _find_changes(units)
     return units
+
+
+def _suppresses(node: ast.stmt) -> bool:
+    """Whether it is `with contextlib.suppress(...)`, which is another way to write `try`."""
+    calls = [item.context_expr for item in node.items] if isinstance(node, (ast.With, ast.AsyncWith)) else []
+    return any(isinstance(call, ast.Call) and ast.unparse(call.func).endswith("suppress") for call in calls)
 
 
 def _find_changes(units: list[Unit]) -> None:

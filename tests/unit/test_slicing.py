@@ -35,7 +35,8 @@ BEFORE: dict[str, list[str]] = {
     "attribute": ["class C:\n    pass", "X = C()", "X.value = 3", "X = vars(X)"],
     "deleted": ["X = 1\nY = 2", "del Y", "X = 'Y' in globals()"],
     "with": ["import contextlib", "with contextlib.nullcontext(3) as X:\n    stop()"],
-    "inside with": ["import contextlib", "with contextlib.suppress(KeyError):\n    X = 3\n    print(stop())"],
+    "inside with": ["import contextlib", "with contextlib.nullcontext():\n    X = 3\n    print(stop())"],
+    "suppressed": ["import contextlib", "with contextlib.suppress(ValueError):\n    X = 1\n    int('x')\n    X = 2"],
     "for": ["X = []\nfor i in range(3):\n    print(i)\n    X.append(i)"],
     "for and its last": ["for X in 'abc':\n    pass"],
     "for, while, break": [
@@ -151,7 +152,6 @@ def test_demos_are_not_run(tmp_path: Path) -> None:
         "check(answer)\nanswer()\nprint(SIZE)\nstop(answer)",
         "model = stop(SIZE)",
         "import math\nmath.stop()",
-        "for SIZE_OF_MODEL in stop():\n    SIZE = SIZE",
         "for helper in range(3):\n    stop(helper)",
         "for answer in range(3):\n    stop(answer)",
     ]
@@ -159,8 +159,7 @@ def test_demos_are_not_run(tmp_path: Path) -> None:
         "SIZE = 3\nlosses = []",
         "def helper():\n    return SIZE",
         "def answer():\n    return helper()",
-        *demos[:7],
-        *demos[8:],
+        *demos,
     ]
     module = load_notebook(write(tmp_path / "03_x.ipynb", *cells), ["answer"])
     assert module.__cell_errors__ == {} and module.answer() == 3
@@ -241,7 +240,8 @@ LEFT_OUT = {
 @pytest.mark.parametrize("case", LEFT_OUT)
 def test_what_was_left_out_is_named_instead_of_a_false_cause(case: str, tmp_path: Path) -> None:
     cells, part, why = LEFT_OUT[case]
-    module = load_notebook(write(tmp_path / "03_x.ipynb", *cells), ["answer"], seconds=0.2)
+    seconds = 0.2 if case == "takes too long" else 30.0
+    module = load_notebook(write(tmp_path / "03_x.ipynb", *cells), ["answer"], seconds)
     state, message = verdict(module, "answer")
     assert state == "wrong"
     assert message.startswith(f"answer: it needs {part}, which could not be made as in Jupyter: {why}"), message
