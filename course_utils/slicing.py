@@ -30,6 +30,7 @@ class Unit:
         self.at = index  # what it reads was made before; in a loop, also by what comes later in the loop
         self.companions: list[Unit] = []  # units that run wherever this head does
         self.changed: set[str] = set()
+        self.perhaps: set[str] = set()  # what else it might change, for which alone it does not run
         # Nothing that was made before under the same name is left.
         self.replaces = not parents and isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign, *DEFINITIONS))
 
@@ -91,15 +92,22 @@ def _find_changes(units: list[Unit]) -> None:
             functions[unit.node.name].append(unit)
     for unit in units:
         uses = unit.found.now
-        aliases |= dict.fromkeys(uses.bound - uses.changed, frozenset()) | _aliases(unit.node)
+        fresh = uses.bound - uses.changed
+        aliases = {name: others - fresh for name, others in aliases.items() if name not in fresh}
+        for name, others in _aliases(unit.node).items():
+            aliases[name] = aliases.get(name, frozenset()) | others
         # A library's own functions (`plt.show()`, `torch.manual_seed(0)`) make nothing that an answer reads.
         unit.changed |= uses.changed | (uses.called_on - imported)
         for call in unit.found.calls:
-            for function in functions[call.func.id]:  # type: ignore[attr-defined]
+            called: str = call.func.id  # type: ignore[attr-defined]
+            if call is unit.bare_call and not hasattr(builtins, called):
+                unit.changed |= {called} - imported - functions.keys()  # an object that counts its calls, perhaps
+            for function in functions.get(called, ()):
                 later = function.found.later
                 unit.changed |= later.bound | _changed_arguments(function, call)
-                if call is unit.bare_call:
-                    unit.changed |= later.changed | (later.called_on - imported)
+                # Called for its result it may change things too, a cache perhaps, and demos and training do that.
+                changed = unit.changed if call is unit.bare_call else unit.perhaps
+                changed |= later.changed | (later.called_on - imported)
         waiting = list(unit.changed)
         while waiting:
             new = aliases.get(waiting.pop(), frozenset()) - unit.changed - imported
@@ -112,8 +120,10 @@ def _aliases(node: ast.stmt) -> dict[str, Set[str]]:
     if isinstance(node, (ast.For, ast.AsyncFor)):
         others = frozenset(_handed_on(node.iter))
         return {n.id: others for n in ast.walk(node.target) if isinstance(n, ast.Name)}
-    if isinstance(node, ast.Assign) and (other := base(node.value)):
-        return {target.id: frozenset([other]) for target in node.targets if isinstance(target, ast.Name)}
+    if isinstance(node, ast.Assign):
+        same = {part.id for part in [*node.targets, node.value] if isinstance(part, ast.Name)}  # `x = y = z`
+        whole = {name for name in [base(node.value)] if name}
+        return {name: frozenset(same | whole) - {name} for name in same}
     return {}
 
 
@@ -194,14 +204,15 @@ def slice_for(units: list[Unit], wanted: Iterable[str]) -> Slice:
 
 
 def left_aside(units: list[Unit], needed: Slice) -> Iterator[tuple[Unit, set[str]]]:
-    """Calls that do not run although they are handed what an answer needs: a library's function might change it."""
+    """What does not run and might change what an answer needs, which is in the hands of a library's function, say."""
     data = {name for u in units if not isinstance(u.node, DEFINITIONS) for name in u.found.now.bound} & needed.names
     for unit in units:
-        call = unit.bare_call
-        if call and unit not in needed.units and getattr(call.func, "id", None) not in ONLY_SHOW:
+        call, names = unit.bare_call, unit.perhaps & needed.names
+        if call and getattr(call.func, "id", None) not in ONLY_SHOW:
             given = {base(value) for value in [*call.args, *(keyword.value for keyword in call.keywords)]}
-            if names := {name for name in given if name in data}:
-                yield unit, names
+            names |= {name for name in given if name in data}
+        if names and unit not in needed.units:
+            yield unit, names
 
 
 def pruned(node: ast.stmt, chosen: Container[ast.AST]) -> ast.stmt:

@@ -70,6 +70,38 @@ BEFORE: dict[str, list[str]] = {
     ],
     "library function in place": ["import heapq\nX = [3, 1, 2]", "heapq.heapify(X)"],
     "alias": ["X = [[1], [2]]", "row = X[0]", "other = row", "other.append(3)\nrow = []\nrow.append(4)"],
+    "two names": ["X = Y = [1]", "Y.append(2)"],
+    "another name that is changed later": ["Y = [1]", "X = Y", "Y.append(2)", "Y = [0]", "Y.append(3)"],
+    "counter": [
+        "def counter():\n    n = 0\n    def up():\n        nonlocal n\n        n += 1\n        return n\n    return up",
+        "up = counter()",
+        "up()",
+        "X = up()",
+    ],
+    "singledispatch": [
+        "import functools\n@functools.singledispatch\ndef f(x):\n    return 1",
+        "@f.register\ndef _(x: int):\n    return 2",
+        "@f.register(str)\ndef _(x):\n    return 3",
+        "X = [f(1), f('a'), f(None)]",
+    ],
+    "class decorator": [
+        "X = {}\ndef named(name):\n    def keep(cls):\n        X[name] = 1\n        return cls\n    return keep",
+        "@named('a')\nclass A:\n    pass",
+    ],
+    "constructor that registers": [
+        "X = []\nclass A:\n    def __init__(self, n):\n        X.append(n)",
+        "A(1)",
+    ],
+    "method that counts": [
+        "class A:\n    n = 0\n    def up(self):\n        self.n += 1\n        A.n += 1",
+        "a = A()",
+        "a.up()\na.up()",
+        "X = a.n",
+    ],
+    "tensor in place": [
+        "import torch\nX = torch.zeros(2)",
+        "X[0] = 1\nX.add_(1)\ntorch.nn.init.ones_(X[1:])\nwith torch.no_grad():\n    X.data.mul_(2)",
+    ],
     "parts in a loop": ["X = {'a': [1], 'b': [2]}", "for k, v in X.items():\n    v.append(k)"],
     "globals()": ["globals()['X'] = 3"],
     "exec": ["exec('X = 3')"],
@@ -269,6 +301,11 @@ def test_a_call_left_aside_is_mentioned(tmp_path: Path) -> None:
     message = verdict(load_notebook(write(tmp_path / "03_x.ipynb", *cells), ["answer"]), "answer").message
     assert message.startswith("answer: wrong.\n")
     assert message.endswith("\n  Not run here, though it may change `X`: code cell 4 of 03_x.ipynb, line 1: tidy(X, 1)")
+    cells = ["X = []", "def keep(n):\n    X.append(n)\n    return n", "for n in range(3):\n    last = keep(n)", READS_X]
+    message = verdict(load_notebook(write(tmp_path / "03_x.ipynb", *cells), ["answer"]), "answer").message
+    assert message.endswith(
+        "\n  Not run here, though it may change `X`: code cell 3 of 03_x.ipynb, line 2: last = keep(n)"
+    )
 
 
 @pytest.mark.usefixtures("check_is_three")
