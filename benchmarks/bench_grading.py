@@ -31,7 +31,7 @@ def grade(folder: Path, out: Path) -> None:
 def pytest_on(notebook: Path) -> None:
     """What `pytest --notebook` does; it ends with 1 where an exercise is wrong."""
     options = ["-q", "-k", "02-", "--notebook", str(notebook)]
-    command = [sys.executable, "-m", "pytest", "tests/test_exercises.py::test_exercise", *options]
+    command = [sys.executable, "-m", "pytest", "tests/test_checks.py::test_exercise", *options]
     run = subprocess.run(command, capture_output=True, env=ENVIRONMENT, cwd=ROOT)
     assert run.returncode in (0, 1), run.stdout
 

@@ -18,9 +18,11 @@ from typing import Any, NamedTuple
 
 import nbformat
 
+from course_utils.cells import names, plain_python
 from course_utils.links import read_release
 from course_utils.lint import LessonCell, lesson_problems, name_problems, read_lesson
-from course_utils.notebook import DEFINITIONS, FUNCTIONS, names, plain_python
+from course_utils.scopes import FUNCTIONS, scan
+from course_utils.slicing import DEFINITIONS
 
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
@@ -194,17 +196,8 @@ def waiting_cells(cells: list[str], exercises: set[str]) -> list[bool]:
 
 def changed(tree: ast.Module) -> set[str]:
     """Names of objects that the code writes into (`seen[0] = ...`) or calls for their effect (`losses.append(...)`)."""
-    calls = [n.value.func for n in ast.walk(tree) if isinstance(n, ast.Expr) and isinstance(n.value, ast.Call)]
-    parts = [n for n in ast.walk(tree) if isinstance(n, (ast.Attribute, ast.Subscript))]
-    owners = set()
-    for part in parts:
-        if part in calls or isinstance(part.ctx, ast.Store):
-            owner: ast.expr = part
-            while isinstance(owner, (ast.Attribute, ast.Subscript)):
-                owner = owner.value
-            if isinstance(owner, ast.Name):
-                owners.add(owner.id)
-    return owners
+    found = scan(tree, deep=True)
+    return set().union(*(uses.changed | uses.called_on for uses in (found.now, found.later)))
 
 
 # --- notebooks ------------------------------------------------------------------------------------------------------

@@ -20,18 +20,19 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from course_utils.cells import CourseError, read_notebook
 from course_utils.notebook import (
-    CourseError,
     chapters_folder,
     checkout,
+    choice,
     load_notebook,
-    read_notebook,
+    own_notebooks,
     verify_solutions,
     work_folder,
 )
 
 if TYPE_CHECKING:  # the checks import torch, and most commands need none
-    from course_utils.checks.verdict import Verdict
+    from course_utils.verdict import Verdict
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -194,7 +195,7 @@ def listens(port: int) -> bool:
 def judge(path: Path, chapter: str) -> "Iterator[Verdict]":
     """Check every exercise of a chapter in a notebook. Raises CourseError when the notebook is another one."""
     from course_utils.checks import find_checks
-    from course_utils.checks.verdict import verdict
+    from course_utils.verdict import verdict
 
     symbols = find_checks().get(chapter, {})
     module = load_notebook(path, symbols)
@@ -209,8 +210,10 @@ def judge(path: Path, chapter: str) -> "Iterator[Verdict]":
 def check(chapter: str, notebook: Path | None) -> int:
     """Say what is right and what is not, one exercise after the other; 0 when all are correct, otherwise 1."""
     number = find_chapter(chapters_folder(), chapter).stem[:2]
-    path = notebook or learners_notebook(number)
-    states = []
+    paths = [notebook] if notebook else learners_notebooks(number)
+    path, states = paths[0], []
+    if read := choice(paths):
+        print(f"Read: {read}.")
     for verdict in judge(path, number):
         print(verdict.message, flush=True)
         states.append(verdict.state)
@@ -219,15 +222,15 @@ def check(chapter: str, notebook: Path | None) -> int:
     return int(set(states) != {"correct"})
 
 
-def learners_notebook(chapter: str) -> Path:
-    """The learner's copy of a chapter; the newest if there are several."""
-    paths = sorted(work_folder().glob(f"{chapter}_*.ipynb"))
+def learners_notebooks(chapter: str) -> list[Path]:
+    """The learner's copies of a chapter, the one that counts first. Raises CourseError where there is none."""
+    paths = own_notebooks(chapter)
     if not paths:
         raise CourseError(
             f"There is no notebook of chapter {chapter} in {work_folder()}: `course lab` puts it there, "
             "`--notebook PATH` names another."
         )
-    return paths[0]
+    return paths
 
 
 def status(notebook: Path | None) -> int:
@@ -240,13 +243,15 @@ def status(notebook: Path | None) -> int:
     for path in chapters:
         title = path.stem.replace("_", " ")
         try:
-            own = notebook or learners_notebook(path.stem[:2])
-            states = [verdict.state for verdict in judge(own, path.stem[:2])]
+            paths = [notebook] if notebook else learners_notebooks(path.stem[:2])
+            states = [verdict.state for verdict in judge(paths[0], path.stem[:2])]
         except CourseError as error:
             print(f"{title:<24} {error}")
             continue
         correct = f"{states.count('correct')}/{len(states)}"
         print(f"{title:<24} {correct:>8} {states.count('wrong'):>8} {states.count('not written yet'):>12}")
+        if read := choice(paths):
+            print(f"   read: {read}")
     return 0
 
 

@@ -1,220 +1,247 @@
 """Read a learner's notebook as a module, without running its demos.
 
-`load_notebook(path)` keeps imports, functions, classes and the plain assignments which those read; everything else
-(demos, training, plots) is left out. `mine("02", Transformer)` carries a learner's own class into a later chapter.
+`load_notebook(path)` runs imports, functions and classes, and of the rest what the answers need: whatever gives a value
+to a name that they read, or changes it. `mine("02", Transformer)` carries a learner's own class into a later chapter.
 """
 
 import ast
 import contextlib
 import importlib.util
 import io
-import json
 import linecache
+import os
 import re
-import symtable
+import signal
 import sys
+import threading
 import types
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import nbformat
-from IPython.core.inputtransformer2 import TransformerManager
+from course_utils.cells import Cell, CourseError, cell_name, read_cells
+from course_utils.slicing import DEFINITIONS, Unit, left_aside, make_units, pruned, slice_for
 
 COURSE = "circuits-from-scratch"
-FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
-DEFINITIONS = (ast.Import, ast.ImportFrom, *FUNCTIONS, ast.ClassDef)
-
-
-class CourseError(Exception):
-    """Something that a person can put right; the message is one sentence that says how."""
-
-    def _render_traceback_(self) -> list[str]:  # IPython prints these lines instead of frames
-        return [str(self)]
-
-
-# --- what a piece of code reads and binds ---------------------------------------------------------------------------
-
-
-class Names(NamedTuple):
-    """Names in the notebook's own namespace (not those local to a function)."""
-
-    read: set[str]
-    bound: set[str]
-
-
-def plain_python(cell_source: str) -> str:
-    """The cell as Python: magics and shell lines become calls, as IPython itself would run them."""
-    return TransformerManager().transform_cell(cell_source)
-
-
-def names(code: str) -> Names:
-    """What the code reads and binds, functions' insides included. Raises SyntaxError on code that is broken."""
-    found = Names(set(), set())
-    tables = [symtable.symtable(code, "cell", "exec")]
-    top = tables[0]
-    while tables:
-        table = tables.pop()
-        tables += table.get_children()
-        for symbol in table.get_symbols():
-            if table is top or symbol.is_global():
-                if symbol.is_referenced():
-                    found.read.add(symbol.get_name())
-                if symbol.is_assigned() or symbol.is_imported():
-                    found.bound.add(symbol.get_name())
-    for node in ast.walk(ast.parse(code)):
-        if isinstance(node, ast.AugAssign) and isinstance(node.target, ast.Name):
-            found.read.add(node.target.id)
-        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr.startswith("run_"):
-            hidden = hidden_names(node)
-            found.read.update(hidden.read)
-            found.bound.update(hidden.bound)
-    return found
-
-
-def hidden_names(magic: ast.Call) -> Names:
-    """Names inside the strings of a magic: `%timeit f(x)` reads f and x, and `%%time` runs its whole body."""
-    strings = [arg.value for arg in magic.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str)]
-    if magic.func.attr == "run_line_magic":  # type: ignore[attr-defined]
-        return Names(set(re.findall(r"[^\W\d]\w*", " ".join(strings[1:]))), set())
-    with contextlib.suppress(SyntaxError):
-        if magic.func.attr == "run_cell_magic":  # type: ignore[attr-defined]
-            return names(plain_python(strings[-1]))
-    return Names(set(), set())
+MOST_SECONDS = 30.0  # of processor time, for what answers need beside their definitions
+MISSING = re.compile(r"name '(\w+)' is not defined")
 
 
 # --- a notebook as a module -----------------------------------------------------------------------------------------
 
 
-def read_notebook(path: Path) -> nbformat.NotebookNode:
-    """Read a notebook file, or say in one sentence why that is not possible."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        json.loads(text)
-    except FileNotFoundError:
-        raise CourseError(f"There is no file {path}.") from None
-    except (OSError, ValueError) as error:
-        raise CourseError(f"{path} cannot be read as a notebook ({error}); restore it or fetch a new copy.") from None
-    try:
-        notebook = nbformat.from_dict(nbformat.reads(text, as_version=4))
-        if all(isinstance(cell.source, str) for cell in notebook.cells):
-            return notebook
-    except Exception:  # nbformat fails in many ways on JSON that is no notebook
-        pass
-    raise CourseError(f"{path} is JSON but not a Jupyter notebook; restore it or fetch a new copy.")
-
-
 class Statement(NamedTuple):
-    """A top-level statement of a code cell; for a cell that is no Python, an empty one with the error."""
+    """A statement at the notebook's own level, as much of it as is to be run."""
 
     cell: int
     node: ast.stmt
-    names: Names
-    error: Exception | None = None
+    read: set[str]
+    bound: set[str]
+    changed: set[str]
+    error: Exception | None  # why its cell is no Python
 
 
-def load_notebook(path: Path, wanted: Iterable[str] = ()) -> types.ModuleType:
-    """Import the definitions of a notebook as a module, without running its demos.
+class LeftOut(Exception):
+    """A statement is needed, and cannot be run here."""
 
-    Kept are imports, functions and classes, and transitively the plain assignments which they read (`cfg = ...`),
-    or which bind a name in `wanted` (an exercise may be answered by `gelu_new = partial(...)`). An assignment is
-    plain when it calls no function of the notebook itself, for that is how demos and training begin.
+
+class OutOfTime(BaseException):
+    """Not an Exception, which a learner's code may catch."""
+
+
+def load_notebook(path: Path, wanted: Iterable[str] = (), seconds: float = MOST_SECONDS) -> types.ModuleType:
+    """Import a notebook as a module: its definitions, and what the `wanted` answers need, without running its demos.
+
+    All imports, functions and classes run, and of the other statements those that an answer needs (see `slice_for`);
+    without `wanted` every definition counts as an answer. After so many seconds of processor time, statements that are
+    no definitions are stopped.
 
     A broken statement costs only what it defines: `module.__cell_errors__` maps the number of a code cell (the first
-    is 1) to a sentence, `module.__broken__` maps names to the cell that failed to define them, and `exercise(module,
-    name)` reports them. `module.__reads__` maps each definition to the names that it reads. The sources stay
-    reachable for tracebacks. Raises CourseError where the file is missing or no notebook.
+    is 1) to a sentence, `module.__broken__` maps names which could not be bound to a sentence, and `__left_out__` those
+    which are not what Jupyter would have made of them; `exercise` and `explained` report them. `module.__reads__` maps
+    each name to those that its value was made of or reads. The sources stay reachable for tracebacks. Raises
+    CourseError where the file is missing or no notebook.
     """
     path = Path(path)
     module = types.ModuleType("notebook_" + re.sub(r"\W", "_", path.stem))
     module.__doc__ = f"The definitions of {path.name}."
-    space: dict[str, Any] = {"__cell_errors__": {}, "__broken__": {}, "__reads__": {}, "__notebook__": path.name}
-    module.__dict__.update(space)
+    space: dict[str, Any] = {"__cell_errors__": {}, "__broken__": {}, "__left_out__": {}, "__reads__": {}}
+    space |= {"__notebook__": path.name, "__places__": {}, "__unseen__": [], "__aside__": {}}
+    module.__dict__.update(space, display=_shows_nothing, input=_answers_nothing)  # as IPython does
     sys.modules[module.__name__] = module  # dataclasses and pickle look a class's module up by name
-    for statement in kept(list(statements(path)), set(wanted)):
-        for name in statement.names.bound:
-            module.__reads__[name] = statement.names.read
-        tree = ast.Module(body=[statement.node], type_ignores=[])
-        try:
-            if statement.error:
-                raise statement.error
-            exec(compile(tree, cell_name(path, statement.cell), "exec", dont_inherit=True), module.__dict__)
-        except (Exception, SystemExit) as error:
-            line = error.lineno if isinstance(error, SyntaxError) else statement.node.lineno
-            what = error.msg if isinstance(error, SyntaxError) else error
-            where = f"code cell {statement.cell} of {path.name}, line {line}"
-            module.__cell_errors__.setdefault(statement.cell, f"{where}: {type(error).__name__}: {what}")
-            module.__broken__.update(dict.fromkeys(statement.names.bound, statement.cell))
-        else:
-            for name in statement.names.bound:
-                module.__broken__.pop(name, None)
+    cells = list(read_cells(path))
+    with (
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+        _at_most(seconds, cell_name(path, 0)[:-1]) as alarm,
+    ):
+        to_run, aside = plan(cells, set(wanted))
+        for statement in to_run:
+            alarm.armed = not isinstance(statement.node, DEFINITIONS)
+            _run(statement, path, module)
+    for unit, names in aside:
+        text = linecache.getline(cell_name(path, unit.cell), unit.node.lineno).strip()[:80]
+        module.__aside__.update(dict.fromkeys(names, f"{_where(path, unit.cell, unit.node.lineno)}: {text}"))
+    for cell in cells:
+        if cell.magic:
+            what = "is not run here" if cell.body else "keeps no names"
+            why = f"code cell {cell.number} of {path.name}: `{cell.magic}` {what}"
+            module.__unseen__.append(why)
+            module.__left_out__.update(dict.fromkeys(cell.lost - vars(module).keys(), why))
     return module
 
 
-def cell_name(path: Path, number: int) -> str:
-    """The file name which tracebacks show for a cell."""
-    return f"{path.name} code cell {number}"
+def plan(cells: list[Cell], wanted: set[str]) -> tuple[list[Statement], list[tuple[Unit, set[str]]]]:
+    """The statements to run, in the order of the notebook, and those left aside that might change a name needed."""
+    units = make_units((cell.number, node) for cell in cells for node in cell.body)
+    broken = {cell.body[0]: cell for cell in cells if cell.error}
+    for unit in units:
+        if unit.node in broken:
+            unit.found.now.bound.update(broken[unit.node].lost)
+            unit.replaces = True
+    top = [unit for unit in units if not unit.parents]
+    always = {unit for unit in top if isinstance(unit.node, DEFINITIONS) or unit.node in broken}
+    needed = slice_for(units, wanted or set().union(*(unit.found.now.bound for unit in always)))
+    chosen = needed.units | always
+    nodes = {unit.node for unit in chosen}
+    statements = []
+    for unit in top:
+        if unit in chosen:
+            inside = [part for part in chosen if part is unit or unit in part.parents]
+            uses = [use for part in inside for use in part.found[:2]]
+            read, bound = set().union(*(use.read for use in uses)), set().union(*(use.bound for use in uses))
+            changed = set().union(*(part.changed for part in inside))
+            error = broken[unit.node].error if unit.node in broken else None
+            statements.append(Statement(unit.cell, pruned(unit.node, nodes), read, bound, changed - bound, error))
+    return statements, list(left_aside(units, needed))
 
 
-def statements(path: Path) -> Iterator[Statement]:
-    """The top-level statements of all code cells."""
-    cells = [cell.source for cell in read_notebook(path).cells if cell.cell_type == "code"]
-    for number, source in enumerate(cells, start=1):
-        try:
-            code = plain_python(source)
-            tree = ast.parse(code, cell_name(path, number))
-            compile(tree, cell_name(path, number), "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
-        except (SyntaxError, ValueError) as error:
-            lost = set(re.findall(r"^(?:async def|def|class)\s+(\w+)|^(\w+)\s*=", source, re.MULTILINE))
-            yield Statement(number, ast.Pass(lineno=1), Names(set(), {a or b for a, b in lost}), error)
-            continue
-        # The fourth field is any path; mtime None keeps the entry when linecache looks for changed files.
-        linecache.cache[cell_name(path, number)] = (len(code), None, code.splitlines(True), cell_name(path, number))
-        for node in tree.body:
-            yield Statement(number, node, names(ast.unparse(node)))
+def _run(statement: Statement, path: Path, module: types.ModuleType) -> None:
+    """Run one statement in the module, and take down what came of it."""
+    line = statement.node.lineno
+    try:
+        if statement.error:
+            raise statement.error
+        if "get_ipython" in statement.read:
+            raise LeftOut("IPython's own commands are not run here")
+        tree = ast.Module(body=[statement.node], type_ignores=[])
+        exec(compile(tree, cell_name(path, statement.cell), "exec", dont_inherit=True), module.__dict__)
+    except (Exception, SystemExit, OutOfTime) as error:
+        line = error.lineno or 1 if isinstance(error, SyntaxError) else line
+        what = error.msg if isinstance(error, SyntaxError) else error
+        kind = "" if isinstance(error, LeftOut | OutOfTime) else f"{type(error).__name__}: "
+        why = f"{_where(path, statement.cell, line)}: {kind}{what}"
+        module.__cell_errors__.setdefault(statement.cell, why)
+        module.__broken__.update(dict.fromkeys(statement.bound, why))
+        if not isinstance(statement.node, (*DEFINITIONS, ast.Pass)):
+            module.__left_out__.update(dict.fromkeys(statement.bound | statement.changed, why))
+    else:
+        for name in statement.bound:
+            module.__broken__.pop(name, None)
+            module.__left_out__.pop(name, None)
+    known = module.__reads__
+    read = statement.read
+    if not isinstance(statement.node, DEFINITIONS):  # what a value is made of, as that is now: its name may be reused
+        read = read.union(*(known.get(name, set()) for name in read))
+    known.update(dict.fromkeys(statement.bound, read))
+    known.update({name: known.get(name, set()) | read for name in statement.changed})
+    module.__places__.update(dict.fromkeys(statement.bound, _where(path, statement.cell, line)))
 
 
-def kept(candidates: list[Statement], wanted: set[str]) -> list[Statement]:
-    """The definitions, and the assignments they need, in the order of the notebook."""
-    functions = {s.node.name for s in candidates if isinstance(s.node, FUNCTIONS)}
-    always = (*DEFINITIONS, ast.Pass)  # Pass: a broken cell, or nothing
+def _where(path: Path, cell: int, line: int) -> str:
+    return f"code cell {cell} of {path.name}, line {line}"
 
-    def plain(node: ast.AST) -> bool:
-        called = {n.func.id for n in ast.walk(node) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
-        return not called & functions
 
-    def may_stay(node: ast.stmt, bound: set[str]) -> bool:
-        if isinstance(node, always):
-            return True
-        if isinstance(node, (ast.Assign, ast.AnnAssign)):
-            return bool(bound & wanted) or plain(node)
-        if isinstance(node, (ast.If, ast.Try)):  # `try: import ...`, `if torch.cuda.is_available(): device = ...`
-            inside = [n for n in ast.walk(node) if isinstance(n, ast.stmt) and n is not node]
-            return all(isinstance(n, (*DEFINITIONS, ast.Assign, ast.Pass, ast.If)) for n in inside) and plain(node)
-        return False
+def _shows_nothing(*shown: object, **options: object) -> None:
+    """`display`, while nobody looks."""
 
-    chosen: set[int] = set()
-    needed = set(wanted)
-    possible = {i: s for i, s in enumerate(candidates) if may_stay(s.node, s.names.bound)}
-    while True:
-        new = {
-            i: statement
-            for i, statement in possible.items()
-            if i not in chosen and (isinstance(statement.node, always) or statement.names.bound & needed)
-        }
-        if not new:
-            return [candidates[i] for i in sorted(chosen)]
-        chosen |= new.keys()
-        needed.update(*(statement.names.read for statement in new.values()))
+
+def _answers_nothing(prompt: object = "") -> str:
+    """`input`, where nobody can answer."""
+    raise LeftOut("nobody can answer `input` here")
+
+
+@contextlib.contextmanager
+def _at_most(seconds: float, cells: str) -> Iterator[types.SimpleNamespace]:
+    """Stop code in these cells after so many seconds of processor time, and what follows after one second more.
+
+    Only while what it gives is `armed`, only in the main thread, and not on Windows, which has no such alarm.
+    """
+    alarm = types.SimpleNamespace(armed=False)
+    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+        yield alarm
+        return
+
+    def stop(number: int, frame: types.FrameType | None) -> None:
+        while alarm.armed and frame is not None:
+            if frame.f_code.co_filename.startswith(cells):
+                raise OutOfTime(f"not finished after {seconds:g} s, so it was stopped")
+            frame = frame.f_back
+
+    handler = signal.signal(signal.SIGVTALRM, stop)
+    timer = signal.setitimer(signal.ITIMER_VIRTUAL, seconds, 1.0)
+    try:
+        yield alarm
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, *timer)
+        signal.signal(signal.SIGVTALRM, handler)
+
+
+# --- what came of it ------------------------------------------------------------------------------------------------
 
 
 def exercise(module: types.ModuleType, name: str) -> Any:
     """The learner's object of that name, or a CourseError that says which cell is to blame."""
     if name in module.__broken__:
-        raise CourseError(f"{name}: {module.__cell_errors__[module.__broken__[name]]}")
+        raise CourseError(f"{name}: {_reason(module, name)[1]}")
     if not hasattr(module, name):
-        raise CourseError(f"{name}: not found in {module.__notebook__}; was its cell deleted or the name changed?")
-    return getattr(module, name)
+        missing = f"not found in {module.__notebook__}; was its cell deleted or the name changed?"
+        raise CourseError(f"{name}: {module.__left_out__.get(name, missing)}")
+    found = getattr(module, name)
+    if not callable(found) and name in module.__places__:
+        place, kind = module.__places__[name], type(found).__name__
+        raise CourseError(f"{name}: {place} gives this name to something else ({kind}); rename that.")
+    return found
+
+
+def _reason(module: types.ModuleType, name: str) -> tuple[str, str]:
+    """Why a name is not what it should be, in a sentence; and the name where that began, which this one was made of."""
+    known, seen = module.__left_out__ | module.__broken__, {name}
+    while (missing := MISSING.search(known[name])) and missing[1] in known.keys() - seen:
+        name = missing[1]
+        seen.add(name)
+    return name, known[name]
+
+
+def used_by(module: types.ModuleType, name: str) -> list[str]:
+    """The name itself and those that its object is made of or reads, directly or through others, the nearest first."""
+    used = [name]
+    for one in used:
+        used += sorted(module.__reads__.get(one, set()).difference(used))
+    return used
+
+
+def explained(module: types.ModuleType, name: str, message: str) -> str:
+    """What a check says of an answer; where something that the answer needs was left out, that instead."""
+    used, missing = used_by(module, name), MISSING.search(message)
+    for part in used:
+        # What does not exist does no harm as long as nobody asks for it.
+        if part in module.__left_out__ and hasattr(module, part):
+            return _needs(name, *_reason(module, part))
+    if missing and missing[1] in module.__left_out__ | module.__broken__:
+        return _needs(name, *_reason(module, missing[1]))
+    if missing and module.__unseen__:
+        return _needs(name, missing[1], module.__unseen__[0])
+    aside = [(part, module.__aside__[part]) for part in used if part in module.__aside__]
+    return message + "".join(f"\n  Not run here, though it may change `{part}`: {what}" for part, what in aside)
+
+
+def _needs(name: str, part: str, why: str) -> str:
+    return (
+        f"{name}: it needs `{part}`, which could not be made as in Jupyter: {why}.\n"
+        f"  Next: see that this line runs after a restart, or make `{part}` in a simpler way."
+    )
 
 
 # --- where things are -----------------------------------------------------------------------------------------------
@@ -243,6 +270,18 @@ def work_folder() -> Path:
     return (checkout() or root) / "work"
 
 
+def own_notebooks(chapter: str) -> list[Path]:
+    """The learner's notebooks of a chapter; the first counts: it has the chapter's own name, or else is the newest."""
+    names = {path.name for path in chapters_folder().glob(f"{chapter}_*.ipynb")}
+    paths = work_folder().glob(f"{chapter}_*.ipynb")
+    return sorted(paths, key=lambda path: (path.name not in names, -path.stat().st_mtime))
+
+
+def choice(paths: list[Path]) -> str:
+    """Which of several notebooks is read; nothing where there is no choice."""
+    return f"{paths[0].name}, not {', '.join(path.name for path in paths[1:])}" if len(paths) > 1 else ""
+
+
 def verify_solutions() -> None:
     """Raise CourseError when `import solutions` would find somebody else's package; found out without importing it."""
     spec = importlib.util.find_spec("solutions")
@@ -269,8 +308,9 @@ def mine(chapter: str, reference: type) -> type:
     except CourseError as error:
         print(f"{name}: the reference ({error})")
         return reference
+    read = choice(own_notebooks(chapter))
     without = f"; not written yet: {', '.join(unwritten)}" if unwritten else ""
-    print(f"{name}: yours, from chapter {chapter}{without}")
+    print(f"{name}: yours, from chapter {chapter}{f' ({read})' if read else ''}{without}")
     return own
 
 
@@ -281,16 +321,12 @@ def checked(chapter: str, name: str) -> tuple[type, list[str]]:
     """
     from course_utils.checks import CheckFailed, NotWritten, check, find_checks
 
-    paths = sorted(work_folder().glob(f"{chapter}_*.ipynb"))
+    paths = own_notebooks(chapter)
     if not paths:
         raise CourseError(f"there is no notebook of chapter {chapter} in {work_folder().name}/")
     symbols = find_checks()[chapter]
     module = load_notebook(paths[0], symbols)
-    used, waiting = {name}, [name]
-    while waiting:
-        new = module.__reads__.get(waiting.pop(), set()) - used
-        used |= new
-        waiting += new
+    used = used_by(module, name)
     unwritten: list[str] = []
     for symbol in [*(s for s in symbols if s in used and s != name), name]:
         try:
@@ -302,5 +338,6 @@ def checked(chapter: str, name: str) -> tuple[type, list[str]]:
                 needed = [s for s in unwritten if f"`{s}`" in str(error)] or unwritten
                 raise CourseError(f"yours needs {needed[0]}, which is not written yet") from None
         except CheckFailed as error:
-            raise CourseError(f"yours does not pass: {str(error).splitlines()[0]}") from None
+            why = explained(module, symbol, str(error)).splitlines()[0]
+            raise CourseError(f"yours does not pass: {why}") from None
     return getattr(module, name), unwritten

@@ -8,7 +8,8 @@ import contextlib
 import types
 from typing import Any
 
-from course_utils.notebook import names, plain_python, verify_solutions
+from course_utils.cells import names, plain_python
+from course_utils.notebook import verify_solutions
 
 
 def stub_name(error: BaseException, traceback: types.TracebackType | None) -> str | None:

@@ -18,7 +18,7 @@ from course_utils.checks import CheckFailed, NotWritten, find_checks, refuse_for
 from course_utils.checks.mistakes import mistakes_of
 from course_utils.checks.running import run_once
 from course_utils.lint import read_lesson
-from course_utils.notebook import CourseError, exercise, load_notebook
+from course_utils.notebook import CourseError, exercise, explained, load_notebook
 from tests.conftest import ROOT
 from tests.support import strangers
 from tests.support.mutation import survivors
@@ -81,7 +81,9 @@ def test_exercise(chapter: str, symbol: str, request: pytest.FixtureRequest) -> 
             raise
         pytest.skip(str(error))
     except (CheckFailed, CourseError) as error:
-        raise pytest.fail.Exception(str(error), pytrace=False) from None
+        wrong_answer = path is not None and isinstance(error, CheckFailed)
+        message = explained(loaded(path, chapter), symbol, str(error)) if wrong_answer else str(error)
+        raise pytest.fail.Exception(message, pytrace=False) from None
 
 
 @every_exercise

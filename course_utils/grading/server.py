@@ -174,7 +174,8 @@ class Server:
         from course_utils.grading.worker import Worker
 
         broken = {int(number): why for number, why in job.broken.items()}
-        Worker(job.chapter, job.symbols, broken, self.watch, pipe, word).run(notebook, job.todo)
+        worker = Worker(job.chapter, job.symbols, broken, self.watch, pipe, word)
+        worker.run(notebook, job.todo, job.timeout / 2)  # a statement that takes long must not cost its whole cell
 
     def listen(self, job: Job, reports: int, child: int, word: str) -> Generator[dict[str, Any], None, str | None]:
         """Hand on what the process reports, until it ends (returns None) or has to be ended (returns why)."""

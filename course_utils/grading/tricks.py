@@ -69,7 +69,7 @@ class Watch:
 
 
 def _ours(module: str) -> bool:
-    return module.startswith("course_utils.checks")
+    return module.startswith(("course_utils.checks", "course_utils.verdict"))
 
 
 def _entries(space: Mapping[str, Any]) -> Iterator[Entry]:

@@ -17,9 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from course_utils.checks.verdict import Verdict, verdict
+from course_utils.cells import CourseError, cell_name
 from course_utils.grading.tricks import Watch, guard, reference_behind
-from course_utils.notebook import CourseError, cell_name, exercise, load_notebook
+from course_utils.notebook import exercise, load_notebook
+from course_utils.verdict import Verdict, verdict
 
 LONGEST = 10_000  # characters of a message; an exception's own text may have millions
 TELLING = re.compile(r", line \w+: (\w*SyntaxError|IndentationError|TabError|ImportError|ModuleNotFoundError): ")
@@ -53,11 +54,14 @@ class Worker:
         while rest:
             rest = rest[self.write(self.pipe, rest) :]
 
-    def run(self, path: Path, todo: list[str]) -> None:
-        """Load the notebook and check the exercises in `todo`; ends early where a trick has spoilt the process."""
+    def run(self, path: Path, todo: list[str], seconds: float) -> None:
+        """Load the notebook and check the exercises in `todo`; ends early where a trick has spoilt the process.
+
+        What answers need beside their definitions gets so many seconds of processor time.
+        """
         self.prepare(path)
         try:
-            module = load_notebook(path, self.symbols)
+            module = load_notebook(path, self.symbols, seconds)
         except CourseError as error:
             self.tell("unreadable", message=str(error).replace(str(path), path.name))
             return

@@ -144,7 +144,46 @@ def _honest() -> list[Case]:
         notebook = replaced(untouched(), written({**ANSWERS, symbol: body}))
         cause = causes[symbol]
         given.append(Case(f"wrong {symbol}", packed(notebook), RIGHT | {symbol: "wrong"}, "", cause, symbol))
-    return given
+    return [*given, *_as_people_write()]
+
+
+def _as_people_write() -> list[Case]:
+    """Right answers that Jupyter makes of more than definitions."""
+    gelu = function("gelu_new", "return 0.5 * x * (1 + torch.tanh(SCALE * (x + 0.044715 * x**3)))")
+    timed = "%%time\n" + function("gelu_new", ANSWERS["gelu_new"])
+    helper = "def scale():\n    return (2 / math.pi) ** 0.5\n\nSCALE = scale()\n\n" + gelu
+    failing = "SCALE = (2 / math.pie) ** 0.5\n\n" + gelu
+    endless = (
+        "SEEN = [0]\n" + function("greedy", "SEEN[0] += 1\n" + ANSWERS["greedy"]) + "\nwhile True:\n    SEEN[0] += 1"
+    )
+    attached = """\
+        class LayerNorm(nn.Module):
+            def __init__(self, cfg):
+                super().__init__()
+                self.eps = cfg.layer_norm_eps
+                self.w = nn.Parameter(torch.ones(cfg.d_model))
+                self.b = nn.Parameter(torch.zeros(cfg.d_model))
+                self.hook_scale, self.hook_normalized = HookPoint(), HookPoint()
+
+        def forward(self, resid):
+            centred = resid - resid.mean(-1, keepdim=True)
+            scale = self.hook_scale((centred.pow(2).mean(-1, keepdim=True) + self.eps).sqrt())
+            return self.hook_normalized(centred / scale) * self.w + self.b
+
+        LayerNorm.forward = forward"""
+
+    def case(name: str, symbol: str, code: str, state: str = "correct", words: str = "") -> Case:
+        notebook = replaced(untouched(), written() | {symbol: textwrap.dedent(code)})
+        return Case(name, packed(notebook), RIGHT | {symbol: state}, words, about=symbol)
+
+    return [
+        case("cell magic", "gelu_new", timed),
+        case("own helper", "gelu_new", helper),
+        case("helper that fails", "gelu_new", failing, "wrong", "it needs `SCALE`, which could not be made"),
+        case("method attached", "LayerNorm", attached),
+        case("endless loop beside an answer", "greedy", endless),
+        Case("byte order mark", b"\xef\xbb\xbf" + packed(replaced(untouched(), written())), RIGHT),
+    ]
 
 
 def _stuck() -> list[Case]:

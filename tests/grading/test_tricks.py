@@ -12,7 +12,8 @@ import torch._dynamo  # which replaces torch.manual_seed
 from torch import nn
 
 import solutions.ch02_transformer as theirs
-from course_utils.checks import comparing, find_checks, outcomes, verdict
+from course_utils import verdict
+from course_utils.checks import comparing, find_checks, outcomes
 from course_utils.grading.tricks import Watch, reference_behind
 
 find_checks()
@@ -33,7 +34,7 @@ REPLACED = [
     (comparing, "compare", "course_utils.checks.comparing.compare"),
     (outcomes.CheckFailed, "_render_traceback_", "course_utils.checks.outcomes.CheckFailed._render_traceback_"),
     (sys.modules["course_utils.checks.ch02.layers"], "check_MLP", "check_MLP"),
-    (verdict, "check", "course_utils.checks.verdict.check"),
+    (verdict, "check", "course_utils.verdict.check"),
 ]
 
 

@@ -13,7 +13,7 @@ import nbformat
 import pytest
 import torch
 
-from course_utils import checks, cli, retraining
+from course_utils import checks, cli, notebook, retraining
 from course_utils.build import build
 from course_utils.cli import main
 from tests.conftest import ROOT
@@ -35,7 +35,8 @@ def course(small_course: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     found = {"07": {"double": check_double, "Shift": check_shift}}
     monkeypatch.setattr(checks, "find_checks", lambda: found)
     monkeypatch.setattr(checks.running, "find_checks", lambda: found)
-    monkeypatch.setattr(cli, "chapters_folder", lambda: small_course / "chapters")
+    for module in (cli, notebook):
+        monkeypatch.setattr(module, "chapters_folder", lambda: small_course / "chapters")
     monkeypatch.chdir(small_course)
     return small_course
 
@@ -90,6 +91,30 @@ def test_check_and_status(course: Path, capsys: pytest.CaptureFixture[str]) -> N
     code, text = outcome(capsys, "check", "07")
     assert code == 1 and re.match(
         r"double: code cell 4 of 07_toy\.ipynb, line \d+: SyntaxError: invalid syntax\n", text
+    )
+
+
+def test_a_copy_is_not_taken_for_the_chapter(course: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cli.fill_work_folder()
+    capsys.readouterr()
+    copy = course / "work/07_toy-Copy1.ipynb"
+    copy.write_bytes((course / "work/07_toy.ipynb").read_bytes())
+    write(copy, 'raise NotImplementedError("double")', "return x")
+    lines = outcome(capsys, "check", "07")[1].splitlines()
+    assert lines[:2] == ["Read: 07_toy.ipynb, not 07_toy-Copy1.ipynb.", "double: not written yet."]
+    assert outcome(capsys, "status")[1].splitlines()[1:] == [
+        "07 toy                        0/2        0            2",
+        "   read: 07_toy.ipynb, not 07_toy-Copy1.ipynb",
+    ]
+
+
+def test_what_was_left_out_is_said(course: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cli.fill_work_folder()
+    write(course / "work/07_toy.ipynb", 'raise NotImplementedError("double")', "return FACTOR * x")
+    write(course / "work/07_toy.ipynb", "from torch import Tensor, nn", "from torch import Tensor, nn\nFACTOR = 4 / 0")
+    first = outcome(capsys, "check", "07")[1].split("\n  ")[0].removeprefix("new in work/: 07_toy.ipynb\n")
+    assert re.match(
+        r"double: it needs `FACTOR`, which could not be made .*: code cell \d of 07_toy\.ipynb, line", first
     )
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from course_utils.cells import plain_python
 from course_utils.device import device
-from course_utils.notebook import plain_python
 from tests.conftest import ROOT
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import json
+import os
 import sys
 import textwrap
 import traceback
@@ -15,7 +16,8 @@ from nbclient import NotebookClient
 
 import course_utils.notebook as notebook_module
 from course_utils import checks
-from course_utils.notebook import CourseError, exercise, load_notebook, mine, names, plain_python, verify_solutions
+from course_utils.cells import CourseError, names, plain_python
+from course_utils.notebook import exercise, load_notebook, mine, verify_solutions
 
 
 def write_notebook(path: Path, *cells: str) -> Path:
@@ -41,6 +43,19 @@ def write_notebook(path: Path, *cells: str) -> Path:
         ("%%time\na = f(x)", {"get_ipython", "f", "x"}, {"a"}),
         ("x.y = 1\nx[0] = 2", {"x"}, set()),
         ("f = lambda q: q + r", {"r"}, {"f"}),
+        ("x = {i: [i + j for j in i] for i in k if i > m}", {"k", "m"}, {"x"}),
+        ("x = [(y := i) for i in k]", {"k"}, {"x", "y"}),
+        ("def f():\n    return [(y := i) for i in k] + [y]", {"k"}, {"f"}),
+        ("def f(n):\n    total: int = 0\n    total += n\n    return total", {"int"}, {"f"}),
+        ("class A:\n    f = f\n    g = f", {"f"}, {"A"}),
+        ("def f():\n    global g\n    g = h", {"h"}, {"f", "g"}),
+        (
+            "match a:\n    case {'x': x, **rest} if b:\n        pass\n    case [u, *v]:\n        pass",
+            {"a", "b"},
+            {*"xuv", "rest"},
+        ),
+        ("try:\n    a\nexcept E as e:\n    b = 1", {"a", "E"}, {"e", "b"}),
+        ("y = " + " + ".join(["x"] * 350), {"x"}, {"y"}),
     ],
 )
 def test_names(code: str, read: set[str], bound: set[str]) -> None:
@@ -54,17 +69,18 @@ def test_definitions_are_kept_and_demos_are_not(tmp_path: Path) -> None:
     path = write_notebook(
         tmp_path / "03_x.ipynb",
         "%load_ext nothing_of_that_name\nimport math\nfrom pathlib import Path as P",
-        "cfg = {'n': base + 1}\nunused = 1 / 0",
+        "size = base + 1\nunused = 1 / 0",
         "base = 3",
-        "# after all\ncfg = {'n': base + 1}\ndef f(x):\n    return x * cfg['n']\nprint(f(1)); raise SystemExit",
+        "cfg = {'n': base + 1}\ndef f(x):\n    return x * cfg['n']\nprint(f(1)); raise SystemExit",
         "class A:\n    factor = SIZE if False else 2\n    def g(self):\n        return f(self.factor)",
-        "history = f(10)\ndef show():\n    return history",
+        "# after all\nhistory = f(10)\ncurve = f(11)\ndef show():\n    return history if True else size",
         "!ls\nresult = %timeit -o f(2)",
     )
     module = load_notebook(path)
     assert module.math.pi > 3 and module.P is Path
     assert module.A().g() == 8
-    assert not hasattr(module, "unused") and not hasattr(module, "history") and not hasattr(module, "result")
+    assert not hasattr(module, "unused") and not hasattr(module, "curve") and not hasattr(module, "result")
+    assert module.show() == 40, "what a definition reads is made, also by a function of the notebook"
     assert module.__cell_errors__ == {2: "code cell 2 of 03_x.ipynb, line 1: NameError: name 'base' is not defined"}
     assert exercise(module, "A") is module.A and module.A.__module__ == "notebook_03_x"
 
@@ -86,10 +102,10 @@ def test_choices_made_at_import_are_kept(tmp_path: Path) -> None:
         tmp_path / "03_x.ipynb",
         "try:\n    import no_such_module\nexcept ImportError:\n    no_such_module = None",
         "if 1 > 0:\n    device = 'cpu'\nelse:\n    device = 'gpu'",
-        "if True:\n    print('demo')\n    device = 'changed'",
+        "if True:\n    raise_if_run()\n    device = 'changed'",
         "def where():\n    return device, no_such_module",
     )
-    assert load_notebook(path).where() == ("cpu", None)
+    assert load_notebook(path).where() == ("changed", None)
 
 
 def test_a_broken_cell_costs_only_what_it_defines(tmp_path: Path) -> None:
@@ -152,6 +168,12 @@ def test_what_is_no_notebook(tmp_path: Path, content: str | bytes | None, words:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(CourseError, match=words):
         load_notebook(path)
+
+
+def test_a_byte_order_mark_does_no_harm(tmp_path: Path) -> None:
+    path = write_notebook(tmp_path / "x.ipynb", "def f():\n    return 'Zoë'")
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert load_notebook(path).f() == "Zoë"
 
 
 def test_older_notebook_formats_are_read(tmp_path: Path) -> None:
@@ -236,6 +258,33 @@ def test_mine(work: Path, capsys: pytest.CaptureFixture[str], cells: list[str] |
     chosen = mine("07", Adder)
     assert capsys.readouterr().out == line + "\n"
     assert (chosen is Adder) == ("the reference" in line)
+
+
+def test_the_chapters_own_name_comes_before_copies(
+    work: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "chapters").mkdir()
+    write_notebook(tmp_path / "chapters/07_toy.ipynb")
+    monkeypatch.setattr(notebook_module, "chapters_folder", lambda: tmp_path / "chapters")
+    older = write_notebook(work / "07_toy-Copy1.ipynb", *RIGHT[:2])
+    os.utime(older, (1, 1))
+    write_notebook(work / "07_toy-Copy2.ipynb", *RIGHT)
+    assert mine("07", Adder) is not Adder
+    assert capsys.readouterr().out == "Adder: yours, from chapter 07 (07_toy-Copy2.ipynb, not 07_toy-Copy1.ipynb)\n"
+    write_notebook(work / "07_toy.ipynb", *RIGHT)
+    os.utime(work / "07_toy.ipynb", (0, 0))
+    mine("07", Adder)
+    read = "07_toy.ipynb, not 07_toy-Copy2.ipynb, 07_toy-Copy1.ipynb"
+    assert capsys.readouterr().out == f"Adder: yours, from chapter 07 ({read})\n"
+    write_notebook(work / "07_toy.ipynb", *RIGHT[:2])
+    assert mine("07", Adder) is Adder
+    assert "(Adder: not found in 07_toy.ipynb;" in capsys.readouterr().out
+
+
+def test_mine_says_what_was_left_out(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_notebook(work / "07_toy.ipynb", *RIGHT[:1], "ONE = 1 / 0", "def add(x):\n    return x + ONE", RIGHT[2])
+    assert mine("07", Adder) is Adder
+    assert "add: it needs `ONE`, which could not be made as in Jupyter: code cell 2 of" in capsys.readouterr().out
 
 
 def test_work_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,9 +5,9 @@ import os
 import types
 from typing import NamedTuple
 
-from course_utils.checks.outcomes import CheckFailed, NotWritten
-from course_utils.checks.running import check
-from course_utils.notebook import CourseError, exercise
+from course_utils.cells import CourseError
+from course_utils.checks import CheckFailed, NotWritten, check
+from course_utils.notebook import exercise, explained
 
 
 class Verdict(NamedTuple):
@@ -24,6 +24,8 @@ def verdict(module: types.ModuleType, symbol: str) -> Verdict:
             check(exercise(module, symbol), symbol)
     except NotWritten as error:
         return Verdict("not written yet", str(error))
-    except (CheckFailed, CourseError) as error:
+    except CheckFailed as error:
+        return Verdict("wrong", explained(module, symbol, str(error)))
+    except CourseError as error:
         return Verdict("wrong", str(error))
     return Verdict("correct", f"{symbol}: correct")
