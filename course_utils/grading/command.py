@@ -38,9 +38,10 @@ def grade(
             cluster = stack.enter_context(connect(scheduler))
             (box, why), way, cores = cluster.sandbox(), cluster.grade, cluster.jobs()
         if box == "none":
+            advice = "Install bubblewrap, or grade" if "not installed" in why else "Grade"
             print(
                 f"Warning: no sandbox ({why}). Notebooks run with limits on time and memory only: they can read your "
-                "files and use the network. Install bubblewrap, or grade only what you trust.",
+                f"files and use the network. {advice} only what you trust.",
                 file=sys.stderr,
             )
         if ignored:
