@@ -46,6 +46,9 @@ def grade(
             )
         if ignored:
             print(f"Not of any chapter, and left out: {', '.join(ignored[:5])}{', ...' * (len(ignored) > 5)}")
+        without = [one.learner for one in submissions if one.missing]
+        if without:
+            print(f"Without a notebook; the report says what there is instead: {', '.join(without)}")
         settings = Settings(timeout=timeout, sandbox=box, jobs=jobs or cores, resume=resume)
         with tqdm(total=len(submissions), unit="notebook", smoothing=0.1) as bar:
 
