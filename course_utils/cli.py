@@ -336,6 +336,7 @@ def execute(notebook, environment: dict[str, str]) -> None:  # type: ignore[no-u
         client = NotebookClient(
             notebook,
             timeout=None,
+            startup_timeout=600,  # a busy machine takes more than the usual minute
             kernel_name="python3",
             resources={"metadata": {"path": folder}},
             extra_arguments=["--IPKernelApp.log_level=CRITICAL"],

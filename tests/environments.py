@@ -41,7 +41,7 @@ def run(*command: str | Path, cwd: Path, **variables: str) -> subprocess.Complet
         capture_output=True,
         text=True,
         encoding="utf-8",
-        timeout=300,
+        timeout=1800,  # it only ends what hangs
     )
 
 

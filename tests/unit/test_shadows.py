@@ -52,7 +52,11 @@ def test_a_notebook_beside_them_says_so(tmp_path: Path) -> None:
     cells = ["%load_ext course_utils", "import random, helper; print(random.randrange(1), helper.mine)"]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
     client = NotebookClient(
-        notebook, timeout=None, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+        notebook,
+        timeout=None,
+        startup_timeout=600,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(tmp_path)}},
     )
     client.execute()
     first, second = ("".join(output.text for output in cell.outputs) for cell in notebook.cells)
