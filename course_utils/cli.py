@@ -156,17 +156,8 @@ def lab(port: int | None, no_browser: bool, rest: list[str]) -> int:
     make_writable(Path(jupyter_runtime_dir()), "name another with JUPYTER_RUNTIME_DIR")
     for path in shadows(work):
         print(warning(path))
-    # -P: a learner's own random.py must not stop the server; work/ is its root, whatever a configuration says.
-    command = [sys.executable, "-P", "-m", "jupyterlab", "--ServerApp.answer_yes=True", "--log-level=WARN"]
-    command += [f"--ServerApp.root_dir={work}", f"--ServerApp.preferred_dir={work}"]
-    # It works without network, and asks nobody for news.
-    command += [
-        "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
-        "--LabApp.extension_manager=readonly",
-    ]
-    # In a container one is root, and Jupyter refuses to start; it listens on this machine only, behind a token.
-    command += ["--allow-root"] * (getattr(os, "geteuid", lambda: 1)() == 0)
-    command += [f"--port={port}"] * (port is not None) + ["--no-browser"] * no_browser + rest
+    command = lab_command(work, rest)
+    command += [f"--port={port}"] * (port is not None) + ["--no-browser"] * no_browser
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through `finally`: Jupyter must not outlive the command
     server = subprocess.Popen(command, cwd=work)
     try:
@@ -179,6 +170,25 @@ def lab(port: int | None, no_browser: bool, rest: list[str]) -> int:
         return 0
     finally:
         server.terminate()
+
+
+def lab_command(work: Path, rest: list[str]) -> list[str]:
+    """The command that starts JupyterLab, with `rest` as further arguments."""
+    # -P: a learner's own random.py in work/ must not stop the server.
+    command = [sys.executable, "-P", "-m", "jupyterlab", "--ServerApp.answer_yes=True", "--log-level=WARN"]
+    # The root is work/ whatever a configuration says, unless it is named here and now.
+    if not any(
+        re.match(r"--(ServerApp\.(root|preferred|notebook)_dir|(notebook|preferred)-dir)\b", word) for word in rest
+    ):
+        command += [f"--ServerApp.root_dir={work}", f"--ServerApp.preferred_dir={work}"]
+    # It works without network, and asks nobody for news.
+    command += [
+        "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
+        "--LabApp.extension_manager=readonly",
+    ]
+    # In a container one is root, and Jupyter refuses to start; it listens on this machine only, behind a token.
+    command += ["--allow-root"] * (getattr(os, "geteuid", lambda: 1)() == 0)
+    return command + rest
 
 
 def fill_work_folder() -> Path:

@@ -324,6 +324,14 @@ def test_lab_in_a_folder_that_cannot_be_written(
     assert outcome(capsys, "lab") == (2, reason)
 
 
+def test_lab_serves_another_root_only_where_one_is_named(tmp_path: Path) -> None:
+    for rest in ([], ["--LabApp.x=2"]):
+        command = cli.lab_command(tmp_path, rest)
+        assert f"--ServerApp.root_dir={tmp_path}" in command and command[len(command) - len(rest) :] == rest
+    for named in ("--ServerApp.root_dir=/there", "--notebook-dir=/there"):
+        assert [word for word in cli.lab_command(tmp_path, [named]) if "dir" in word] == [named]
+
+
 @pytest.mark.slow
 def test_lab_serves_and_stops(tmp_path: Path) -> None:
     """JupyterLab answers at the printed address, shows the chapter, and Ctrl-C ends it quietly.
