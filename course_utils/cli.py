@@ -165,8 +165,11 @@ def lab(port: int | None, no_browser: bool, rest: list[str]) -> int:
         if address:
             print(f"Your chapters are in {work}\nJupyterLab: {address}   (Ctrl-C stops it)", flush=True)
         return server.wait()
-    except KeyboardInterrupt:  # Jupyter got it too
-        server.wait()
+    except KeyboardInterrupt:  # Jupyter got it too; now and then it hangs, when it was just starting a thread
+        try:
+            server.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            server.kill()
         return 0
     finally:
         server.terminate()
