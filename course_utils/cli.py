@@ -6,6 +6,7 @@ notebook), which one sentence explains.
 """
 
 import argparse
+import errno
 import os
 import re
 import shutil
@@ -35,39 +36,62 @@ if TYPE_CHECKING:  # the checks import torch, and most commands need none
     from course_utils.verdict import Verdict
 
 
+NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     args, rest = parse(argv)
     try:
-        if args.command == "lab":
-            return lab(args.port, args.no_browser, rest)
-        if args.command == "check":
-            return check(args.chapter, args.notebook)
-        if args.command == "run":
-            return run(args.chapter, args.html)
-        if args.command == "status":
-            return status(args.notebook)
-        if args.command == "doctor":
-            from course_utils.doctor import doctor
-
-            return doctor()
-        if args.command == "models" and args.action == "train":
-            from course_utils.retraining import train_again
-
-            return train_again(args.name, args.out, args.device, args.steps)
-        if args.command == "grade":
-            from course_utils.grading.command import grade
-
-            return grade(args.submissions, args.out, args.jobs, args.resume, args.timeout, args.weights, args.scheduler)
-        if args.command in ("where", "new-exercise"):
-            return show_places(args)
-        return {"build": build, "models": models}[args.command]()
+        code = carry_out(args, rest)
+        sys.stdout.flush()
+        return code
     except CourseError as error:
         print(error, file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # `course check 02 | head -1`: whoever read has gone, and what is left to say goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as error:
+        if "temporary directory" in str(error.strerror):  # a full disk, too
+            print(f"{error.strerror}: make room, or name another with TMPDIR.", file=sys.stderr)
+        elif error.errno in NOT_ALLOWED and error.filename:
+            print(
+                f"{error.filename}: {error.strerror}; work in a folder of your own, with room in it.", file=sys.stderr
+            )
+        else:
+            raise
         return 2
     except KeyboardInterrupt:
         print("\nStopped.", file=sys.stderr)
         return 130
+
+
+def carry_out(args: argparse.Namespace, rest: list[str]) -> int:
+    """Do what was asked for; returns the exit code."""
+    if args.command == "lab":
+        return lab(args.port, args.no_browser, rest)
+    if args.command == "check":
+        return check(args.chapter, args.notebook)
+    if args.command == "run":
+        return run(args.chapter, args.html)
+    if args.command == "status":
+        return status(args.notebook)
+    if args.command == "doctor":
+        from course_utils.doctor import doctor
+
+        return doctor()
+    if args.command == "models" and args.action == "train":
+        from course_utils.retraining import train_again
+
+        return train_again(args.name, args.out, args.device, args.steps)
+    if args.command == "grade":
+        from course_utils.grading.command import grade
+
+        return grade(args.submissions, args.out, args.jobs, args.resume, args.timeout, args.weights, args.scheduler)
+    if args.command in ("where", "new-exercise"):
+        return show_places(args)
+    return {"build": build, "models": models}[args.command]()
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
@@ -133,16 +157,16 @@ def find_chapter(folder: Path, chapter: str) -> Path:
 
 def lab(port: int | None, no_browser: bool, rest: list[str]) -> int:
     """Put the missing chapters into the work folder, start JupyterLab there and print its address."""
+    from jupyter_core.paths import jupyter_runtime_dir
+
+    from course_utils.shadows import shadows, warning
+
     work = fill_work_folder()
-    command = [sys.executable, "-m", "jupyterlab", "--ServerApp.answer_yes=True", "--log-level=WARN"]
-    # It works without network, and asks nobody for news.
-    command += [
-        "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
-        "--LabApp.extension_manager=readonly",
-    ]
-    # In a container one is root, and Jupyter refuses to start; it listens on this machine only, behind a token.
-    command += ["--allow-root"] * (getattr(os, "geteuid", lambda: 1)() == 0)
-    command += [f"--port={port}"] * (port is not None) + ["--no-browser"] * no_browser + rest
+    make_writable(Path(jupyter_runtime_dir()), "name another with JUPYTER_RUNTIME_DIR")
+    for path in shadows(work):
+        print(warning(path))
+    command = lab_command(work, rest)
+    command += [f"--port={port}"] * (port is not None) + ["--no-browser"] * no_browser
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through `finally`: Jupyter must not outlive the command
     server = subprocess.Popen(command, cwd=work)
     try:
@@ -150,11 +174,33 @@ def lab(port: int | None, no_browser: bool, rest: list[str]) -> int:
         if address:
             print(f"Your chapters are in {work}\nJupyterLab: {address}   (Ctrl-C stops it)", flush=True)
         return server.wait()
-    except KeyboardInterrupt:  # Jupyter got it too
-        server.wait()
+    except KeyboardInterrupt:  # Jupyter got it too; now and then it hangs, when it was just starting a thread
+        try:
+            server.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            server.kill()
         return 0
     finally:
         server.terminate()
+
+
+def lab_command(work: Path, rest: list[str]) -> list[str]:
+    """The command that starts JupyterLab, with `rest` as further arguments."""
+    # -P: a learner's own random.py in work/ must not stop the server.
+    command = [sys.executable, "-P", "-m", "jupyterlab", "--ServerApp.answer_yes=True", "--log-level=WARN"]
+    # The root is work/ whatever a configuration says, unless it is named here and now.
+    if not any(
+        re.match(r"--(ServerApp\.(root|preferred|notebook)_dir|(notebook|preferred)-dir)\b", word) for word in rest
+    ):
+        command += [f"--ServerApp.root_dir={work}", f"--ServerApp.preferred_dir={work}"]
+    # It works without network, and asks nobody for news.
+    command += [
+        "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
+        "--LabApp.extension_manager=readonly",
+    ]
+    # In a container one is root, and Jupyter refuses to start; it listens on this machine only, behind a token.
+    command += ["--allow-root"] * (getattr(os, "geteuid", lambda: 1)() == 0)
+    return command + rest
 
 
 def fill_work_folder() -> Path:
@@ -163,12 +209,22 @@ def fill_work_folder() -> Path:
     if not chapters:
         raise CourseError(f"There are no chapters in {chapters_folder()}: install the course again, or `course build`.")
     work = work_folder()
-    work.mkdir(exist_ok=True)
+    make_writable(work, "go to a folder of your own")
     for path in chapters:
         if not (work / path.name).exists():
             shutil.copyfile(path, work / path.name)
             print(f"new in {work.name}/: {path.name}")
     return work
+
+
+def make_writable(folder: Path, otherwise: str) -> None:
+    """Make a folder where there is none. Raises CourseError, with what to do, where nothing can be written into it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise CourseError(f"Nothing can be written into {folder} ({error.strerror}): {otherwise}.") from None
 
 
 def wait_for_address(server: subprocess.Popen) -> str | None:
@@ -264,6 +320,8 @@ def run(chapter: str, html: Path | None) -> int:
 
     if html is not None and not html.resolve().parent.is_dir():
         raise CourseError(f"The folder of {html} does not exist: make it first, or name another place.")
+    if html is not None:
+        make_writable(html.resolve().parent, "name another place")
     verify_solutions()
     spec = find_spec("solutions")
     assert spec is not None and spec.origin is not None  # verified above
@@ -304,6 +362,7 @@ def execute(notebook, environment: dict[str, str]) -> None:  # type: ignore[no-u
         client = NotebookClient(
             notebook,
             timeout=None,
+            startup_timeout=600,  # a busy machine takes more than the usual minute
             kernel_name="python3",
             resources={"metadata": {"path": folder}},
             extra_arguments=["--IPKernelApp.log_level=CRITICAL"],

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from course_utils.notebook import COURSE, CourseError, chapters_folder, verify_solutions, work_folder
+from course_utils.shadows import shadows, warning
 
 PYTHONS = ((3, 11), (3, 14))  # from, and below
 MEMORY, DISK = 2.0, 1.0  # GB: a chapter with its kernel, JupyterLab and a browser; checkpoints and figures
@@ -159,7 +160,7 @@ def existing(folder: Path) -> Path:
 
 
 def work() -> Iterator[Finding]:
-    """The learner's notebooks can be written."""
+    """The learner's notebooks can be written, and nothing beside them stands in the way of a module."""
     folder = existing(work_folder())
     try:
         with tempfile.TemporaryFile(dir=folder):
@@ -171,6 +172,8 @@ def work() -> Iterator[Finding]:
         chapters = len(list(work_folder().glob("[0-9][0-9]_*.ipynb")))
         there = f"{chapters} chapters are there" if chapters else "no chapters yet; `course lab` copies them"
         yield Finding("fine", f"{work_folder()} can be written; {there}")
+    for path in shadows(work_folder()):
+        yield Finding("problem", warning(path), f"mv '{path}' '{path.with_name(f'my_{path.name}')}'")
 
 
 def course() -> Iterator[Finding]:
@@ -223,7 +226,7 @@ def kernel() -> Iterator[Finding]:
     # A bare name becomes this Python, by Jupyter's rules.
     if Path(program).is_absolute() and Path(program).parent != Path(sys.executable).parent:
         yield Finding("problem", f"the kernel `python3` ({spec.resource_dir}) starts {program}, not this Python", own)
-    elif subprocess.run([sys.executable, "-c", "import ipykernel"], capture_output=True).returncode:
+    elif subprocess.run([sys.executable, "-P", "-c", "import ipykernel"], capture_output=True).returncode:
         yield Finding("problem", "the kernel cannot be started: ipykernel cannot be imported", install())
     else:
         yield Finding("fine", f"`python3` starts {sys.executable}")
@@ -236,6 +239,11 @@ def lab() -> Iterator[Finding]:
     except metadata.PackageNotFoundError:
         yield Finding("problem", "JupyterLab is missing; VS Code opens the notebooks as well", install())
         return
+    from jupyter_core.paths import jupyter_runtime_dir
+
+    if not os.access(existing(Path(jupyter_runtime_dir())), os.W_OK):
+        command = f"export JUPYTER_RUNTIME_DIR={work_folder() / '.jupyter'}"
+        yield Finding("problem", f"nothing can be written into {jupyter_runtime_dir()}", command)
     try:
         webbrowser.get()
     except webbrowser.Error:

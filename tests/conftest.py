@@ -8,8 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# A busy machine is no fault of what is tested.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 # What Chromium would fetch by itself, and every way out: names resolve to nothing but this machine.
 CHROMIUM = """--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking

@@ -25,6 +25,7 @@ from course_utils.grading.results import (
 from course_utils.notebook import CourseError
 
 RESENT = 3  # times that a notebook is sent again; before that the scheduler itself has tried four workers
+ANSWER = 10.0  # seconds to wait for a scheduler's first word
 PATIENCE = 60.0  # seconds to wait for a worker when there is none
 
 
@@ -124,7 +125,7 @@ def connect(address: str) -> Iterator[Cluster]:
             "`--scheduler` needs the package `distributed`: pip install 'circuits-from-scratch[cluster]'."
         ) from None
     try:
-        client = Client(address, timeout=10, set_as_default=False)
+        client = Client(address, timeout=ANSWER, set_as_default=False)
     except (OSError, ValueError) as error:
         raise CourseError(f"No scheduler answers at {address} ({error}): start one with `dask scheduler`.") from None
     with client:

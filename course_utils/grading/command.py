@@ -38,13 +38,17 @@ def grade(
             cluster = stack.enter_context(connect(scheduler))
             (box, why), way, cores = cluster.sandbox(), cluster.grade, cluster.jobs()
         if box == "none":
+            advice = "Install bubblewrap, or grade" if "not installed" in why else "Grade"
             print(
                 f"Warning: no sandbox ({why}). Notebooks run with limits on time and memory only: they can read your "
-                "files and use the network. Install bubblewrap, or grade only what you trust.",
+                f"files and use the network. {advice} only what you trust.",
                 file=sys.stderr,
             )
         if ignored:
             print(f"Not of any chapter, and left out: {', '.join(ignored[:5])}{', ...' * (len(ignored) > 5)}")
+        without = [one.learner for one in submissions if one.missing]
+        if without:
+            print(f"Without a notebook; the report says what there is instead: {', '.join(without)}")
         settings = Settings(timeout=timeout, sandbox=box, jobs=jobs or cores, resume=resume)
         with tqdm(total=len(submissions), unit="notebook", smoothing=0.1) as bar:
 

@@ -202,6 +202,8 @@ class Attempt:
         except OSError as error:
             content, mark = b"", ""
             self.give_up(f"{self.submission.path.name} cannot be read: {error.strerror}")
+        if self.submission.missing:
+            self.give_up(self.submission.missing)
         if len(content) > LARGEST_NOTEBOOK:
             self.give_up(f"{self.submission.path.name} is larger than {LARGEST_NOTEBOOK // 2**20} MB")
         work = WHOLE * self.settings.timeout

@@ -67,20 +67,28 @@ def bubblewrap() -> list[str]:
         command += ["--cap-drop", "ALL", *(word for capability in AS_ROOT for word in ("--cap-add", capability))]
     else:
         command += ["--unshare-user"]
+    # Before the rest: the course or Python may lie below /tmp (or /dev/shm), where these would hide them.
+    command += ["--proc", "/proc", "--dev", "/dev"]
+    command += ["--perms", "0755", "--size", str(TMP_MB * 2**20), "--tmpfs", "/tmp"]
     visible = [*map(Path, SYSTEM + ETC), *readable()]
+    read_only = ["/dev", "/"]
     for parent in sorted({parent for path in visible for parent in path.parents if parent != Path("/")}):
-        if not any(parent.is_relative_to(path) for path in visible):
-            command += ["--perms", "0755", "--dir", str(parent)]
+        if any(parent.is_relative_to(path) for path in visible):
+            continue
+        command += ["--perms", "0755"]
+        if parent.parent == Path("/tmp"):  # the way to the course is no place where a notebook leaves something
+            command += ["--tmpfs", str(parent)]
+            read_only.insert(0, str(parent))
+        else:
+            command += ["--dir", str(parent)]
     for path in visible:
         if path.is_symlink() and str(path) in SYSTEM:
             command += ["--symlink", str(path.readlink()), str(path)]
         else:
             command += ["--ro-bind-try", str(path), str(path)]
-    command += ["--proc", "/proc", "--dev", "/dev", "--remount-ro", "/dev"]
-    command += ["--perms", "0755", "--size", str(TMP_MB * 2**20), "--tmpfs", "/tmp"]
     for name, value in environment().items():
         command += ["--setenv", name, value]
-    return [*command, "--chdir", "/tmp", "--remount-ro", "/"]
+    return [*command, "--chdir", "/tmp", *(word for place in read_only for word in ("--remount-ro", place))]
 
 
 @functools.cache
@@ -93,7 +101,10 @@ def choose() -> tuple[str, str]:
         subprocess.run(command, check=True, capture_output=True, timeout=60, stdin=subprocess.DEVNULL)
     except subprocess.CalledProcessError as error:
         lines = error.stderr.decode(errors="replace").strip().splitlines()
-        return "none", f"bubblewrap does not work here: {lines[-1] if lines else error}"
+        why = lines[-1] if lines else str(error)
+        if why.startswith("bwrap: execvp") or not why.startswith("bwrap:"):
+            return "none", f"in bubblewrap's box this Python does not find what it needs: {why}"
+        return "none", f"bubblewrap does not work here: {why}"
     except (OSError, subprocess.TimeoutExpired) as error:
         return "none", f"bubblewrap does not work here: {error}"
     return "bubblewrap", ""

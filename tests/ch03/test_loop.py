@@ -765,7 +765,7 @@ def test_one_batch_can_be_learned_by_heart() -> None:
 
 
 TRAINING = """
-import sys, time
+import sys
 from pathlib import Path
 
 import torch
@@ -788,6 +788,7 @@ if path.exists():
     first = state["step"]
 print("from", first, flush=True)
 for step in range(first, n_steps):
+    sys.stdin.readline()  # the go-ahead, so that a run that is to be killed is not over before
     for group in optimizer.param_groups:
         group["lr"] = cosine_schedule(step, 5, n_steps, 0.1, 0.01)
     train_step(model, optimizer, torch.randint(50, (8, 12), generator=data), max_norm=1.0)
@@ -804,22 +805,28 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None
     n_steps = 40
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
-    def start(path: Path) -> subprocess.Popen:
+    def start(path: Path, goes_on: int | None = None) -> subprocess.Popen:
         command = [sys.executable, "-c", TRAINING, str(path), str(n_steps)]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+        told = subprocess.DEVNULL if goes_on is None else subprocess.PIPE
+        run = subprocess.Popen(command, stdin=told, stdout=subprocess.PIPE, text=True, env=environment)
+        if run.stdin is not None and goes_on is not None:
+            run.stdin.write("\n" * goes_on)
+            run.stdin.flush()
+        return run
 
     whole, broken = tmp_path / "whole.pt", tmp_path / "broken.pt"
     left_alone = start(whole)
     begun = []
     for n_before_kill, wait in [(3, 0.0), (6, 0.004), (5, 0.011)]:
-        run = start(broken)
-        assert run.stdout is not None
+        run = start(broken, goes_on=n_before_kill + 1)
+        assert run.stdin is not None and run.stdout is not None
         begun.append(int(run.stdout.readline().split()[1]))
         for _ in range(n_before_kill):
             run.stdout.readline()
         time.sleep(wait)
         run.send_signal(signal.SIGKILL)
         run.wait()
+        run.stdin.close()
         run.stdout.close()
         ref.load_checkpoint(broken)  # whatever the moment, it can be read
     assert begun[0] == 0 < begun[1] < begun[2]

@@ -111,12 +111,13 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield lab_address(server)
     finally:
         server.terminate()
-        server.communicate(timeout=30)
+        server.communicate()
 
 
 def open_notebook(browser: Any, lab: str, name: str) -> Notebook:
     """A chapter in a new page; `page.refused` are the addresses outside of this machine that somebody asked for."""
     page = browser.new_page(viewport={"width": 1180, "height": 2000})
+    page.set_default_timeout(120_000)
     page.refused = []
 
     def gate(route: Any) -> None:
@@ -128,7 +129,7 @@ def open_notebook(browser: Any, lab: str, name: str) -> Notebook:
 
     page.route("http*://**/*", gate)
     page.goto(lab.replace("/lab?", f"/lab/workspaces/{name[:2]}/tree/{name}?"))  # a workspace is one page's
-    page.wait_for_function(READY, arg=name, timeout=120_000)
+    page.wait_for_function(READY, arg=name)
     page.evaluate("() => window.jupyterapp.shell.currentWidget.sessionContext.ready")  # the kernel, too
     page.evaluate("() => window.jupyterapp.shell.collapseLeft()")
     return Notebook(page, name)
@@ -150,7 +151,7 @@ def answer(notebook: Notebook, exercise: str, source: str) -> Any:
     notebook.paste(cell, source)
     notebook.run(cell)
     said = notebook.run(notebook.find(f"check({exercise})"))
-    said.locator("pre").first.wait_for(timeout=60_000)
+    said.locator("pre").first.wait_for()
     return said
 
 
@@ -201,7 +202,7 @@ def solved04(chapter04: Notebook) -> Notebook:
 
 def test_the_heat_map_is_drawn(solved04: Notebook) -> None:
     figure = solved04.go_to(solved04.find('random tokens that repeat"')).locator(".js-plotly-plot")
-    figure.locator(".heatmaplayer image").first.wait_for(timeout=30_000)
+    figure.locator(".heatmaplayer image").first.wait_for()
     assert figure.locator(".heatmaplayer image").count() == 3
     box = figure.locator(".heatmaplayer image").last.bounding_box()
     assert box["width"] > 50 and box["height"] > 50
@@ -213,7 +214,7 @@ def test_the_heat_map_is_drawn(solved04: Notebook) -> None:
 def test_the_attention_view_is_drawn(solved04: Notebook) -> None:
     cell = solved04.find("attention_pattern(cache[")
     view = solved04.go_to(cell).locator(".jp-OutputArea")
-    view.get_by_text("Head Selector").first.wait_for(timeout=30_000)
+    view.get_by_text("Head Selector").first.wait_for()
     canvases = view.locator("canvas")
     assert canvases.count() >= 4
     # something is on them: not every pixel is that of the corner

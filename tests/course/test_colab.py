@@ -55,7 +55,12 @@ def colab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def run_all(notebook: nbformat.NotebookNode, folder: Path, address: str) -> None:
     """Run every cell in a folder that holds nothing else; pip knows of one address."""
     folder.mkdir()
-    options = {"timeout": 1800, "kernel_name": "colab", "resources": {"metadata": {"path": str(folder)}}}
+    options = {
+        "timeout": 1800,
+        "startup_timeout": 600,
+        "kernel_name": "colab",
+        "resources": {"metadata": {"path": str(folder)}},
+    }
     client = NotebookClient(notebook, **options)
     pip = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": address, "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
     # the variable is Colab's; plotly goes by it

@@ -1,9 +1,16 @@
 """What a notebook can see and reach, what happens without a sandbox, and what the servers do when they are lost."""
 
+import json
 import os
 import pickle
+import shutil
 import signal
+import subprocess
 import sys
+import sysconfig
+import tempfile
+import venv
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +20,7 @@ from course_utils.grading.grade import close_servers, grade_all, grade_one
 from course_utils.grading.results import ExerciseResult, Result, Settings, Submission, course_exercises, load_part
 from tests.conftest import ROOT
 from tests.grading.submissions import SYMBOLS, doing, packed, replaced, solved, untouched, written
+from tests.support.environments import BIN, site_packages
 
 SOLUTIONS = sorted((ROOT / "solutions").glob("*.ipynb"))
 pytestmark = pytest.mark.slow
@@ -135,6 +143,47 @@ def test_resume_takes_only_what_was_graded_in_the_same_way(box: str, tmp_path: P
     assert load_part(tmp_path, given[0], settings) is None
 
 
+# --- wherever the course is -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["/tmp", "/dev/shm"])
+def elsewhere(request: pytest.FixtureRequest) -> Iterator[Path]:
+    """The course and an environment of its own where the box has something of its own."""
+    folder = Path(tempfile.mkdtemp(dir=request.param, prefix="cours d'été "))
+    try:
+        for name in ("course_utils", "solutions", "chapters"):
+            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.safetensors"))
+        venv.create(folder / "env", with_pip=False)
+        lent = {sysconfig.get_path(kind) for kind in ("purelib", "platlib")}
+        (site_packages(folder / "env") / "lent.pth").write_text("\n".join(sorted(lent)), encoding="utf-8")
+        yield folder
+    finally:
+        shutil.rmtree(folder)
+
+
+def test_the_course_and_its_environment_may_lie_anywhere(box: str, elsewhere: Path):
+    handed_in = elsewhere / "handed in"
+    handed_in.mkdir()
+    hidden = [handed_in / "anna.ipynb", elsewhere / "solutions" / "note", elsewhere / "note", Path("/tmp/note")]
+    looking = f"import os\nfor path in {list(map(str, hidden))}:\n    assert not os.path.exists(path)\n"
+    looking += "    if path != '/tmp/note':\n        try:\n            open(path, 'w')\n"
+    looking += "        except OSError:\n            pass\n        else:\n            raise RuntimeError(path)"
+    hidden[0].write_bytes(doing(looking))
+    command = [elsewhere / "env" / BIN / "python", "-m", "course_utils.cli", "grade", handed_in]
+    done = subprocess.run(
+        [*command, "--out", elsewhere / "report", "--jobs", "1"],
+        cwd=elsewhere,
+        env={**os.environ, "PYTHONPATH": str(elsewhere)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, "Warning" in done.stderr) == (0, False), done.stderr
+    report = json.loads((elsewhere / "report" / "results.json").read_text(encoding="utf-8"))
+    assert report["sandbox"] == box
+    states = {one["exercise"]: one["state"] for one in report["results"][0]["exercises"]}
+    assert (states["attention_scores"], states["causal_mask"]) == ("correct", "correct"), report
+
+
 # --- without a sandbox ----------------------------------------------------------------------------------------------
 
 
@@ -156,6 +205,14 @@ def test_a_sandbox_that_does_not_work_has_a_reason(no_bubblewrap: None, tmp_path
     (tmp_path / "bwrap").write_text("#!/bin/sh\necho 'bwrap: No permissions' >&2\nexit 1\n")
     (tmp_path / "bwrap").chmod(0o755)
     assert sandbox.choose() == ("none", "bubblewrap does not work here: bwrap: No permissions")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere there is no bubblewrap that works")
+@pytest.mark.parametrize("says", ["bwrap: execvp python3: No such file or directory", "ImportError: no course_utils"])
+def test_what_is_missing_inside_is_not_blamed_on_bubblewrap(no_bubblewrap: None, tmp_path: Path, says: str):
+    (tmp_path / "bwrap").write_text(f"#!/bin/sh\necho '{says}' >&2\nexit 1\n")
+    (tmp_path / "bwrap").chmod(0o755)
+    assert sandbox.choose() == ("none", f"in bubblewrap's box this Python does not find what it needs: {says}")
 
 
 @pytest.mark.parametrize(

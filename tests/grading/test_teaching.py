@@ -43,7 +43,7 @@ def shell(tmp_path: Path) -> dict[str, str]:
 
 def run(command: list[str], folder: Path, environment: dict[str, str], code: int = 0) -> str:
     """What a command prints; it must end with that code."""
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=3600)
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
 

@@ -147,7 +147,7 @@ def torchrun(n: int, *arguments: str | Path) -> subprocess.CompletedProcess[str]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), environment.get("PYTHONPATH", "")])
     return subprocess.run(
-        [str(part) for part in command], env=environment, capture_output=True, text=True, timeout=200, cwd=ROOT
+        [str(part) for part in command], env=environment, capture_output=True, text=True, timeout=1800, cwd=ROOT
     )
 
 

@@ -41,7 +41,7 @@ def run(*command: str | Path, cwd: Path, **variables: str) -> subprocess.Complet
         capture_output=True,
         text=True,
         encoding="utf-8",
-        timeout=300,
+        timeout=1800,  # it only ends what hangs
     )
 
 
@@ -82,9 +82,9 @@ def site_packages(home: Path) -> Path:
     return Path(answer.stdout.strip())
 
 
-def lab_address(lab: subprocess.Popen[str]) -> str:
-    """The address that a `course lab` which has just been started prints."""
-    lines = []
+def lab_address(lab: subprocess.Popen[str], lines: list[str] | None = None) -> str:
+    """The address that a `course lab` which has just been started prints; `lines` takes all that it says till then."""
+    lines = [] if lines is None else lines
     for line in lab.stdout or ():
         lines.append(line)
         if "JupyterLab: " in line:

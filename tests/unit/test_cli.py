@@ -1,5 +1,6 @@
 """The command `course`: what it prints, what it leaves alone, and its exit codes."""
 
+import json
 import os
 import re
 import signal
@@ -295,16 +296,85 @@ def test_ctrl_c_is_no_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert outcome(capsys, "status") == (130, "\nStopped.\n")
 
 
+@pytest.mark.parametrize("argv", [["models"], ["check", "00", "--notebook", str(ROOT / "chapters/00_tensors.ipynb")]])
+def test_a_closed_pipe_is_no_traceback(argv: list[str], tmp_path: Path) -> None:
+    """`course ... | head -1`, where head has gone before the command says its first word."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "course_utils.cli", *argv]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            PermissionError(13, "Permission denied", "/there/report"),
+            "/there/report: Permission denied; work in a folder",
+        ),
+        (OSError(30, "Read-only file system", "/there"), "/there: Read-only file system; work in a folder of your own"),
+        (
+            FileNotFoundError(2, "No usable temporary directory found in ['/tmp']"),
+            "No usable temporary directory found in ['/tmp']: make room, or name another with TMPDIR.",
+        ),
+    ],
+)
+def test_what_cannot_be_written_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: OSError, said: str
+) -> None:
+    def refused(notebook: Path | None) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "status", refused)
+    code, text = outcome(capsys, "status")
+    assert code == 2 and text.startswith(said) and text.count("\n") == 1
+
+
+def test_lab_in_a_folder_that_cannot_be_written(
+    course: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (course / "work").write_text("a file")
+    code, text = outcome(capsys, "lab")
+    assert code == 2 and text.startswith(f"Nothing can be written into {course / 'work'} (") and text.count("\n") == 1
+    (course / "work").unlink()
+
+    def refuse(dir: Path) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    reason = f"Nothing can be written into {course / 'work'} (Read-only file system): go to a folder of your own.\n"
+    assert outcome(capsys, "lab") == (2, reason)
+
+
+def test_lab_serves_another_root_only_where_one_is_named(tmp_path: Path) -> None:
+    for rest in ([], ["--LabApp.x=2"]):
+        command = cli.lab_command(tmp_path, rest)
+        assert f"--ServerApp.root_dir={tmp_path}" in command and command[len(command) - len(rest) :] == rest
+    for named in ("--ServerApp.root_dir=/there", "--notebook-dir=/there"):
+        assert [word for word in cli.lab_command(tmp_path, [named]) if "dir" in word] == [named]
+
+
 @pytest.mark.slow
 def test_lab_serves_and_stops(tmp_path: Path) -> None:
-    """JupyterLab answers at the printed address, shows the chapter, and Ctrl-C ends it quietly."""
+    """JupyterLab answers at the printed address, shows the chapter, and Ctrl-C ends it quietly.
+
+    Files of the learner's own do not stop it, and another root in the learner's configuration does not count.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
+    for folder in ("work", "configuration", "elsewhere"):
+        (tmp_path / folder).mkdir()
+    for name in ("random", "tokenize", "queue", "types"):
+        (tmp_path / "work" / f"{name}.py").write_text("raise SystemExit('not the one that was meant')")
+    configured = f"c.ServerApp.root_dir = c.ServerApp.preferred_dir = {str(tmp_path / 'elsewhere')!r}"
+    (tmp_path / "configuration/jupyter_server_config.py").write_text(configured)
     command = [sys.executable, "-m", "course_utils.cli", "lab", "--no-browser", "--port", str(port)]
-    if os.geteuid() == 0:  # JupyterLab asks for it in containers
-        command.append("--allow-root")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "JUPYTER_RUNTIME_DIR": str(tmp_path / "runtime")}
+    environment["JUPYTER_CONFIG_DIR"] = str(tmp_path / "configuration")
     server = subprocess.Popen(
         command,
         cwd=tmp_path,
@@ -315,11 +385,16 @@ def test_lab_serves_and_stops(tmp_path: Path) -> None:
         start_new_session=True,
     )
     try:
-        assert b"JupyterLab" in urllib.request.urlopen(lab_address(server), timeout=30).read()
+        said: list[str] = []
+        address = lab_address(server, said)
+        assert f"{tmp_path / 'work/tokenize.py'} is called like a module" in "".join(said)
+        assert b"JupyterLab" in urllib.request.urlopen(address, timeout=600).read()
+        (running,) = (tmp_path / "runtime").glob("jpserver-*.json")
+        assert json.loads(running.read_text())["root_dir"] == str(tmp_path / "work")
         chapters = {path.name for path in (ROOT / "chapters").glob("*.ipynb")}
         assert {path.name for path in (tmp_path / "work").iterdir()} >= chapters
         os.killpg(server.pid, signal.SIGINT)
-        rest = server.communicate(timeout=30)[0]
+        rest = server.communicate(timeout=600)[0]
         assert server.returncode == 0 and "Traceback" not in rest, rest
     finally:
         server.kill()

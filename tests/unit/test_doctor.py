@@ -159,6 +159,15 @@ def test_work_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert found.command.startswith("sudo chown -R ")
 
 
+@pytest.mark.parametrize("name", ["random.py", "torch.py"])
+def test_a_file_that_is_called_like_a_module(tmp_path: Path, name: str) -> None:
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / name).write_text("x = 1")
+    found = looked("work", "problem")
+    assert found.words.startswith(f"{tmp_path / 'work' / name} is called like a module")
+    assert found.command == f"mv '{tmp_path / 'work' / name}' '{tmp_path / 'work' / f'my_{name}'}'"
+
+
 def test_course_without_chapters_or_beside_foreign_solutions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(doctor, "chapters_folder", lambda: tmp_path)
     assert "there are no chapters" in looked("course", "problem").words
@@ -211,5 +220,7 @@ def test_no_jupyterlab_or_no_browser(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(webbrowser, "get", none)
     assert looked("JupyterLab", "note").command == "course lab --no-browser"
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    assert looked("JupyterLab", "problem").command.startswith("export JUPYTER_RUNTIME_DIR=")
     installed(monkeypatch, torch="2.13.0")
     assert "JupyterLab is missing" in looked("JupyterLab", "problem").words

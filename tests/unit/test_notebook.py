@@ -337,7 +337,7 @@ def executed(*cells: str) -> list[dict | None]:
     notebook = nbformat.v4.new_notebook(
         cells=[nbformat.v4.new_code_cell(c) for c in ("%load_ext course_utils", *cells)]
     )
-    NotebookClient(notebook, timeout=60, kernel_name="python3", allow_errors=True).execute()
+    NotebookClient(notebook, timeout=None, startup_timeout=600, kernel_name="python3", allow_errors=True).execute()
     first, *rest = ([o for o in cell.outputs if o.output_type == "error"] for cell in notebook.cells)
     assert first == []
     return [errors[0] if errors else None for errors in rest]

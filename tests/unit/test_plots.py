@@ -153,7 +153,9 @@ def test_what_a_cell_stores_is_drawn_without_network(editor: str) -> None:
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
     variables = {name: value for name, value in os.environ.items() if not name.startswith("VSCODE_")}
     variables["PYTHONPATH"] = str(ROOT)
-    NotebookClient(notebook).execute(env=variables | {"VSCODE_PID": "1"} if editor == "VS Code" else variables)
+    NotebookClient(notebook, startup_timeout=600).execute(
+        env=variables | {"VSCODE_PID": "1"} if editor == "VS Code" else variables
+    )
     (figure,), (view,) = (cell.outputs for cell in notebook.cells[1:])
     assert set(figure.data) - {"text/plain"} == {"application/vnd.plotly.v1+json"}
     assert figure.data["application/vnd.plotly.v1+json"]["data"][0]["type"] == "heatmap"
