@@ -1,5 +1,6 @@
 """What the checks of a hook system and of attention by hand cannot know: see tests/test_checks.py."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -182,6 +183,7 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
 }
 
 ALSO_RIGHT: dict[str, list[Any]] = {name: [getattr(other, name)] for name in SURPRISES}
+ALSO_RIGHT["my_run_with_hooks"].append(partial(other.my_run_with_hooks))  # beside which stands a MyHookPoint, too
 
 
 def test_attention_is_rebuilt_from_the_cache(module: Any, model: nn.Module, tokens: Any) -> None:

@@ -3,11 +3,23 @@
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
 import solutions.ch04_induction as ref
-from course_utils.checks.ch04.looking import looking_back, losses, mean, rows, scored, to_first, to_itself, to_previous
+from course_utils.checks import CheckFailed, run_check
+from course_utils.checks.ch04.looking import (
+    check_repeated_tokens,
+    looking_back,
+    losses,
+    mean,
+    rows,
+    scored,
+    to_first,
+    to_itself,
+    to_previous,
+)
 from course_utils.hooks import hooks, reset_hooks, run_with_cache, run_with_hooks
 from tests.ch04 import other_induction as other
 
@@ -172,3 +184,20 @@ def test_scores_by_hook_are_those_of_the_cache(module: Any, model: nn.Module, to
     _, cache = run_with_cache(model, tokens)
     expected = module.induction_scores(cache, 6)
     torch.testing.assert_close(module.induction_scores_by_hook(model, tokens, 6), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("cause", "second"),
+    [
+        ("the second half is the first one backwards", lambda half: half.flip(1)),
+        ("the second half is that of another row", lambda half: half.roll(-1, 0)),
+        ("the tokens come only once", lambda half: half[:, :0]),
+    ],
+)
+def test_the_cause_does_not_depend_on_the_tokens_that_were_drawn(cause: str, second: Any) -> None:
+    def repeated_tokens(n_batch: int, n_half: int, d_vocab: int, generator: Any, bos: int) -> Any:
+        half = (torch.rand(n_batch, n_half, generator=generator) * d_vocab).long()
+        return torch.cat([torch.full((n_batch, 1), bos), half, second(half)], 1)
+
+    with pytest.raises(CheckFailed, match=f"This is what you get if {cause}"):
+        run_check(check_repeated_tokens, repeated_tokens)

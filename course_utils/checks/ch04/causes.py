@@ -80,7 +80,7 @@ def ablated(
     With switches for what people get wrong: which heads are `chosen`, what stands in for z, at which places (`where`),
     and `of` which text that is.
     """
-    zs = None if reference is None else _zs(model, of(tokens, reference))
+    zs = None if reference is None or kind == "zero" else _zs(model, of(tokens, reference))
 
     def replaced(layer: int, z: Tensor) -> Tensor:
         others = where(z, stand_ins[kind](z, z if zs is None else zs[layer]).expand_as(z))
