@@ -17,7 +17,7 @@ STILL_RIGHT = {
     "Tensor | FactoredMatrix -> Tensor",
     "Tensor | FactoredMatrix -> FactoredMatrix",
     "n_layers - 1 -> n_layers",  # the last layer has no later one
-    "n_layers < 2 -> n_layers != 2",  # seen by a model of three layers only where it is asked for "K"
+    "1 -> 0",  # the same
     "int(torch.randint(n_layers - 1, (), generator=generator)) -> torch.randint(n_layers - 1, (), generator=generator)",
     "int(torch.randint(layer + 1, n_layers, (), generator=generator)) -> "
     "torch.randint(layer + 1, n_layers, (), generator=generator)",
