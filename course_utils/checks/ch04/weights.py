@@ -284,10 +284,10 @@ def circuit_mistakes(
 ) -> dict[str, Fn]:
     """Wrong factors, and the right ones of other heads."""
     others: dict[str, Callable[[int, int], tuple[int, int]]] = {
-        "it is the next head.": lambda layer, head: (layer, (head + 1) % CFG.n_heads),
-        "it is head 0, whichever is asked for.": lambda layer, head: (layer, 0),
-        "it is a head of the next layer.": lambda layer, head: ((layer + 1) % CFG.n_layers, head),
-        "it is a head of layer 0, whichever is asked for.": lambda layer, head: (0, head),
+        "it is the head after the one that was asked for.": lambda layer, head: (layer, (head + 1) % CFG.n_heads),
+        "it is head 0, whichever was asked for.": lambda layer, head: (layer, 0),
+        "it is the head of that number in the next layer.": lambda layer, head: ((layer + 1) % CFG.n_layers, head),
+        "it is the head of that number in layer 0, whichever layer was asked for.": lambda layer, head: (0, head),
     }
     return {hint: circuit(factors, lambda layer, head: (layer, head)) for hint, factors in wrong.items()} | {
         hint: circuit(right, of) for hint, of in others.items()
