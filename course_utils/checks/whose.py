@@ -5,7 +5,9 @@ import inspect
 import linecache
 import sys
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from course_utils.checks.outcomes import CheckFailed
 
@@ -49,3 +51,11 @@ def is_library_module(name: str) -> bool:
     if name == "__main__":  # its file is whatever was started: a kernel, pytest, ...
         return False
     return name in sys.builtin_module_names or is_library(getattr(sys.modules.get(name), "__file__", None))
+
+
+def beside(fn: Callable[..., Any], name: str) -> Any:
+    """What stands under that name beside the learner's function, or the function of a partial; None if nothing does."""
+    inner = inspect.unwrap(fn)
+    if isinstance(inner, functools.partial):
+        inner = inspect.unwrap(inner.func)
+    return getattr(inner, "__globals__", {}).get(name)

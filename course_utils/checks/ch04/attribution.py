@@ -1,16 +1,18 @@
 """Checks of chapter 04, direct logit attribution: the stream as a sum, and what each part says to the logits."""
 
-from collections.abc import Callable, Sequence
-from types import SimpleNamespace
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from course_utils.checks.comparing import compare, follows_input, unchanged
+from course_utils.checks.comparing import compare, follows_input
+from course_utils.checks.mistakes import known_mistakes
 from course_utils.checks.modules import noise
 from course_utils.checks.outcomes import CheckFailed
 from course_utils.checks.plain import agree
+from course_utils.checks.standins.transformer_end import End
 from course_utils.checks.translating import during
 from course_utils.config import TransformerConfig
 from course_utils.hooks import ActivationCache
@@ -40,62 +42,78 @@ def activations(n_layers: int, mlp: bool, n_batch: int = N_BATCH, n_pos: int = N
     return seen | {"ln_final.hook_scale": scale, "ln_final.hook_normalized": centred / scale}
 
 
-def components(seen: dict[str, Tensor], n_layers: int, mlp: bool) -> tuple[list[str], Tensor]:
+def components(cache: ActivationCache) -> tuple[list[str], Tensor]:
     """The definition, part by part, at all positions: labels and [component batch pos d_model]."""
-    labels, parts = ["embed", "pos_embed"], [seen["hook_embed"], seen["hook_pos_embed"]]
-    for layer in range(n_layers):
-        bias = seen[f"blocks.{layer}.hook_attn_out"]
+    labels, parts = ["embed", "pos_embed"], [cache["hook_embed"], cache["hook_pos_embed"]]
+    for layer in range(cache.n_layers):
+        bias = cache[f"blocks.{layer}.hook_attn_out"]
         for head in range(N_HEADS):
-            result = seen[f"blocks.{layer}.attn.hook_result"][:, :, head]
+            result = cache[f"blocks.{layer}.attn.hook_result"][:, :, head]
             labels, parts, bias = [*labels, f"head {layer}.{head}"], [*parts, result], bias - result
         labels, parts = [*labels, f"bias {layer}"], [*parts, bias]
-        if mlp:
-            labels, parts = [*labels, f"mlp {layer}"], [*parts, seen[f"blocks.{layer}.hook_mlp_out"]]
+        if f"blocks.{layer}.hook_mlp_out" in cache:
+            labels, parts = [*labels, f"mlp {layer}"], [*parts, cache[f"blocks.{layer}.hook_mlp_out"]]
     return labels, torch.stack(parts)
 
 
+def at(cache: ActivationCache, pos: int) -> tuple[list[str], Tensor]:
+    labels, parts = components(cache)
+    return labels, parts[:, :, pos]
+
+
+def with_biases(change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Fn:
+    """Components where `change` says what stands for the heads of a layer, and for the bias after them."""
+
+    def wrong(cache: ActivationCache, pos: int) -> tuple[list[str], Tensor]:
+        labels, vectors = at(cache, pos)
+        for row in (row for row, label in enumerate(labels) if label.startswith("bias")):
+            heads, bias = change(vectors[row - N_HEADS : row].clone(), vectors[row].clone())
+            vectors[row - N_HEADS : row], vectors[row] = heads, bias
+        return labels, vectors
+
+    return wrong
+
+
+def of_first_text(cache: ActivationCache, pos: int) -> tuple[list[str], Tensor]:
+    labels, vectors = at(cache, pos)
+    return labels, vectors[:, :1].expand_as(vectors)
+
+
+@known_mistakes(
+    {
+        "pos is ignored: these are the vectors at the last position.": lambda cache, pos: at(cache, -1),
+        "pos is ignored: these are the vectors at position 0.": lambda cache, pos: at(cache, 0),
+        "the biases hold all of attention's output; the heads are in it too, and must be taken off.": with_biases(
+            lambda heads, bias: (heads, bias + heads.sum(0))
+        ),
+        "the biases are left at 0; they are what attn_out has over the sum of the heads.": with_biases(
+            lambda heads, bias: (heads, 0 * bias)
+        ),
+        "the biases are spread over the heads; they stand apart.": with_biases(
+            lambda heads, bias: (heads + bias / N_HEADS, 0 * bias)
+        ),
+        "the vectors are those of the first text only.": of_first_text,
+        "the sign of the biases is wrong.": with_biases(lambda heads, bias: (heads, -bias)),
+    }
+)
 def check_residual_components(fn: Fn) -> None:
     """With MLPs and without; first, middle and last positions; labels, each vector, and where the rest went."""
     name, axes = "residual_components", "component batch d_model"
     for n_layers, mlp in [(2, False), (3, True)]:
-        seen = activations(n_layers, mlp)
-        labels, everything = components(seen, n_layers, mlp)
-        biases = [row for row, label in enumerate(labels) if label.startswith("bias")]
+        cache = ActivationCache(activations(n_layers, mlp), n_layers)
+        labels, everything = components(cache)
         for pos in (1, -1, 0):
             case = f"{'with' if mlp else 'without'} MLPs, pos={pos}"
-            with unchanged(name, **{key.replace(".", "_"): value for key, value in seen.items()}), during(case):
-                returned = fn(ActivationCache(seen, n_layers), pos)
+            with during(case):
+                returned = fn(cache, pos)
             if not (isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[0], list)):
                 what = "None" if returned is None else f"a {type(returned).__name__}"
                 raise CheckFailed(
                     f"{name}: expected a list of labels and a tensor, got {what}.\n  Next: return labels, vectors."
                 )
-            expected = everything[:, :, pos]
             _compare_labels(f"{name} {case}", returned[0], labels)
-            last = {"pos is ignored: these are the vectors at the last position.": everything[:, :, -1]}
-            last |= {"pos is ignored: these are the vectors at position 0.": everything[:, :, 0]}
-            last = {hint: answer for hint, answer in last.items() if not torch.equal(answer, expected)}
-            whole, zero, folded = expected.clone(), expected.clone(), expected.clone()
-            for layer, row in enumerate(biases):
-                whole[row] = seen[f"blocks.{layer}.hook_attn_out"][:, pos]
-                zero[row] = 0
-                folded[row] = 0
-                folded[row - N_HEADS : row] += expected[row] / N_HEADS
-            mistakes = last | {
-                "the biases hold all of attention's output; the heads are in it too, and must be taken off.": whole,
-                "the biases are left at 0; they are what attn_out has over the sum of the heads.": zero,
-                "the biases are spread over the heads; they stand apart.": folded,
-                "the vectors are those of the first text only.": expected[:, :1].expand_as(expected),
-                "the sign of the biases is wrong.": _negated(expected, biases),
-            }
-            compare(f"{name} {case}", returned[1], expected, axes, mistakes)
+            compare(f"{name} {case}", returned[1], everything[:, :, pos], axes)
     _follows(name, fn, axes)
-
-
-def _negated(vectors: Tensor, rows: Sequence[int]) -> Tensor:
-    signs = torch.ones(len(vectors))
-    signs[list(rows)] = -1
-    return vectors * signs[:, None, None]
 
 
 def _compare_labels(name: str, actual: list[Any], labels: list[str]) -> None:
@@ -118,26 +136,18 @@ def _follows(name: str, fn: Fn, axes: str) -> None:
     follows_input(name, vectors, tuple(seen.values()), axes)
 
 
-class End(nn.Module):
-    """The end of a transformer, which is all that attribution asks of a model."""
-
-    def __init__(self, n_layers: int, mlp: bool) -> None:
-        super().__init__()
-        size = {"d_mlp": 11} if mlp else {"attn_only": True}
-        self.cfg = TransformerConfig(
-            d_vocab=D_VOCAB,
-            n_ctx=9,
-            n_layers=n_layers,
-            n_heads=N_HEADS,
-            d_model=D_MODEL,
-            d_head=6,
-            layer_norm_eps=0.2,
-            **size,
-        )
-        self.ln_final, self.unembed = nn.Module(), nn.Module()
-        self.ln_final.w, self.ln_final.b = nn.Parameter(noise(D_MODEL, seed=41)), nn.Parameter(noise(D_MODEL, seed=42))
-        self.unembed.W_U = nn.Parameter(noise(D_MODEL, D_VOCAB, seed=43))
-        self.unembed.b_U = nn.Parameter(noise(D_VOCAB, seed=44))
+def config(n_layers: int, mlp: bool) -> TransformerConfig:
+    size = {"d_mlp": 11} if mlp else {"attn_only": True}
+    return TransformerConfig(
+        d_vocab=D_VOCAB,
+        n_ctx=9,
+        n_layers=n_layers,
+        n_heads=N_HEADS,
+        d_model=D_MODEL,
+        d_head=6,
+        layer_norm_eps=0.2,
+        **size,
+    )
 
 
 def attribution(parts: Tensor, model: Any, scale: Tensor, targets: Tensor, **wrong: Any) -> Tensor:
@@ -157,55 +167,81 @@ def attribution(parts: Tensor, model: Any, scale: Tensor, targets: Tensor, **wro
     return out
 
 
+def attributed(
+    cache: ActivationCache,
+    model: Any,
+    tokens: Tensor,
+    parts: Fn = lambda parts: parts[:, :, :-1],
+    scale: Fn = lambda scale: scale[:, :-1],
+    targets: Fn = lambda tokens: tokens[:, 1:],
+    end: Fn = lambda entries, b, b_U: entries,
+    **wrong: Any,
+) -> Tensor:
+    """The right answer, or what comes of other components, scales or targets; `end` may bring the constants in."""
+    asked, W_U = targets(tokens), model.unembed.W_U.detach()
+    entries = attribution(parts(components(cache)[1]), model, scale(cache["ln_final.hook_scale"]), asked, **wrong)
+    return end(entries, (model.ln_final.b.detach() @ W_U)[asked], model.unembed.b_U.detach()[asked])
+
+
+def first_text(tensor: Tensor, batch_axis: int = 0) -> Tensor:
+    return tensor.narrow(batch_axis, 0, 1).expand_as(tensor)
+
+
+@known_mistakes(
+    {
+        "the final LayerNorm's scale is left out.": partial(attributed, unscaled=True),
+        "the final LayerNorm's `w` is left out.": partial(attributed, no_w=True),
+        "a component's own mean is not subtracted; LayerNorm centres the sum, and so each part.": partial(
+            attributed, uncentred=True
+        ),
+        "the final LayerNorm is left out.": partial(attributed, unscaled=True, uncentred=True, no_w=True),
+        "each component is divided by a scale of its own; use that of the whole stream.": partial(
+            attributed, alone=True
+        ),
+        "the scale is that of another position: it should be that of the logits' own.": partial(
+            attributed, scale=lambda scale: scale[:, 1:]
+        ),
+        "every position is divided by the scale of the last.": partial(
+            attributed, scale=lambda scale: scale[:, -1:].expand_as(scale)[:, :-1]
+        ),
+        "every text is divided by the scale of the first.": partial(
+            attributed, scale=lambda scale: first_text(scale)[:, :-1]
+        ),
+        "it is the logit of the token at p itself; the logits at p are about the next one.": partial(
+            attributed, targets=lambda tokens: tokens[:, :-1]
+        ),
+        "the components are those of the position after: the one where the token stands.": partial(
+            attributed, parts=lambda parts: parts[:, :, 1:]
+        ),
+        "every text is asked about the tokens of the first.": partial(
+            attributed, targets=lambda tokens: first_text(tokens)[:, 1:]
+        ),
+        "the components of the first text are used for all.": partial(
+            attributed, parts=lambda parts: first_text(parts, 1)[:, :, :-1]
+        ),
+        "`b_U` is added to every component.": partial(attributed, end=lambda entries, b, b_U: entries + b_U),
+        "`ln_final.b` and `b_U` are added to every component; they belong to none.": partial(
+            attributed, end=lambda entries, b, b_U: entries + b + b_U
+        ),
+        "`ln_final.b` is added to every component.": partial(attributed, end=lambda entries, b, b_U: entries + b),
+        "`ln_final.b` and `b_U` are spread over the components: the sums are right, the entries are not.": partial(
+            attributed, end=lambda entries, b, b_U: entries + (b + b_U) / len(entries)
+        ),
+        "each component gets an equal share of the logit: the sums are right, the entries are not.": partial(
+            attributed, end=lambda entries, b, b_U: ((entries.sum(0) + b + b_U) / len(entries)).expand_as(entries)
+        ),
+    }
+)
 def check_logit_attribution(fn: Fn) -> None:
     """Every entry, so that no right sum can hide a wrong part; with MLPs and without."""
     name, axes = "logit_attribution", "component batch next"
     for n_layers, mlp, n_batch, n_pos in [(2, False, 2, 5), (1, True, 3, 4)]:
-        seen, model = activations(n_layers, mlp, n_batch, n_pos), End(n_layers, mlp)
+        seen, model = activations(n_layers, mlp, n_batch, n_pos), End(config(n_layers, mlp))
         tokens = torch.randint(D_VOCAB, (n_batch, n_pos), generator=torch.Generator().manual_seed(6))
-        parts = components(seen, n_layers, mlp)[1]
-        before, scale, targets = parts[:, :, :-1], seen["ln_final.hook_scale"], tokens[:, 1:]
-        at = SimpleNamespace(model=model, scale=scale[:, :-1], targets=targets)
-
-        def variant(at: SimpleNamespace = at, parts: Tensor = before, **wrong: Any) -> Tensor:
-            return attribution(parts, at.model, wrong.pop("scale", at.scale), wrong.pop("targets", at.targets), **wrong)
-
-        right = variant()
-        W_U, b_U = model.unembed.W_U.detach(), model.unembed.b_U.detach()
-        constant = (model.ln_final.b.detach() @ W_U + b_U)[targets]
-        logits = right.sum(0) + constant
-        mistakes = {
-            "the final LayerNorm's scale is left out.": variant(unscaled=True),
-            "the final LayerNorm's `w` is left out.": variant(no_w=True),
-            "a component's own mean is not subtracted; LayerNorm centres the sum, and so each part.": variant(
-                uncentred=True
-            ),
-            "the final LayerNorm is left out.": variant(unscaled=True, uncentred=True, no_w=True),
-            "each component is divided by a scale of its own; use that of the whole stream.": variant(alone=True),
-            "the scale is that of another position: it should be that of the logits' own.": variant(scale=scale[:, 1:]),
-            "every position is divided by the scale of the last.": variant(
-                scale=scale[:, -1:].expand_as(scale)[:, :-1]
-            ),
-            "every text is divided by the scale of the first.": variant(scale=scale[:1, :-1].expand_as(scale[:, :-1])),
-            "it is the logit of the token at p itself; the logits at p are about the next one.": variant(
-                targets=tokens[:, :-1]
-            ),
-            "the components are those of the position after: the one where the token stands.": variant(
-                parts=parts[:, :, 1:]
-            ),
-            "every text is asked about the tokens of the first.": variant(targets=targets[:1].expand_as(targets)),
-            "the components of the first text are used for all.": variant(parts=before[:, :1].expand_as(before)),
-            "`b_U` is added to every component.": right + b_U[targets],
-            "`ln_final.b` and `b_U` are added to every component; they belong to none.": right + constant,
-            "`ln_final.b` is added to every component.": right + (model.ln_final.b.detach() @ W_U)[targets],
-            "`ln_final.b` and `b_U` are spread over the components: the sums are right, the entries are not.": right
-            + constant / len(parts),
-            "each component gets an equal share of the logit: the sums are right, the entries are not.": (
-                logits / len(parts)
-            ).expand_as(right),
-        }
-        with unchanged(name, tokens=tokens, **{key.replace(".", "_"): value for key, value in seen.items()}):
-            actual = fn(ActivationCache(seen, n_layers), model, tokens)
+        cache = ActivationCache(seen, n_layers)
+        right = attributed(cache, model, tokens)
+        logits = attributed(cache, model, tokens, end=lambda entries, b, b_U: entries.sum(0) + b + b_U)
+        actual = fn(cache, model, tokens)
         full = right.shape[0], right.shape[1], right.shape[2] + 1
         if isinstance(actual, Tensor) and tuple(actual.shape) == full:
             raise CheckFailed(
@@ -213,20 +249,16 @@ def check_logit_attribution(fn: Fn) -> None:
                 f"  got      {full}\n  Next: after the last token nothing comes; leave the last position out."
             )
         try:
-            compare(name, actual.detach() if isinstance(actual, Tensor) else actual, right, axes, mistakes)
+            compare(name, actual.detach() if isinstance(actual, Tensor) else actual, right, axes)
         except CheckFailed as failure:
-            sums = isinstance(actual, Tensor) and actual.shape == right.shape
-            if (
-                sums
-                and "This is what" not in str(failure)
-                and any(torch.allclose(actual.sum(0), total, rtol=1e-4, atol=1e-4) for total in (right.sum(0), logits))
-            ):
-                lines = str(failure).splitlines()
-                lines.insert(2, "  The sums over the components are right: something was moved from one to another.")
-                raise CheckFailed("\n".join(lines)) from None
-            raise
+            if not isinstance(actual, Tensor) or actual.shape != right.shape:
+                raise
+            if not any(torch.allclose(actual.sum(0), total, rtol=1e-4, atol=1e-4) for total in (right.sum(0), logits)):
+                raise
+            moved = "  The sums over the components are right: something was moved from one to another."
+            raise CheckFailed(failure.message, evidence=failure.evidence, advice=f"{moved}\n{failure.advice}") from None
 
-    def moved_attribution(model: nn.Module, tokens: Tensor, *moved: Tensor) -> Tensor:
+    def moved_attribution(model: Any, tokens: Tensor, *moved: Tensor) -> Tensor:
         return fn(ActivationCache(dict(zip(seen, moved, strict=True)), 1), model, tokens).detach()
 
     follows_input(name, moved_attribution, (model, tokens, *seen.values()), axes)

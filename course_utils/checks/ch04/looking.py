@@ -1,21 +1,22 @@
 """Checks of chapter 04, looking: attention by kind, induction on random tokens, and what a model would say next."""
 
 import math
-import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from course_utils.checks.ch04.hooks import Stop, assert_stops
-from course_utils.checks.comparing import Mistakes, compare, follows_input, unchanged
+from course_utils.checks.comparing import compare, follows_input
+from course_utils.checks.leftovers import assert_stops, nothing_left_behind
+from course_utils.checks.mistakes import known_mistakes
 from course_utils.checks.modules import noise
-from course_utils.checks.outcomes import CheckFailed
+from course_utils.checks.outcomes import CheckFailed, Evidence
 from course_utils.checks.plain import agree, shown
-from course_utils.config import TransformerConfig
-from course_utils.hooks import ActivationCache, HookPoint, hook_points
+from course_utils.checks.standins.patterns import ToyPatterns
+from course_utils.checks.standins.tokenizer import ToyTokenizer
+from course_utils.hooks import ActivationCache
 
 Fn = Callable[..., Any]
 TABLE = "layer head"
@@ -59,101 +60,125 @@ def mean_attention(patterns: Sequence[Tensor], pairs: Sequence[tuple[int, int]])
     return torch.tensor(table, dtype=patterns[0].dtype)
 
 
-def score_mistakes(
-    patterns: Sequence[Tensor], pairs: Sequence[tuple[int, int]], others: Mapping[str, Sequence[tuple[int, int]]]
-) -> dict[str, Tensor]:
-    """Answers of common mistakes: other (query, key) pairs, texts or positions treated otherwise, axes mixed up."""
-    right = mean_attention(patterns, pairs)
-    n_layers, n_heads = right.shape
-    n_pos = patterns[0].shape[-1]
-    mistakes: dict[str, Tensor] = {hint: mean_attention(patterns, wrong) for hint, wrong in others.items() if wrong}
-    mistakes |= {
-        "layers and heads are mixed up: a transpose became a reshape.": right.T.reshape(n_layers, n_heads),
-        "the layers come in reverse order.": right.flip(0),
-        "the positions are summed; average over them.": right * len(pairs),
-        "the sum is divided by the number of positions, but not all of them count.": right * len(pairs) / n_pos,
-        "the mean is taken over all pairs of positions.": right * len(pairs) / n_pos**2,
-        "every layer has the scores of the first.": right[:1].expand(n_layers, n_heads),
-        "the largest attention is taken, not the mean.": torch.stack(
-            [torch.stack([pattern[:, :, q, k] for q, k in pairs]).amax((0, 1)) for pattern in patterns]
+Pairs = list[tuple[int, int]]  # (query, key)
+PairsFor = Callable[[int], Pairs]  # given n_half where a function is told it, otherwise the number of positions
+
+
+def mean(found: Tensor) -> Tensor:
+    return found.mean((1, 3))
+
+
+def scored(pairs: PairsFor, end: Fn = lambda found, n_pos: mean(found)) -> Fn:
+    """A score that looks at these pairs; `end` makes one of the attention found, [layer batch head pair]."""
+
+    def scores(cache: Any, n_half: int | None = None) -> Tensor:
+        patterns = cache.stack("pattern")
+        n_pos = patterns.shape[-1]
+        found = [patterns[..., query, key] for query, key in pairs(n_half or n_pos)]
+        return end(torch.stack(found, -1), n_pos)
+
+    return scores
+
+
+def score_mistakes(pairs: PairsFor, others: Mapping[str, PairsFor], all_count: bool = False) -> dict[str, Fn]:
+    """Other (query, key) pairs, texts or positions treated otherwise, axes mixed up."""
+    ends: dict[str, Fn] = {
+        "layers and heads are mixed up: a transpose became a reshape.": lambda found, n: mean(found).T.reshape(
+            mean(found).shape
         ),
+        "the layers come in reverse order.": lambda found, n: mean(found.flip(0)),
+        "the positions are summed; average over them.": lambda found, n: found.mean(1).sum(-1),
+        "the mean is taken over all pairs of positions.": lambda found, n: found.mean(1).sum(-1) / n**2,
+        "every layer has the scores of the first.": lambda found, n: mean(found[:1].expand_as(found)),
+        "the largest attention is taken, not the mean.": lambda found, n: found.amax((1, 3)),
+        "only the first text of the batch is looked at.": lambda found, n: mean(found[:, :1]),
+        "only the last text of the batch is looked at.": lambda found, n: mean(found[:, -1:]),
+        "the texts of the batch are summed; average over them.": lambda found, n: found.sum(1).mean(-1),
     }
-    if len(patterns[0]) > 1:
-        mistakes |= {
-            "only the first text of the batch is looked at.": mean_attention([p[:1] for p in patterns], pairs),
-            "only the last text of the batch is looked at.": mean_attention([p[-1:] for p in patterns], pairs),
-            "the texts of the batch are summed; average over them.": right * len(patterns[0]),
-        }
-    known = [right]  # two mistakes may give one answer: the first of them is named
-    distinct = {}
-    for hint, answer in mistakes.items():
-        if not any(torch.allclose(answer, other) for other in known):
-            known.append(answer)
-            distinct[hint] = answer
-    return distinct
+    if not all_count:
+        hint = "the sum is divided by the number of positions, but not all of them count."
+        ends[hint] = lambda found, n: found.mean(1).sum(-1) / n
+    return {hint: scored(wrong) for hint, wrong in others.items()} | {
+        hint: scored(pairs, end) for hint, end in ends.items()
+    }
 
 
-Pairs = list[tuple[int, int]]
-
-
-def _check_scores(
-    name: str,
-    fn: Fn,
-    sizes: tuple[int, int, int, int],
-    pairs: Pairs,
-    others: Mapping[str, Pairs],
-    *arguments: Any,
-) -> None:
+def _check_scores(name: str, fn: Fn, sizes: tuple[int, int, int, int], pairs: Pairs, *arguments: Any) -> None:
     patterns = causal_patterns(*sizes)
-    named = {f"pattern of layer {layer}": pattern for layer, pattern in enumerate(patterns)}
-    with unchanged(name, **named):
-        actual = fn(cache_of(patterns), *arguments)
-    compare(name, actual, mean_attention(patterns, pairs), TABLE, score_mistakes(patterns, pairs, others))
+    compare(name, fn(cache_of(patterns), *arguments), mean_attention(patterns, pairs), TABLE)
     follows_input(name, lambda *moved: fn(cache_of(moved), *arguments), tuple(patterns), TABLE)
 
 
 SIZES = [(3, 2, 5, 7), (2, 1, 4, 5)]  # layers, batch, heads, positions
 
 
+def to_itself(n: int) -> Pairs:
+    return [(query, query) for query in range(n)]
+
+
+def to_previous(n: int) -> Pairs:
+    return [(query, query - 1) for query in range(1, n)]
+
+
+def to_first(n: int) -> Pairs:
+    return [(query, 0) for query in range(n)]
+
+
+@known_mistakes(
+    score_mistakes(
+        to_itself,
+        {
+            "query 0 is left out; it can see itself, and counts.": lambda n: to_itself(n)[1:],
+            "it is the attention to the position before.": to_previous,
+            "only the last query counts.": lambda n: to_itself(n)[-1:],
+        },
+        all_count=True,
+    )
+)
 def check_current_token_scores(fn: Fn) -> None:
     """Two sizes of cache, all different."""
     for sizes in SIZES:
-        n = sizes[-1]
-        others: dict[str, Pairs] = {
-            "query 0 is left out; it can see itself, and counts.": [(p, p) for p in range(1, n)],
-            "it is the attention to the position before.": [(p, p - 1) for p in range(1, n)],
-            "only the last query counts.": [(n - 1, n - 1)],
-        }
-        _check_scores("current_token_scores", fn, sizes, [(p, p) for p in range(n)], others)
+        _check_scores("current_token_scores", fn, sizes, to_itself(sizes[-1]))
 
 
+@known_mistakes(
+    score_mistakes(
+        to_previous,
+        {
+            "the diagonal is off by one: it is the attention to the own position.": to_itself,
+            "the diagonal is off by one: it is the attention two positions back.": lambda n: [
+                (query, query - 2) for query in range(2, n)
+            ],
+            "query and key are swapped: this is the attention to the position after, which is always 0.": lambda n: [
+                (key, query) for query, key in to_previous(n)
+            ],
+            "query 1 is left out.": lambda n: to_previous(n)[1:],
+            "only the last query counts.": lambda n: to_previous(n)[-1:],
+        },
+    )
+)
 def check_previous_token_scores(fn: Fn) -> None:
     """Two sizes of cache, all different."""
     for sizes in SIZES:
-        n = sizes[-1]
-        others: dict[str, Pairs] = {
-            "the diagonal is off by one: it is the attention to the own position.": [(p, p) for p in range(n)],
-            "the diagonal is off by one: it is the attention two positions back.": [(p, p - 2) for p in range(2, n)],
-            "query and key are swapped: this is the attention to the position after, which is always 0.": [
-                (p, p + 1) for p in range(n - 1)
-            ],
-            "query 1 is left out.": [(p, p - 1) for p in range(2, n)],
-            "only the last query counts.": [(n - 1, n - 2)],
-        }
-        _check_scores("previous_token_scores", fn, sizes, [(p, p - 1) for p in range(1, n)], others)
+        _check_scores("previous_token_scores", fn, sizes, to_previous(sizes[-1]))
 
 
+@known_mistakes(
+    score_mistakes(
+        to_first,
+        {
+            "query 0 is left out; the statement counts it.": lambda n: to_first(n)[1:],
+            "query and key are swapped: this is what position 0 attends to.": lambda n: [(0, p) for p in range(n)],
+            "it is the attention to position 1.": lambda n: [(query, 1) for query in range(n)],
+            "only the last query counts.": lambda n: to_first(n)[-1:],
+        },
+        all_count=True,
+    )
+)
 def check_first_token_scores(fn: Fn) -> None:
     """Two sizes of cache, all different."""
     for sizes in SIZES:
-        n = sizes[-1]
-        others: dict[str, Pairs] = {
-            "query 0 is left out; the statement counts it.": [(p, 0) for p in range(1, n)],
-            "query and key are swapped: this is what position 0 attends to.": [(0, p) for p in range(n)],
-            "it is the attention to position 1.": [(p, 1) for p in range(n)],
-            "only the last query counts.": [(n - 1, 0)],
-        }
-        _check_scores("first_token_scores", fn, sizes, [(p, 0) for p in range(n)], others)
+        _check_scores("first_token_scores", fn, sizes, to_first(sizes[-1]))
 
 
 # ---------------------------------------------------------------------------------------------------------- induction
@@ -161,120 +186,83 @@ def check_first_token_scores(fn: Fn) -> None:
 HALVES = [((3, 2, 5, 9), 4), ((2, 1, 4, 7), 3)]  # layers, batch, heads, positions; and the length of a half
 
 
-def looking_back(n_half: int, distance: int, first: int, last: int) -> Pairs:
-    """Queries from `first` to `last`, each with the key that many positions before it."""
-    return [(query, query - distance) for query in range(first, last + 1) if query >= distance]
+def looking_back(nearer: int = 0, first: int = 0, last: int = 0) -> PairsFor:
+    """Queries of the second half, each with the key that stands n_half positions before it, or so much nearer.
+
+    `first` and `last` move the ends of the stretch of queries.
+    """
+    return lambda n: [
+        (query, query - n + nearer) for query in range(n + 1 + first, 2 * n + 1 + last) if query >= n - nearer
+    ]
 
 
-def induction_mistakes(n: int, distance: int) -> dict[str, Pairs]:
-    """Other stretches of the right diagonal, and other diagonals."""
-    whole = looking_back(n, distance, 0, 2 * n)
+def stretches(nearer: int) -> dict[str, PairsFor]:
+    """Other stretches of the right diagonal."""
     return {
-        "the whole diagonal is averaged; only queries of the second half count.": whole,
-        "the first queries of the diagonal are taken; the second half is at its end.": whole[:n],
-        "the queries are one too early: with `bos` in front the second half is positions n_half + 1 to 2 n_half.": (
-            looking_back(n, distance, n, 2 * n - 1)
+        "the whole diagonal is averaged; only queries of the second half count.": looking_back(nearer, first=-99),
+        "the first queries of the diagonal are taken; the second half is at its end.": looking_back(
+            nearer, -1 - nearer, -1 - nearer
         ),
-        "the query before the second half is counted too.": looking_back(n, distance, n, 2 * n),
-        "the last query is left out.": looking_back(n, distance, n + 1, 2 * n - 1),
-        "the first query of the second half is left out.": looking_back(n, distance, n + 2, 2 * n),
-        "only the last query counts.": looking_back(n, distance, 2 * n, 2 * n),
+        "the last query is left out.": looking_back(nearer, last=-1),
+        "the first query of the second half is left out.": looking_back(nearer, first=1),
+        "only the last query counts.": lambda n: looking_back(nearer)(n)[-1:],
+        "the diagonal is off by one: it is one before the first occurrence.": looking_back(-1),
     }
 
 
+INDUCTION = score_mistakes(
+    looking_back(1),
+    {
+        **stretches(1),
+        "the queries are one too early: with `bos` in front the second half is positions n_half + 1 to 2 n_half.": (
+            looking_back(1, -1, -1)
+        ),
+        "the query before the second half is counted too.": looking_back(1, first=-1),
+        "it is the attention to the same token's first occurrence; look at the one after it.": looking_back(0),
+        "the diagonal is off by one: it is two after the first occurrence.": looking_back(2),
+    },
+)
+
+
+@known_mistakes(INDUCTION)
 def check_induction_scores(fn: Fn) -> None:
     """Two lengths of half."""
     for sizes, n in HALVES:
-        others = induction_mistakes(n, n - 1)
-        others["it is the attention to the same token's first occurrence; look at the one after it."] = looking_back(
-            n, n, n + 1, 2 * n
-        )
-        others["the diagonal is off by one: it is two after the first occurrence."] = looking_back(
-            n, n - 2, n + 1, 2 * n
-        )
-        others["the diagonal is off by one: it is one before the first occurrence."] = looking_back(
-            n, n + 1, n + 1, 2 * n
-        )
-        _check_scores("induction_scores", fn, sizes, looking_back(n, n - 1, n + 1, 2 * n), others, n)
+        _check_scores("induction_scores", fn, sizes, looking_back(1)(n), n)
 
 
+@known_mistakes(
+    score_mistakes(
+        looking_back(),
+        {
+            **stretches(0),
+            "it is the attention to the token after the first occurrence; look at that itself.": looking_back(1),
+            "it is the attention to the own position, not to the first occurrence.": lambda n: to_itself(2 * n + 1)[
+                n + 1 :
+            ],
+        },
+    )
+)
 def check_duplicate_token_scores(fn: Fn) -> None:
     """Two lengths of half."""
     for sizes, n in HALVES:
-        others = induction_mistakes(n, n)
-        others["it is the attention to the token after the first occurrence; look at that itself."] = looking_back(
-            n, n - 1, n + 1, 2 * n
-        )
-        others["the diagonal is off by one: it is one before the first occurrence."] = looking_back(
-            n, n + 1, n + 1, 2 * n
-        )
-        others["it is the attention to the own position, not to the first occurrence."] = looking_back(
-            n, 0, n + 1, 2 * n
-        )
-        _check_scores("duplicate_token_scores", fn, sizes, looking_back(n, n, n + 1, 2 * n), others, n)
+        _check_scores("duplicate_token_scores", fn, sizes, looking_back()(n), n)
 
 
-class ToyPatterns(nn.Module):
-    """A transformer that has nothing but attention patterns; it notes which of them outlive the run."""
-
-    def __init__(self, n_layers: int, n_heads: int) -> None:
-        super().__init__()
-        self.cfg = TransformerConfig(
-            d_vocab=19, n_ctx=20, n_layers=n_layers, n_heads=n_heads, d_model=7, d_head=6, attn_only=True
-        )
-        self.slope = nn.Parameter(torch.ones(()))
-        self.runs, self.outlived, self.fails = 0, 0, False
-        self.blocks = nn.ModuleList()
-        for _ in range(n_layers):
-            block = nn.Module()
-            block.attn, block.hook_resid_post = nn.Module(), HookPoint()
-            block.attn.hook_attn_scores, block.attn.hook_pattern = HookPoint(), HookPoint()
-            self.blocks.append(block)
-
-    def scores(self, tokens: Tensor, layer: int) -> Tensor:
-        """Different at every place, for every text."""
-        heads, places = torch.arange(self.cfg.n_heads)[:, None, None], torch.arange(tokens.shape[1])
-        query, key = tokens[:, None, :, None] + places[:, None] * 0.37, tokens[:, None, None, :] + places * 0.61
-        scores = 3 * torch.sin(query * (heads + 1.3) + key * (layer + 0.7) * 1.9) * self.slope
-        return scores.masked_fill(places[:, None] < places, -INF)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        self.runs += 1
-        living = []
-        for layer, block in enumerate(self.blocks):
-            scores = block.attn.hook_attn_scores(self.scores(tokens, layer))
-            pattern = scores.softmax(-1)
-            living.append(weakref.ref(pattern))
-            pattern = block.attn.hook_pattern(pattern)
-            if self.fails:
-                raise Stop
-            resid = block.hook_resid_post(pattern.sum(1)[..., :1].expand(-1, -1, 7))
-        del scores, pattern
-        self.outlived = sum(pattern() is not None for pattern in living)
-        return resid
-
-    def patterns(self, tokens: Tensor) -> list[Tensor]:
-        """What the hook points will see."""
-        return [self.scores(tokens, layer).softmax(-1).detach() for layer in range(self.cfg.n_layers)]
+def in_a_run(scores: Fn) -> Fn:
+    """The same of a model's patterns."""
+    return lambda model, tokens, n_half: scores(cache_of(model.patterns(tokens)), n_half)
 
 
+@known_mistakes({hint: in_a_run(scores) for hint, scores in INDUCTION.items()})
 def check_induction_scores_by_hook(fn: Fn) -> None:
     """Numbers first; then that one run does it, that nothing is kept, and that nothing is left behind."""
     name = "induction_scores_by_hook"
     for (n_layers, n_batch, n_heads, n_pos), n in HALVES:
         model = ToyPatterns(n_layers, n_heads)
         tokens = torch.randint(19, (n_batch, n_pos), generator=torch.Generator().manual_seed(3))
-        patterns, pairs = model.patterns(tokens), looking_back(n, n - 1, n + 1, 2 * n)
-        others = induction_mistakes(n, n - 1)
-        others["it is the attention to the same token's first occurrence; look at the one after it."] = looking_back(
-            n, n, n + 1, 2 * n
-        )
-        others["the diagonal is off by one: it is two after the first occurrence."] = looking_back(
-            n, n - 2, n + 1, 2 * n
-        )
-        with unchanged(name, tokens=tokens):
-            actual = fn(model, tokens, n)
-        compare(name, actual, mean_attention(patterns, pairs), TABLE, score_mistakes(patterns, pairs, others))
+        actual = fn(model, tokens, n)
+        compare(name, actual, mean_attention(model.patterns(tokens), looking_back(1)(n)), TABLE)
         if actual.requires_grad:
             raise CheckFailed(f"{name}: gradients are recorded.\n  Next: run the model under `torch.no_grad()`.")
         if model.runs != 1:
@@ -284,35 +272,38 @@ def check_induction_scores_by_hook(fn: Fn) -> None:
                 f"{name}: when the run was over, {model.outlived} of {n_layers} patterns were still in memory.\n"
                 "  Next: reduce each pattern to one number per head inside the hook (a slice of it keeps all of it)."
             )
-    with _somebody_elses_hooks(name, model):
+    with nothing_left_behind(name, model):
         fn(model, tokens, n)
     model.fails = True
-    with _somebody_elses_hooks(f"{name} after a run that ended in an exception", model):
+    with nothing_left_behind(f"{name} after a run that ended in an exception", model):
         assert_stops(name, lambda: fn(model, tokens, n), "the model")
 
 
-@contextmanager
-def _somebody_elses_hooks(name: str, model: nn.Module) -> Iterator[None]:
-    """Hooks that were there before must be there afterwards, and no others."""
-    handles = [point.add(lambda activation, hook: None) for point in hook_points(model).values()]
-    before = {place: list(point._fns.values()) for place, point in hook_points(model).items()}
-    yield
-    for place, point in hook_points(model).items():
-        extra = len(point._fns) + len(point._forward_hooks) - len(before[place])
-        if extra > 0:
-            raise CheckFailed(
-                f"{name}: a hook is left behind at `{place}`.\n"
-                "  Next: use run_with_hooks, or `with hooks(model, ...):`; they take away what they attached."
-            )
-        if list(point._fns.values()) != before[place]:
-            raise CheckFailed(
-                f"{name}: hooks that others had attached at `{place}` are gone.\n"
-                "  Next: use run_with_hooks, or `with hooks(model, ...):`; they take away only their own."
-            )
-    for handle in handles:
-        handle.remove()
+def repeating(join: Callable[[Tensor, Tensor], Sequence[Tensor]]) -> Fn:
+    """Tokens drawn as they should be; `join(bos, half)` gives what the rows are made of."""
+
+    def tokens(n_batch: int, n_half: int, d_vocab: int, generator: torch.Generator, bos: int) -> Tensor:
+        half = torch.randint(d_vocab, (n_batch, n_half), generator=generator)
+        return torch.cat([*join(torch.full((n_batch, 1), bos), half)], 1)
+
+    return tokens
 
 
+@known_mistakes(
+    {
+        "`bos` is missing: it stands in front of the first half.": repeating(lambda bos, half: [half, half]),
+        "`bos` stands in front of each half; it begins the row, once.": repeating(
+            lambda bos, half: [bos, half, bos, half]
+        ),
+        "the tokens come only once.": repeating(lambda bos, half: [bos, half]),
+        "`bos` ends the row.": repeating(lambda bos, half: [half, half, bos]),
+        "each token is repeated at once; the whole half should come again.": repeating(
+            lambda bos, half: [bos, half.repeat_interleave(2, 1)]
+        ),
+        "the second half is the first one backwards.": repeating(lambda bos, half: [bos, half, half.flip(1)]),
+        "the second half is that of another row.": repeating(lambda bos, half: [bos, half, half.roll(1, 0)]),
+    }
+)
 def check_repeated_tokens(fn: Fn) -> None:
     """The form of one batch; then what a large one says about the chances; then where its numbers come from."""
     name, call = "repeated_tokens", "repeated_tokens(3, 5, 11, generator, bos=12)"
@@ -347,50 +338,44 @@ def check_repeated_tokens(fn: Fn) -> None:
             )
 
 
+def _alike(tokens: Tensor) -> Tensor:
+    """Which places of a text hold the same tokens in all rows, and which hold another row's: not what was drawn."""
+    shifted = torch.stack([tokens.roll(shift, 0) for shift in range(len(tokens))])  # [shift row place]
+    alike = (tokens[:, :, None] == shifted[:, :, None, :]).all(1)
+    return torch.stack([alike[0], alike[1:].any(0)])
+
+
 def _check_form(name: str, call: str, actual: Any, n_batch: int, n_half: int, bos: int) -> None:
-    if not isinstance(actual, Tensor):
-        compare(name, actual, torch.zeros(n_batch, 1 + 2 * n_half, dtype=torch.long), "batch pos")
-    hints = {
-        (n_batch, 2 * n_half): "`bos` is missing: it stands in front of the first half.",
-        (n_batch, 2 + 2 * n_half): "`bos` stands in front of each half; it begins the row, once.",
-        (n_batch, 1 + n_half): "the tokens come only once.",
-    }
+    """Diagnoses with evidence that does not depend on which tokens were drawn."""
     want = (n_batch, 1 + 2 * n_half)
+    if not isinstance(actual, Tensor):
+        compare(name, actual, torch.zeros(want, dtype=torch.long), "batch pos")
     if tuple(actual.shape) != want:
-        hint = hints.get(tuple(actual.shape))
-        cause = f"This is what you get if {hint}" if hint else "Next: print the shape after each step."
         raise CheckFailed(
             f"{name}: wrong shape.\n  {call}\n  expected (batch={want[0]}, pos={want[1]})\n"
-            f"  got      {tuple(actual.shape)}\n  {cause}"
+            f"  got      {tuple(actual.shape)}",
+            evidence=Evidence("the shape", tuple(actual.shape)),
+            advice="  Next: print the shape after each step.",
         )
     if actual.dtype != torch.int64:
         raise CheckFailed(f"{name}: expected dtype int64, got {actual.dtype}.\n  Next: tokens are whole numbers.")
     first, second = actual[:, 1 : n_half + 1], actual[:, n_half + 1 :]
     if not (actual[:, 0] == bos).all():
         row = int((actual[:, 0] != bos).int().argmax())
-        at_end = (actual[:, -1] == bos).all()
         raise CheckFailed(
             f"{name}: wrong answer.\n  {call}\n  first at [batch={row}, pos=0]: expected bos, {bos}, got "
-            f"{actual[row, 0]}\n  "
-            + ("This is what you get if `bos` ends the row." if at_end else "Next: begin every row with `bos`.")
+            f"{actual[row, 0]}",
+            evidence=Evidence("where `bos` stands", (actual == bos).all(0)),
+            advice="  Next: begin every row with `bos`.",
         )
     if not torch.equal(first, second):
         row, place = (first != second).nonzero()[0].tolist()
-        causes = {
-            "each token is repeated at once; the whole half should come again.": torch.equal(
-                actual[:, 1::2], actual[:, 2::2]
-            ),
-            "the second half is the first one backwards.": torch.equal(first.flip(1), second),
-            "the second half is that of another row.": any(
-                torch.equal(first.roll(shift, 0), second) for shift in range(1, n_batch)
-            ),
-        }
-        found = [f"This is what you get if {cause}" for cause, holds in causes.items() if holds]
         raise CheckFailed(
             f"{name}: the second half is not the first one again.\n  {call}\n"
             f"  first at [batch={row}, pos={n_half + 1 + place}]: expected {first[row, place]}, as at "
-            f"pos={1 + place}, got {second[row, place]}\n  "
-            + (found[0] if found else "Next: draw the half once, and use it twice.")
+            f"pos={1 + place}, got {second[row, place]}",
+            evidence=Evidence("which places are alike", _alike(actual)),
+            advice="  Next: draw the half once, and use it twice.",
         )
     if (first == first[:1]).all():
         raise CheckFailed(
@@ -422,6 +407,44 @@ def _check_chances(name: str, half: Tensor) -> None:
         )
 
 
+BEGINNING, END = slice(None, -1), slice(1, None)
+
+
+def losses(
+    logits: Tensor,
+    tokens: Tensor,
+    said: slice = BEGINNING,
+    asked: slice = END,
+    log_p: Callable[[Tensor], Tensor] = lambda logits: logits.log_softmax(-1),
+) -> Tensor:
+    """Minus the log-probability of the tokens `asked` about, at the positions where it was `said`."""
+    return -log_p(logits)[:, said].gather(2, tokens[:, asked, None])[..., 0]
+
+
+@known_mistakes(
+    {
+        "the tokens are not shifted: logits at p are about token p + 1, not p.": partial(losses, asked=BEGINNING),
+        "nothing is shifted, and the first position is dropped.": partial(losses, said=END),
+        "the shift goes the wrong way: logits at p + 1 meet token p.": partial(losses, said=END, asked=BEGINNING),
+        "the sign is missing: a loss is minus the log-probability.": lambda logits, tokens: -losses(logits, tokens),
+        "they are probabilities; take minus their logarithm.": lambda logits, tokens: (-losses(logits, tokens)).exp(),
+        "the logits were taken for log-probabilities; the softmax is missing.": partial(
+            losses, log_p=lambda logits: logits
+        ),
+        "the logarithm is that of base 2; the unit is the nat.": lambda logits, tokens: (
+            losses(logits, tokens) / math.log(2)
+        ),
+        "the softmax runs over the positions; it belongs over d_vocab.": partial(
+            losses, log_p=lambda logits: logits.log_softmax(1)
+        ),
+        "each loss is that of the likeliest token; take the one that came.": lambda logits, tokens: (
+            -logits.log_softmax(-1)[:, :-1].amax(-1)
+        ),
+        "the softmax underflows, and its logarithm is -inf; log_softmax does both at once.": partial(
+            losses, log_p=lambda logits: logits.softmax(-1).log()
+        ),
+    }
+)
 def check_per_token_losses(fn: Fn) -> None:
     """Each loss by itself; and logits so far apart that the softmax underflows."""
     axes, name = "batch next", "per_token_losses"
@@ -434,64 +457,54 @@ def check_per_token_losses(fn: Fn) -> None:
                 scores = logits[row, pos].double()
                 top = scores.max()
                 right[row, pos] = float(top + (scores - top).exp().sum().log() - scores[tokens[row, pos + 1]])
-
-        def of(log_p: Tensor, targets: Tensor) -> Tensor:
-            return -log_p.gather(2, targets[..., None])[..., 0]
-
-        log_p = logits.log_softmax(-1)
-        mistakes: Mistakes = {
-            "the tokens are not shifted: logits at p are about token p + 1, not p.": of(log_p[:, :-1], tokens[:, :-1]),
-            "nothing is shifted, and the first position is dropped.": of(log_p[:, 1:], tokens[:, 1:]),
-            "the shift goes the wrong way: logits at p + 1 meet token p.": of(log_p[:, 1:], tokens[:, :-1]),
-            "the sign is missing: a loss is minus the log-probability.": -right,
-            "they are probabilities; take minus their logarithm.": (-right).exp(),
-            "the logits were taken for log-probabilities; the softmax is missing.": of(logits[:, :-1], tokens[:, 1:]),
-            "the logarithm is that of base 2; the unit is the nat.": right / math.log(2),
-            "the softmax runs over the positions; it belongs over d_vocab.": of(
-                logits.log_softmax(1)[:, :-1], tokens[:, 1:]
-            ),
-            "each loss is that of the likeliest token; take the one that came.": -log_p[:, :-1].amax(-1),
-            "the softmax underflows, and its logarithm is -inf; log_softmax does both at once.": of(
-                logits.softmax(-1).log()[:, :-1], tokens[:, 1:]
-            ),
-        }
-        mistakes = {
-            hint: answer
-            for hint, answer in mistakes.items()
-            if isinstance(answer, Tensor) and not torch.allclose(answer, right, rtol=1e-4, atol=1e-5)
-        }
-        with unchanged(name, logits=logits, tokens=tokens):
-            actual = fn(logits, tokens)
-        compare(name, actual, right, axes, mistakes)
+        compare(name, fn(logits, tokens), right, axes)
     follows_input(name, fn, (logits, tokens), axes)
 
 
-class ToyTokenizer:
-    """A vocabulary of thirteen pieces, with the ways in which people decode."""
-
-    bos_token_id = eos_token_id = 0
-    pieces = ("<|end|>", *(f" {word}" for word in "ash bay cow den elm fig gum hen ivy jay kid log".split()))
-
-    def decode(self, ids: Any, **kwargs: Any) -> str:
-        ids = ids.tolist() if isinstance(ids, Tensor) else ids
-        return "".join(self.pieces[i] for i in ([ids] if isinstance(ids, int) else ids))
-
-    def batch_decode(self, rows: Any, **kwargs: Any) -> list[str]:
-        return [self.decode(row) for row in (rows.tolist() if isinstance(rows, Tensor) else rows)]
-
-    def convert_ids_to_tokens(self, ids: Any, **kwargs: Any) -> Any:
-        ids = ids.tolist() if isinstance(ids, Tensor) else ids
-        texts = [self.decode(i).replace(" ", "Ġ") for i in ([ids] if isinstance(ids, int) else ids)]
-        return texts[0] if isinstance(ids, int) else texts
+def rows(
+    logits: Tensor,
+    tokenizer: Any,
+    k: int,
+    chosen: Callable[[list[int], int], list[int]] = lambda order, k: order[:k],
+    text: Callable[[Any, int], str] = lambda tokenizer, token: tokenizer.decode([token]),
+    first: int = 1,
+    number: Callable[[Tensor, list[int]], Tensor] = lambda logits, best: logits[best],
+    chance: Callable[[Tensor, list[int]], Tensor] = lambda logits, best: logits.softmax(-1)[best],
+) -> list[Any]:
+    """The table of predictions, with switches for what people get wrong."""
+    best = chosen(logits.argsort(descending=True).tolist(), k)
+    texts = [text(tokenizer, token) for token in best]
+    ranks = range(first, first + len(best))
+    return [*zip(ranks, texts, number(logits, best).tolist(), chance(logits, best).tolist(), strict=True)]
 
 
+@known_mistakes(
+    {
+        "the unlikeliest come first.": partial(rows, chosen=lambda order, k: order[::-1][:k]),
+        "the likeliest come last.": partial(rows, chosen=lambda order, k: order[:k][::-1]),
+        "the first tokens of the vocabulary are taken.": partial(rows, chosen=lambda order, k: [*range(k)]),
+        "the pieces come from convert_ids_to_tokens; decode([id]) gives the text.": partial(
+            rows, text=lambda tokenizer, token: tokenizer.convert_ids_to_tokens(token)
+        ),
+        "ranks count from 0; the likeliest has rank 1.": partial(rows, first=0),
+        "they are log-probabilities; the statement asks for the logits.": partial(
+            rows, number=lambda logits, best: logits.log_softmax(-1)[best]
+        ),
+        "they are probabilities.": partial(rows, number=lambda logits, best: logits.softmax(-1)[best]),
+        "the softmax is taken over the k best only.": partial(
+            rows, chance=lambda logits, best: logits[best].softmax(-1)
+        ),
+        "they are percentages.": partial(rows, chance=lambda logits, best: 100 * logits.softmax(-1)[best]),
+        "they are log-probabilities.": partial(rows, chance=lambda logits, best: logits.log_softmax(-1)[best]),
+        "they are the logits once more.": partial(rows, chance=lambda logits, best: logits[best]),
+    }
+)
 def check_top_predictions(fn: Fn) -> None:
     """Few rows, one, and the whole vocabulary; the columns one after another."""
     name, tokenizer = "top_predictions", ToyTokenizer()
     for seed, k in [(1, 4), (2, 1), (3, 13)]:
         logits = noise(13, seed=seed, scale=2.0)
-        with unchanged(name, logits=logits):
-            actual = fn(logits, tokenizer, k)
+        actual = fn(logits, tokenizer, k)
         call = f"{name}(logits, tokenizer, {k})"
         if not isinstance(actual, list) or not all(isinstance(row, tuple) and len(row) == 4 for row in actual):
             what = "None" if actual is None else f"a {type(actual).__name__}"
@@ -503,60 +516,17 @@ def check_top_predictions(fn: Fn) -> None:
             )
         order = sorted(range(13), key=logits.tolist().__getitem__, reverse=True)
         exps = [math.exp(value) for value in logits.tolist()]
-        best, total, part = order[:k], sum(exps), sum(exps[token] for token in order[:k])
+        best, total = order[:k], sum(exps)
         columns: list[list[Any]] = [list(column) for column in zip(*actual, strict=True)] or [[]] * 4
-        worst_first: list[int] = order[::-1][:k]
-        agree(
-            f"{name}: the tokens",
-            call,
-            columns[1],
-            [tokenizer.pieces[token] for token in best],
-            {
-                "the unlikeliest come first.": [tokenizer.pieces[token] for token in worst_first],
-                "the likeliest come last.": [tokenizer.pieces[token] for token in best[::-1]],
-                "the first tokens of the vocabulary are taken.": list(tokenizer.pieces[:k]),
-                "the pieces come from convert_ids_to_tokens; decode([id]) gives the text.": [
-                    tokenizer.convert_ids_to_tokens(token) for token in best
-                ],
-            },
-        )
-        agree(
-            f"{name}: the ranks",
-            call,
-            columns[0],
-            list(range(1, k + 1)),
-            {"ranks count from 0; the likeliest has rank 1.": list(range(k))},
-        )
-        log_total = math.log(total)
-        _close(
-            f"{name}: the logits",
-            columns[2],
-            [logits[token].item() for token in best],
-            {
-                "they are log-probabilities; the statement asks for the logits.": [
-                    logits[token].item() - log_total for token in best
-                ],
-                "they are probabilities.": [exps[token] / total for token in best],
-            },
-        )
-        chances = [exps[token] / total for token in best]
-        _close(
-            f"{name}: the probabilities",
-            columns[3],
-            chances,
-            {
-                "the softmax is taken over the k best only.": [exps[token] / part for token in best],
-                "they are percentages.": [100 * chance for chance in chances],
-                "they are log-probabilities.": [math.log(chance) for chance in chances],
-                "they are the logits once more.": [logits[token].item() for token in best],
-            },
-        )
+        agree(f"{name}: the tokens", call, columns[1], [tokenizer.pieces[token] for token in best])
+        agree(f"{name}: the ranks", call, columns[0], list(range(1, k + 1)))
+        _close(f"{name}: the logits", columns[2], [logits[token].item() for token in best])
+        _close(f"{name}: the probabilities", columns[3], [exps[token] / total for token in best])
 
 
-def _close(name: str, actual: list[Any], expected: list[float], mistakes: Mapping[str, list[float]]) -> None:
+def _close(name: str, actual: list[Any], expected: list[float]) -> None:
     """Numbers in a column of a table, as good as float32 is."""
     if not all(isinstance(value, float | int) for value in actual):
         kind = next(type(value).__name__ for value in actual if not isinstance(value, float | int))
         raise CheckFailed(f"{name}: expected plain numbers, got a {kind}.\n  Next: `.item()` makes one of a tensor.")
-    wrong = {hint: torch.tensor(answer) for hint, answer in mistakes.items() if answer != expected}
-    compare(name, torch.tensor(actual, dtype=torch.float32), torch.tensor(expected), "row", wrong)
+    compare(name, torch.tensor(actual, dtype=torch.float32), torch.tensor(expected), "row")

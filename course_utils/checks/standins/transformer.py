@@ -115,6 +115,11 @@ class Unembed(_Part):
         return resid @ self.W_U + self.b_U
 
 
+def some_tokens(cfg: TransformerConfig, n_batch: int, n_pos: int, seed: int) -> Tensor:
+    """Random tokens for a model to run on."""
+    return torch.randint(cfg.d_vocab, (n_batch, n_pos), generator=torch.Generator().manual_seed(seed))
+
+
 class SmallModel(nn.Module):
     """The names, shapes and hook points of the course's `Transformer`; every parameter random, biases included."""
 
