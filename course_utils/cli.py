@@ -276,8 +276,8 @@ def run(chapter: str, html: Path | None) -> int:
     return 0
 
 
-def execute(notebook, environment: dict[str, str]) -> None:  # type: ignore[no-untyped-def]
-    """Run all cells in place, in an empty folder, printing a line for each.
+def execute(notebook, environment: dict[str, str], timeout: int | None = None) -> None:  # type: ignore[no-untyped-def]
+    """Run all cells in place, in an empty folder, printing a line for each; `timeout` is in seconds, for one cell.
 
     The packages of this course come first on the kernel's path, whatever else is called `solutions`.
     """
@@ -290,7 +290,7 @@ def execute(notebook, environment: dict[str, str]) -> None:  # type: ignore[no-u
     with tempfile.TemporaryDirectory() as folder:
         client = NotebookClient(
             notebook,
-            timeout=None,
+            timeout=timeout,
             kernel_name="python3",
             resources={"metadata": {"path": folder}},
             extra_arguments=["--IPKernelApp.log_level=CRITICAL"],

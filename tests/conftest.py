@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.depends import fingerprint
+
+pytest_plugins = ["support.passed"]  # what has not changed since it passed is left out
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -145,6 +148,20 @@ print(Note("an end").text)
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--notebook", type=Path, help="check this notebook instead of the reference solutions")
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Every chapter's test of small changes depends on the exercise, its check, the changes, and what is let off."""
+    if getattr(item, "originalname", "") == "test_small_changes_of_the_reference_are_refused":
+        from mutation import survivors
+
+        module: Any = item.getparent(pytest.Module).obj  # type: ignore[union-attr]
+        let_off = [getattr(module, name, ()) for name in ("STILL_RIGHT", "ON_A_GPU")]
+
+        def depends_on(exercise: str) -> str:
+            return fingerprint(getattr(module.ref, exercise), module.CHECKS[exercise], survivors, *let_off)
+
+        item.add_marker(pytest.mark.unless_unchanged("mutants", depends_on))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -12,6 +12,7 @@ import other_transformer
 import pytest
 import torch
 from conftest import ROOT
+from support.depends import chapter_parts, fingerprint
 
 import solutions.ch02_transformer as reference
 import solutions.ch04_induction as ch04
@@ -77,6 +78,10 @@ course_utils.notebook.mine = lambda chapter, reference: _other if reference.__na
 
 
 @pytest.mark.slow
+@pytest.mark.unless_unchanged(
+    "chapters",
+    lambda lesson: fingerprint(*chapter_parts(lesson.stem[:2]), other_transformer.Transformer, SUBSTITUTE, execute),
+)
 @pytest.mark.parametrize("lesson", LESSONS, ids=lambda path: path.stem)
 def test_solution_notebook_runs_with_it(lesson: Path) -> None:
     """A cell in front makes `mine` hand over the other class."""

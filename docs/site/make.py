@@ -87,7 +87,7 @@ def write_chapters(source: Source, chosen: Iterable[Path], downloads: Path) -> N
     for lesson in chosen:
         learner, solution = build_chapter(lesson, ROOT)
         name = f"{lesson.stem}.ipynb"
-        run = executed(lesson.stem, solution, common, BUILD / "executed")
+        run = executed(lesson.stem, solution, common)
         made = page(run, nbformat.reads(learner, as_version=4), terms, links(name, release))
         source.write(f"chapters/{name}", nbformat.writes(with_ids(made)))
         downloads.mkdir(parents=True, exist_ok=True)
