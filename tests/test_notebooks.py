@@ -44,3 +44,11 @@ def test_solution_notebook_runs(path: Path) -> None:
         executed(path.stem, path.read_text(encoding="utf-8"), common_hash(ROOT))
     except CellExecutionError as error:
         pytest.fail(f"{path.name}: a cell failed.\n{error}", pytrace=False)
+
+
+def test_a_cell_that_fails_is_named_and_its_run_not_kept(tmp_path: Path) -> None:
+    cells = [nbformat.v4.new_code_cell(source) for source in ("x = 1", "x / 0")]
+    text = nbformat.writes(nbformat.v4.new_notebook(cells=cells))
+    with pytest.raises(CellExecutionError, match=r"x / 0(.|\n)*ZeroDivisionError"):
+        executed("00_toy", text, "", tmp_path)
+    assert list(tmp_path.iterdir()) == []
