@@ -13,17 +13,17 @@ help:  ## what can be made
 lab: $(VENV)/.core  ## set up, copy missing chapters into work/ and open JupyterLab there
 	@$(BIN)/course lab $(ARGS)
 
-test: $(VENV)/.test  ## set up, run the whole suite, then every cell of the solution notebooks
+# Slow tests of which nothing has changed since they passed are left out, and named in the end (tests/passed.json).
+test: $(VENV)/.test  ## set up, run the suite and every solution notebook
 	$(BIN)/python -m pytest $(ARGS)
-	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout 600 solutions/*.ipynb
 
 test-browser: $(VENV)/.browser site  ## what learners and readers see, in a real browser without network (needs Debian's chromium)
 	$(BIN)/python -m pytest -m browser tests $(ARGS)
 
-rehearse: $(VENV)/.test  ## run every solution notebook as Colab would: an empty folder, the wheel, nothing of this checkout
+rehearse: $(VENV)/.test  ## run solution notebooks as Colab would: an empty folder, the wheel, nothing of this checkout
 	$(BIN)/python -m pytest -m rehearsal tests/course/test_colab.py $(ARGS)
 
-# The first time it runs every solution notebook; later only those of which something has changed.
+# It takes the notebooks' results from where `make test` keeps them, and runs those of which something has changed.
 site: $(VENV)/.site  ## build the web site of the course into site/: chapters with their results, models, API
 	$(BIN)/python docs/site/make.py
 

@@ -2,6 +2,7 @@
 
     chapters/src/NN_slug.md  +  solutions/chNN_slug.py  ->  chapters/NN_slug.ipynb    what a learner opens
                                                         ->  solutions/NN_slug.ipynb   with the solutions in place
+                                                        ->  passages of README.md and docs/teaching.md (overview.py)
 
 An exercise cell of a lesson imports its solution. That line becomes the signature, docstring and
 `raise NotImplementedError` for the learner, and the full source in the solution notebook. Source is cut at the lines
@@ -21,6 +22,7 @@ import nbformat
 from course_utils.cells import names, plain_python
 from course_utils.links import read_release
 from course_utils.lint import LessonCell, lesson_problems, name_problems, read_lesson
+from course_utils.overview import FILES, read_chapter, with_passages
 from course_utils.scopes import FUNCTIONS, scan
 from course_utils.slicing import DEFINITIONS
 
@@ -268,8 +270,12 @@ def build_chapter(lesson: Path, root: Path) -> tuple[str, str]:
 
 
 def render(root: Path) -> dict[Path, str]:
-    """Every generated file of the course and its text. Raises BuildError with the problems of all lessons."""
-    files, problems = {}, []
+    """Every generated file of the course and its text. Raises BuildError with the problems of all lessons.
+
+    README and guide are among them: passages in them are generated (overview.py), and those ask something of a lesson.
+    """
+    files, problems, chapters = {}, [], []
+    guides = [root / name for name in FILES if (root / name).is_file()]
     lessons = sorted((root / "chapters" / "src").glob("[0-9][0-9]_*.md"))
     for lesson in lessons:
         try:
@@ -279,18 +285,27 @@ def render(root: Path) -> dict[Path, str]:
         else:
             for folder, text in zip(("chapters", "solutions"), texts, strict=True):
                 files[root / folder / f"{lesson.stem}.ipynb"] = text
+            try:
+                chapters += [read_chapter(lesson, texts[1])] if guides else []
+            except ValueError as error:
+                problems.append(str(error))
     known = {lesson.stem for lesson in lessons}
     for folder in ("chapters", "solutions"):
         for path in sorted((root / folder).glob("*.ipynb")):
             if path.stem not in known:
                 problems.append(f"{folder}/{path.name}: generated from no lesson; delete it or restore its source")
+    for path in guides if not problems else []:
+        try:
+            files[path] = with_passages(path.read_text(encoding="utf-8"), chapters)
+        except ValueError as error:
+            problems.append(f"{path.relative_to(root).as_posix()}: {error}")
     if problems:
         raise BuildError("\n".join(problems))
     return files
 
 
 def build(root: Path) -> list[Path]:
-    """Bring the generated notebooks up to date; returns the files that changed. Nothing is written after an error."""
+    """Bring what is generated up to date; returns the files that changed. Nothing is written after an error."""
     changes = {p: t for p, t in render(root).items() if not p.is_file() or p.read_bytes() != t.encode("utf-8")}
     for path, text in changes.items():
         path.write_bytes(text.encode("utf-8"))

@@ -347,8 +347,8 @@ def run(chapter: str, html: Path | None) -> int:
     return 0
 
 
-def execute(notebook, environment: dict[str, str]) -> None:  # type: ignore[no-untyped-def]
-    """Run all cells in place, in an empty folder, printing a line for each.
+def execute(notebook, environment: dict[str, str], timeout: int | None = None) -> None:  # type: ignore[no-untyped-def]
+    """Run all cells in place, in an empty folder, printing a line for each; `timeout` is in seconds, for one cell.
 
     The packages of this course come first on the kernel's path, whatever else is called `solutions`.
     """
@@ -361,7 +361,7 @@ def execute(notebook, environment: dict[str, str]) -> None:  # type: ignore[no-u
     with tempfile.TemporaryDirectory() as folder:
         client = NotebookClient(
             notebook,
-            timeout=None,
+            timeout=timeout,
             startup_timeout=600,  # a busy machine takes more than the usual minute
             kernel_name="python3",
             resources={"metadata": {"path": folder}},

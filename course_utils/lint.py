@@ -42,6 +42,14 @@ def read_lesson(path: Path) -> list[LessonCell]:
     return cells
 
 
+def front_matter(path: Path) -> Mapping[str, Any]:
+    """What stands between the two `---` with which a lesson begins."""
+    import jupytext
+
+    begin, mark, _ = path.read_text(encoding="utf-8").partition("\n---\n")
+    return jupytext.reads(begin + mark, fmt="md:myst").metadata if begin.startswith("---\n") else {}
+
+
 def lesson_problems(cells: list[LessonCell], exercises: Mapping[int, str]) -> list[str]:
     """What is wrong with the prose and the order of cells; `exercises` maps cell numbers to the symbol asked for."""
     problems = prose_problems(cell for cell in cells if cell.kind == "markdown")

@@ -3,7 +3,8 @@
 A shipped model is a folder in `course_utils/models` that holds `model.safetensors`, `config.json` (the fields of
 `TransformerConfig`), `card.md` (front matter with the weights' SHA-256, then prose), `history.json` (how training went)
 and, unless the card names another model's, a tokenizer. Where the card has a SHA-256 for them, `snapshots` holds the
-weights after some steps of training, in half the precision. Nothing here ever unpickles a file.
+weights after some steps of training. Weights are kept in the precision that the card states, float16 most often, and
+are float32 again when they are loaded. Nothing here ever unpickles a file.
 """
 
 import hashlib
@@ -114,37 +115,53 @@ def save_shipped(
     prose: str,
     history: object,
     snapshots: Mapping[int, StateDict] | None = None,
+    precision: torch.dtype = torch.float16,
 ) -> Path:
     """Write a trained model (a module with a `cfg`) as a shipped one, and return its folder: what the recipes end with.
 
-    `card` becomes the front matter: one short value per key, to which `name` and every file's SHA-256 are added. With
-    a tokenizer of None the card may name the model that has it: `{"tokenizer": "tales"}`. `snapshots` are state dicts
+    `card` becomes the front matter: one short value per key, to which `name`, the precision of the weights and every
+    file's SHA-256 are added. Its figures have to be those of the weights in that precision: see `rounded_to`. With a
+    tokenizer of None the card may name the model that has it: `{"tokenizer": "tales"}`. `snapshots` are state dicts
     from before, by step; they are written as float16 and replace those of a model that shipped under this name.
     """
-    from safetensors.torch import save_file
-
     folder = MODELS / name
     folder.mkdir(parents=True, exist_ok=True)
-    # clone: safetensors refuses tensors that share memory, and keeps their order
-    weights = {key: value.detach().cpu().clone().contiguous() for key, value in model.state_dict().items()}
-    save_file(weights, folder / WEIGHTS)
+    _save(model.state_dict(), folder / WEIGHTS, precision)
     shutil.rmtree(folder / "snapshots", ignore_errors=True)
     checksums = {}
     for step, state in sorted((snapshots or {}).items()):
         path = folder / _snapshot(step)
         path.parent.mkdir(exist_ok=True)
-        save_file({key: value.detach().cpu().half().clone().contiguous() for key, value in state.items()}, path)
+        _save(state, path, torch.float16)
         checksums[f"{SNAPSHOT_KEY}{step}"] = _sha256(path)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     _write(folder / "config.json", json.dumps(asdict(model.cfg), indent=2))
     _write(folder / "history.json", json.dumps(history))
-    front = {"name": name, **card, "sha256": _sha256(folder / WEIGHTS), **checksums}
+    stated = {"precision": str(precision).removeprefix("torch."), "sha256": _sha256(folder / WEIGHTS)}
+    front = {"name": name, **card, **stated, **checksums}
     lines = [f"{key}: {value}" for key, value in front.items()]
     if any("\n" in line for line in lines):
         raise ValueError("save_shipped: every value in the card must fit on one line; longer text belongs in `prose`.")
     _write(folder / "card.md", "\n".join(["---", *lines, "---", "", prose.strip()]))
     return folder
+
+
+def rounded_to(model: nn.Module, precision: torch.dtype = torch.float16) -> None:
+    """Round the parameters in place to numbers of that precision, as they will be when the model has shipped."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.to(precision))
+
+
+def _save(state: StateDict, path: Path, precision: torch.dtype) -> None:
+    from safetensors.torch import save_file
+
+    # clone: safetensors refuses tensors that share memory, and keeps their order
+    tensors = {key: value.detach().cpu().to(precision).clone().contiguous() for key, value in state.items()}
+    if large := [key for key, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise ValueError(f"save_shipped: not all numbers of {_some(set(large))} are finite in {precision}.")
+    save_file(tensors, path)
 
 
 def _write(path: Path, text: str) -> None:

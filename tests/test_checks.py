@@ -21,6 +21,7 @@ from course_utils.lint import read_lesson
 from course_utils.notebook import CourseError, exercise, explained, load_notebook
 from tests.conftest import ROOT
 from tests.support import strangers
+from tests.support.depends import fingerprint
 from tests.support.mutation import survivors
 
 CHECKS = find_checks()
@@ -189,7 +190,14 @@ def test_every_exercise_has_mistakes_surprises_and_another_right_answer(chapter:
     assert len(known) + len(own.SURPRISES[symbol]) >= FEWEST
 
 
+def depends_on(chapter: str, symbol: str) -> str:
+    """The exercise, its check, how it is changed, and what is let off: the mutants run again when one of these does."""
+    let_off = section(chapter, symbol).STILL_RIGHT
+    return fingerprint(reference(chapter, symbol), CHECKS[chapter][symbol], survivors, let_off)
+
+
 @pytest.mark.slow
+@pytest.mark.unless_unchanged("mutants", depends_on)
 @every_exercise
 def test_small_changes_of_the_reference_are_refused(chapter: str, symbol: str) -> None:
     """One operator, number, comparison or argument at a time; `STILL_RIGHT` has the changes that do no harm."""

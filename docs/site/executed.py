@@ -1,7 +1,8 @@
 """Solution notebooks with their outputs: each is run once, and again only when something that it reads has changed.
 
 A run is kept under the hash of all that its outputs come from: the notebook, both packages with the models that ship,
-and the versions of the packages that compute and draw. So nothing is ever out of date, and nothing runs in vain.
+and the versions of the packages that compute and draw. So nothing is ever out of date, and nothing runs in vain: the
+suite, which wants every cell to run without an error, and the site share the runs.
 """
 
 import hashlib
@@ -12,6 +13,8 @@ import nbformat
 
 from course_utils.cli import execute
 
+CACHE = Path(__file__).resolve().parents[2] / "build" / "executed"
+MINUTES = 10  # for one cell, after which something hangs
 COMPUTES_AND_DRAWS = ("torch", "numpy", "transformers", "plotly", "circuitsvis")
 # The hub is not asked, so that a page does not depend on who builds it; progress bars would fill it with lines.
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "PLOTLY_RENDERER": "plotly_mimetype"}
@@ -27,19 +30,21 @@ def common_hash(root: Path) -> str:
     return digest.hexdigest()
 
 
-def executed(name: str, text: str, common: str, cache: Path) -> nbformat.NotebookNode:
+def executed(name: str, text: str, common: str, cache: Path = CACHE) -> nbformat.NotebookNode:
     """The notebook of this name and text with its outputs, from the cache where they still hold.
 
-    Older runs of it are thrown away. Raises nbclient's CellExecutionError when a cell fails.
+    Older runs of it are thrown away. Raises nbclient's CellExecutionError, with cell and error, when a cell fails.
     """
     key = hashlib.sha256((text + common).encode()).hexdigest()[:16]
     kept = cache / f"{name}-{key}.ipynb"
     if not kept.is_file():
         print(f"{name}: running it, because it or what it uses has changed", flush=True)
         notebook = nbformat.reads(text, as_version=4)
-        execute(notebook, ENVIRONMENT)
+        execute(notebook, ENVIRONMENT, timeout=60 * MINUTES)
         cache.mkdir(parents=True, exist_ok=True)
         for old in cache.glob(f"{name}-*.ipynb"):
             old.unlink()
-        nbformat.write(notebook, kept)
+        partial = kept.with_suffix(".partial")  # whoever is stopped leaves no half of a run
+        nbformat.write(notebook, partial)
+        partial.replace(kept)
     return nbformat.read(kept, as_version=4)

@@ -29,7 +29,8 @@ import course_utils
 from course_utils.build import build_chapter
 from course_utils.links import Release, read_release
 from course_utils.lint import read_lesson
-from course_utils.pretrained import shipped_models
+from course_utils.overview import words
+from course_utils.pretrained import shipped_models, shipped_steps
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -87,7 +88,7 @@ def write_chapters(source: Source, chosen: Iterable[Path], downloads: Path) -> N
     for lesson in chosen:
         learner, solution = build_chapter(lesson, ROOT)
         name = f"{lesson.stem}.ipynb"
-        run = executed(lesson.stem, solution, common, BUILD / "executed")
+        run = executed(lesson.stem, solution, common)
         made = page(run, nbformat.reads(learner, as_version=4), terms, links(name, release))
         source.write(f"chapters/{name}", nbformat.writes(with_ids(made)))
         downloads.mkdir(parents=True, exist_ok=True)
@@ -173,7 +174,9 @@ def write_landing(source: Source, chosen: list[Path], groups: dict[str, list[str
     ]
     chapters = "\n".join(f"- {summary(lesson)}" for lesson in chosen)
     first = f"chapters/{chosen[0].stem}"
-    parts = {"PICTURE": picture, "CHAPTERS": chapters, "FIRST": f"{first}.ipynb", "FIRST_PAGE": f"{first}.html"}
+    moments = words(len(shipped_steps(birth.MODEL)) + 1)  # and the finished model
+    parts = {"PICTURE": picture, "MOMENTS": moments, "CHAPTERS": chapters}
+    parts |= {"FIRST": f"{first}.ipynb", "FIRST_PAGE": f"{first}.html"}
     for name, value in parts.items():
         text = text.replace(f"@{name}@", value)
     source.write("index.md", text + "\n" + "\n".join(trees))

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from course_utils.config import TransformerConfig
 from course_utils.data import tales
 from course_utils.device import device as default_device
-from course_utils.pretrained import save_shipped, shipped_tokenizer
+from course_utils.pretrained import rounded_to, save_shipped, shipped_tokenizer
 from solutions.ch02_transformer import Transformer, init_weights
 from solutions.recipes import processes
 from solutions.recipes.evaluation import (
@@ -280,6 +280,7 @@ def main(recipe: Recipe, about: str, prose: str, tokenizer_of: str | None = None
         is_first = processes.rank() == 0
     if not is_first:
         return
+    rounded_to(model)  # as it ships
     front = card(model, tokenizer, recipe, about, history, seconds)
     for key, value in front.items():
         print(f"{key}: {value}")

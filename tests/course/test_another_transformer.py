@@ -20,6 +20,7 @@ from course_utils.cli import execute
 from course_utils.hooks import run_with_cache
 from tests.ch02 import other_transformer
 from tests.conftest import ROOT
+from tests.support.depends import chapter_parts, fingerprint
 
 N_HALF = 2
 LESSONS = [path for path in sorted((ROOT / "chapters/src").glob("[0-9][0-9]_*.md")) if path.stem >= "03"]
@@ -77,6 +78,10 @@ course_utils.notebook.mine = lambda chapter, reference: _other if reference.__na
 
 
 @pytest.mark.slow
+@pytest.mark.unless_unchanged(
+    "chapters",
+    lambda lesson: fingerprint(*chapter_parts(lesson.stem[:2]), other_transformer.Transformer, SUBSTITUTE, execute),
+)
 @pytest.mark.parametrize("lesson", LESSONS, ids=lambda path: path.stem)
 def test_solution_notebook_runs_with_it(lesson: Path) -> None:
     """A cell in front makes `mine` hand over the other class."""

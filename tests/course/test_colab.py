@@ -3,7 +3,7 @@
 The environment is new and lends every package of this one but ours; `google.colab` is a stub; the wheel is built from
 this checkout and served from this machine, and nothing else can be reached. "Run All" on a learner's notebook shows
 nothing worse than "not written yet"; the solution notebook runs to its end (`make rehearse`: it takes minutes, and in
-a checkout nbval runs the same cells).
+a checkout tests/test_notebooks.py runs the same cells).
 """
 
 import functools
@@ -11,6 +11,7 @@ import http.server
 import json
 import os
 import threading
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,10 +21,12 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
 from tests.conftest import ROOT
+from tests.support.depends import chapter_parts, fingerprint
 from tests.support.environments import NO_NETWORK, clean_environment, new_environment, site_packages
 
 pytestmark = pytest.mark.slow
 
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 CHAPTERS = sorted(path.name for path in (ROOT / "chapters").glob("[0-9][0-9]_*.ipynb"))
 
 
@@ -88,6 +91,9 @@ def test_run_all_on_the_untouched_notebook(name: str, colab: Path, index: str, t
 
 
 @pytest.mark.rehearsal
+@pytest.mark.unless_unchanged(
+    "chapters", lambda name: fingerprint(*chapter_parts(name[:2]), Path(__file__), PROJECT["dependencies"])
+)
 @pytest.mark.parametrize("name", CHAPTERS)
 def test_solutions_run_to_their_end(name: str, colab: Path, index: str, tmp_path: Path) -> None:
     run_all(nbformat.read(ROOT / "solutions" / name, as_version=4), tmp_path / "content", index)

@@ -138,7 +138,7 @@ def test_an_attention_view_keeps_its_data_and_leaves_the_script() -> None:
 
 def test_a_notebook_runs_again_only_when_something_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ran = []
-    monkeypatch.setattr(runs, "execute", lambda notebook, environment: ran.append(notebook.cells[0].source))
+    monkeypatch.setattr(runs, "execute", lambda notebook, *_, **__: ran.append(notebook.cells[0].source))
     one, two = (
         nbformat.writes(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])) for source in ("1", "2")
     )

@@ -77,7 +77,7 @@ def test_the_history_shows_runs_that_got_stuck() -> None:
 
 
 def test_the_recipe_writes_what_it_trained(tmp_path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(recipe, "save_shipped", lambda *args: pytest.fail("nobody asked for it"))
+    monkeypatch.setattr(recipe, "save_shipped", lambda *args, **options: pytest.fail("nobody asked for it"))
     recipe.main(["--seed", "1", "--steps", "20", "--out", str(tmp_path)])
     assert "steps: 20" in capsys.readouterr().out
     assert (tmp_path / "model.safetensors").exists()

@@ -15,7 +15,12 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 OURS = {"course_utils", "solutions"}
-OURS |= {path.stem for top in ("tests", "benchmarks", "docs/site") for path in (ROOT / top).rglob("*.py")}
+OURS |= {
+    n
+    for top in ("tests", "benchmarks", "docs/site")
+    for p in (ROOT / top).rglob("*.py")
+    for n in (p.stem, p.parent.name)
+}
 
 
 def requirements(lines: list[str]) -> dict[str, SpecifierSet]:

@@ -18,6 +18,7 @@ from course_utils.pretrained import (
     PretrainedError,
     load_history,
     load_pretrained,
+    rounded_to,
     save_shipped,
     shipped_models,
     shipped_steps,
@@ -73,6 +74,7 @@ def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bigram:
     monkeypatch.setattr(pretrained, "MODELS", tmp_path)
     torch.manual_seed(0)
     model = Bigram(CFG)
+    rounded_to(model)
     save_shipped(
         model, word_tokenizer(), "pair", {"licence": "MIT", "what": "for: tests"}, "Prose.", {"loss": [3.0, 2.5]}
     )
@@ -98,6 +100,25 @@ def test_cards(shipped: Bigram) -> None:
     assert card.startswith("---\nname: pair\n") and card.endswith("---\n\nProse.\n")
     with pytest.raises(ValueError, match="one line"):
         save_shipped(shipped, None, "pair", {"what": "two\nlines"}, "", [])
+
+
+def test_weights_are_kept_in_half_or_in_full_and_are_float32_again(shipped: Bigram) -> None:
+    torch.manual_seed(1)
+    exact = Bigram(CFG)
+    kept = {}
+    for name, precision in {"half": torch.float16, "full": torch.float32}.items():
+        save_shipped(exact, None, name, {}, "", [], precision=precision)
+        kept[name] = load_pretrained(Bigram, name)
+        assert kept[name].W_E.dtype == torch.float32
+        [card] = [card for card in shipped_models() if card["name"] == name]
+        assert card["precision"] == {"half": "float16", "full": "float32"}[name]
+    assert torch.equal(kept["full"].W_E, exact.W_E) and not torch.equal(kept["half"].W_E, exact.W_E)
+    rounded_to(exact)
+    assert torch.equal(kept["half"].W_E, exact.W_E)
+    with torch.no_grad():
+        exact.W_U[0, 0] = 1e5
+    with pytest.raises(ValueError, match=r"not all numbers of W_U are finite in torch\.float16"):
+        save_shipped(exact, None, "large", {}, "", [])
 
 
 def test_tied_and_transposed_weights_can_be_saved(shipped: Bigram) -> None:

@@ -36,6 +36,16 @@ def test_wheel_ships_the_course_and_nothing_else(wheel: Path) -> None:
     assert MODELS, "no model ships"
 
 
+def test_wheel_is_small(wheel: Path) -> None:
+    """Fifteen chapters and their models fit into 45 MB; the message says what takes how much."""
+    parts: dict[str, int] = {}
+    for entry in zipfile.ZipFile(wheel).infolist():
+        part = "/".join(entry.filename.split("/")[: 3 if "/models/" in entry.filename else 1])
+        parts[part] = parts.get(part, 0) + entry.compress_size
+    table = "\n".join(f"{size / 1e6:6.1f} MB  {part}" for part, size in sorted(parts.items()))
+    assert wheel.stat().st_size < 45e6, f"the wheel is larger than 45 MB:\n{table}"
+
+
 def test_packages_come_from_the_new_environment(environment: Path, tmp_path: Path) -> None:
     code = "import course_utils, solutions; print(course_utils.__file__, solutions.__file__, sep='\\n')"
     answer = run(environment / "python", "-c", code, cwd=tmp_path)

@@ -1,0 +1,107 @@
+"""README, guide and the heads of lessons say what the lessons say: generated, or an error with file and line."""
+
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from course_utils.build import BuildError, build, render
+from course_utils.overview import BEGIN, FILES, hours, words
+
+README = """\
+# A course
+
+<!-- generated: chapters -->
+<!-- end -->
+
+Do chapter 07 first (<!-- generated: hours 07 -->soon<!-- end -->).
+
+<!-- generated: minutes -->
+
+| time | chapter | from | to | minutes |
+|---|---|---|---|---|
+| 09:00–10:00 | 07 | `double` | `Shift` | 1 |
+| day 2, 09:00–10:00 | 07 | `Shift` | `Shift` | |
+
+<!-- end -->
+
+| 09:00–10:00 | 07 | `double` | `Shift` | 1 |
+"""
+HEAD = (
+    "**How long it takes**: the two exercises add up to about half an hour; "
+    "with reading and looking at the results, to about two hours."
+)
+
+
+@pytest.fixture
+def course(small_course: Path) -> Path:
+    """A course of one chapter, with a README that has passages to be generated."""
+    lesson = small_course / "chapters/src/07_toy.md"
+    text = lesson.read_text().replace("---\nkernelspec", '---\nabout: "twice: more"\nreading: 80\nkernelspec', 1)
+    text = text.replace("# A small chapter\n", f"# 07 · A small chapter: on numbers\n\n{HEAD} And more.\n")
+    lesson.write_text(text)
+    (small_course / "README.md").write_text(README)
+    return small_course
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+
+
+def test_passages_are_written_from_the_lessons(course: Path) -> None:
+    assert course / "README.md" in build(course)
+    text = (course / "README.md").read_text()
+    assert "| [07 A small chapter](chapters/07_toy.ipynb) | twice: more | 2 | 2 h |\n\n<!-- end -->" in text
+    assert "first (<!-- generated: hours 07 -->about two hours<!-- end -->)." in text
+    assert (
+        "| 09:00–10:00 | 07 | `double` | `Shift` | 25 |\n| day 2, 09:00–10:00 | 07 | `Shift` | `Shift` | 15 |" in text
+    )
+    assert text.endswith("| 07 | `double` | `Shift` | 1 |\n"), "what is outside of passages stays"
+    assert build(course) == [], "writing again changes nothing"
+    edit(course / "chapters/src/07_toy.md", ":minutes: 10", ":minutes: 14")
+    assert [path.name for path in build(course)] == ["07_toy.ipynb", "07_toy.ipynb", "README.md"]
+    assert "`double` | `Shift` | 29 |" in (course / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "words"),
+    [
+        ("lesson", "the two exercises", "the three exercises", r"toy\.md:12: .*: the two exercises"),
+        ("lesson", ":minutes: 15", ":minutes: 45", r"toy\.md:12: .* add up to about one hour;"),
+        ("lesson", "about two hours. And", "about three hours. And", r"toy\.md:12: .* to about two hours"),
+        ("lesson", HEAD, "It takes long.", r"toy\.md:1: .* has to say"),
+        ("lesson", "reading: 80\n", "", r"toy\.md:1: the front matter needs"),
+        ("lesson", 'about: "twice: more"\n', "", r"toy\.md:1: the front matter needs"),
+        (
+            "README",
+            "`double` | `Shift` | 1 |\n| day",
+            "`triple` | `Shift` | 1 |\n| day",
+            "README.md: .*exercise triple",
+        ),
+        ("README", "`Shift` | `Shift` |", "`Shift` | `double` |", "README.md: in chapter 07 double comes before Shift"),
+        ("README", "hours 07", "hours 08", "README.md: there is nothing to write for .*hours 08 -->"),
+        ("README", "generated: chapters", "generated: models", "README.md: there is nothing to write"),
+        ("README", "soon<!-- end -->", "soon", r"README\.md: .*needs its"),
+    ],
+)
+def test_what_disagrees_is_named(course: Path, file: str, old: str, new: str, words: str) -> None:
+    path = course / {"lesson": "chapters/src/07_toy.md", "README": "README.md"}[file]
+    edit(path, old, new)
+    with pytest.raises(BuildError, match=words):
+        render(course)
+
+
+def test_the_course_s_own_guides_have_passages() -> None:
+    kinds = {name: (ROOT / name).read_text(encoding="utf-8").count(BEGIN) for name in FILES}
+    assert kinds == {"README.md": 1, "docs/teaching.md": 3}
+
+
+def test_numbers_in_words() -> None:
+    assert [words(n) for n in (1, 12, 19, 20, 29, 34, 90)] == [
+        *("one", "twelve", "nineteen", "twenty", "twenty-nine", "thirty-four", "ninety")
+    ]
+    assert [hours(n) for n in (25, 60, 90, 120, 160, 445)] == [
+        *("half an hour", "one hour", "one and a half hours", "two hours"),
+        *("two and a half hours", "seven and a half hours"),
+    ]
