@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from course_utils.notebook import CourseError, checkout
+from course_utils.places import CourseError, checkout
 
 CHAPTERS = "chapters/src"
 CHECKS = "course_utils/checks"

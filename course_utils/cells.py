@@ -12,19 +12,13 @@ from typing import NamedTuple
 import nbformat
 from IPython.core.inputtransformer2 import TransformerManager
 
+from course_utils.places import CourseError
 from course_utils.scopes import scan
 
 # Cell magics that run the cell in the notebook's own namespace; all others keep no names.
 KEEPING = {"capture", "debug", "prun", "time"}
 OPTIONS = r"(?:--[\w-]+\s+|-[lsTD]\s*\S+\s+|-[rq]\s+)*"
 LINE_MAGIC = re.compile(r"^(\s*(?:[\w, ]+= )?)get_ipython\(\)\.run_line_magic\('(?:time|prun)', (.+)\)$", re.MULTILINE)
-
-
-class CourseError(Exception):
-    """Something that a person can put right; the message is one sentence that says how."""
-
-    def _render_traceback_(self) -> list[str]:  # IPython prints these lines instead of frames
-        return [str(self)]
 
 
 # --- code -----------------------------------------------------------------------------------------------------------

@@ -21,12 +21,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from course_utils.cells import CourseError, read_notebook
-from course_utils.notebook import (
+from course_utils.cells import read_notebook
+from course_utils.notebook import load_notebook
+from course_utils.places import (
+    CourseError,
     chapters_folder,
     checkout,
     choice,
-    load_notebook,
     own_notebooks,
     verify_solutions,
     work_folder,

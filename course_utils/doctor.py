@@ -15,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
-from course_utils.notebook import COURSE, CourseError, chapters_folder, verify_solutions, work_folder
+from course_utils.places import COURSE, CourseError, chapters_folder, verify_solutions, work_folder
 from course_utils.shadows import shadows, warning
 
 PYTHONS = ((3, 11), (3, 14))  # from, and below

@@ -1,13 +1,11 @@
 """Read a learner's notebook as a module, without running its demos.
 
 `load_notebook(path)` runs imports, functions and classes, and of the rest what the answers need: whatever gives a value
-to a name that they read, or changes it. `mine("02", Transformer)` carries a learner's own class into a later chapter.
+to a name that they read, or changes it.
 """
 
 import ast
 import contextlib
-import importlib.util
-import io
 import linecache
 import os
 import re
@@ -19,10 +17,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from course_utils.cells import Cell, CourseError, cell_name, read_cells
+from course_utils.cells import Cell, cell_name, read_cells
+from course_utils.places import CourseError
 from course_utils.slicing import DEFINITIONS, Unit, left_aside, make_units, pruned, slice_for
 
-COURSE = "circuits-from-scratch"
 MOST_SECONDS = 30.0  # of processor time, for what answers need beside their definitions
 MISSING = re.compile(r"name '(\w+)' is not defined")
 
@@ -242,102 +240,3 @@ def _needs(name: str, part: str, why: str) -> str:
         f"{name}: it needs `{part}`, which could not be made as in Jupyter: {why}.\n"
         f"  Next: see that this line runs after a restart, or make `{part}` in a simpler way."
     )
-
-
-# --- where things are -----------------------------------------------------------------------------------------------
-
-
-def checkout() -> Path | None:
-    """The copy of the repository that the current folder is part of, if it is."""
-    here = Path.cwd()
-    for folder in (here, *here.parents):
-        if (folder / "chapters" / "src").is_dir() and (folder / "course_utils").is_dir():
-            return folder
-    return None
-
-
-def chapters_folder() -> Path:
-    """Where the learner's notebooks come from: inside the installed package, or beside it in a checkout."""
-    package = Path(__file__).parent
-    installed = package / "chapters"
-    return installed if installed.is_dir() else package.parent / "chapters"
-
-
-def work_folder() -> Path:
-    """Where the learner's own copies are: `work` in the checkout that the current folder is part of, else `./work`."""
-    here = Path.cwd()
-    root = here.parent if here.name == "work" else here
-    return (checkout() or root) / "work"
-
-
-def own_notebooks(chapter: str) -> list[Path]:
-    """The learner's notebooks of a chapter; the first counts: it has the chapter's own name, or else is the newest."""
-    names = {path.name for path in chapters_folder().glob(f"{chapter}_*.ipynb")}
-    paths = work_folder().glob(f"{chapter}_*.ipynb")
-    return sorted(paths, key=lambda path: (path.name not in names, -path.stat().st_mtime))
-
-
-def choice(paths: list[Path]) -> str:
-    """Which of several notebooks is read; nothing where there is no choice."""
-    return f"{paths[0].name}, not {', '.join(path.name for path in paths[1:])}" if len(paths) > 1 else ""
-
-
-def verify_solutions() -> None:
-    """Raise CourseError when `import solutions` would find somebody else's package; found out without importing it."""
-    spec = importlib.util.find_spec("solutions")
-    if spec is None:
-        raise CourseError(f"The package `solutions` is missing: install {COURSE} again.")
-    if spec.origin is None or COURSE not in Path(spec.origin).read_text(encoding="utf-8", errors="replace"):
-        found = Path(spec.origin).parent if spec.origin else next(iter(spec.submodule_search_locations or ["?"]))
-        raise CourseError(
-            f"`import solutions` finds {found}, which is not this course's: rename it, or work in another folder."
-        )
-
-
-def mine(chapter: str, reference: type) -> type:
-    """The learner's own class of that name if its checks pass, otherwise the reference; prints one line saying which.
-
-    The class is looked for in the chapter's notebook in `work/`. Its checks are that of the class itself and those of
-    every exercise of the chapter that its code uses. A part that is not written yet may be missing where the class
-    passes without it: a GPT-2 needs no `RotaryAttention`.
-    """
-    verify_solutions()
-    name = reference.__name__
-    try:
-        own, unwritten = checked(chapter, name)
-    except CourseError as error:
-        print(f"{name}: the reference ({error})")
-        return reference
-    read = choice(own_notebooks(chapter))
-    without = f"; not written yet: {', '.join(unwritten)}" if unwritten else ""
-    print(f"{name}: yours, from chapter {chapter}{f' ({read})' if read else ''}{without}")
-    return own
-
-
-def checked(chapter: str, name: str) -> tuple[type, list[str]]:
-    """The learner's object, and which of the exercises that its code names are not written and were not missed.
-
-    Raises CourseError, with the reason, where it or an exercise that it uses is wrong, or one that it needs unwritten.
-    """
-    from course_utils.checks import CheckFailed, NotWritten, check, find_checks
-
-    paths = own_notebooks(chapter)
-    if not paths:
-        raise CourseError(f"there is no notebook of chapter {chapter} in {work_folder().name}/")
-    symbols = find_checks()[chapter]
-    module = load_notebook(paths[0], symbols)
-    used = used_by(module, name)
-    unwritten: list[str] = []
-    for symbol in [*(s for s in symbols if s in used and s != name), name]:
-        try:
-            with contextlib.redirect_stdout(io.StringIO()):
-                check(exercise(module, symbol), symbol)
-        except NotWritten as error:
-            unwritten.append(symbol)
-            if symbol == name:
-                needed = [s for s in unwritten if f"`{s}`" in str(error)] or unwritten
-                raise CourseError(f"yours needs {needed[0]}, which is not written yet") from None
-        except CheckFailed as error:
-            why = explained(module, symbol, str(error)).splitlines()[0]
-            raise CourseError(f"yours does not pass: {why}") from None
-    return getattr(module, name), unwritten

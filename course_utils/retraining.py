@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from course_utils.notebook import CourseError
+from course_utils.places import CourseError
 from course_utils.pretrained import PretrainedError, _card, _known
 
 # What may differ, by the first pattern that a key matches: how far (None: as it likes), and why.

@@ -9,7 +9,7 @@ import types
 from typing import Any
 
 from course_utils.cells import names, plain_python
-from course_utils.notebook import verify_solutions
+from course_utils.places import verify_solutions
 
 
 def stub_name(error: BaseException, traceback: types.TracebackType | None) -> str | None:

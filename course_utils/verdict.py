@@ -5,9 +5,9 @@ import os
 import types
 from typing import NamedTuple
 
-from course_utils.cells import CourseError
 from course_utils.checks import CheckFailed, NotWritten, check
 from course_utils.notebook import exercise, explained
+from course_utils.places import CourseError
 
 
 class Verdict(NamedTuple):

@@ -18,7 +18,8 @@ from course_utils.checks import CheckFailed, NotWritten, find_checks, refuse_for
 from course_utils.checks.mistakes import mistakes_of
 from course_utils.checks.running import run_once
 from course_utils.lint import read_lesson
-from course_utils.notebook import CourseError, exercise, explained, load_notebook
+from course_utils.notebook import exercise, explained, load_notebook
+from course_utils.places import CourseError
 from tests.conftest import ROOT
 from tests.support import strangers
 from tests.support.depends import fingerprint

@@ -22,7 +22,7 @@ from course_utils.grading.results import (
     course_exercises,
     course_version,
 )
-from course_utils.notebook import CourseError
+from course_utils.places import CourseError
 
 RESENT = 3  # times that a notebook is sent again; before that the scheduler itself has tried four workers
 ANSWER = 10.0  # seconds to wait for a scheduler's first word

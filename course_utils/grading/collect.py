@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from course_utils.grading.results import Submission, course_exercises
 from course_utils.grading.unpack import LARGEST_UNPACKED, NOTEBOOK, unpack
-from course_utils.notebook import CourseError, chapters_folder
+from course_utils.places import CourseError, chapters_folder
 
 LEFT_OUT = re.compile(r"^(\.|__MACOSX$|__pycache__$)")
 # Canvas: who, whether late, a number for who, a number for the file (a long one, so no chapter's), and the file, to

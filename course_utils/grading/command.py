@@ -14,7 +14,7 @@ from course_utils.grading.grade import grade_all, grade_one
 from course_utils.grading.reports import write_reports
 from course_utils.grading.results import Result, Settings
 from course_utils.grading.weights import difficulty_weights, read_weights
-from course_utils.notebook import CourseError
+from course_utils.places import CourseError
 
 
 def grade(

@@ -30,7 +30,7 @@ from course_utils.grading.results import (
     load_part,
     save_part,
 )
-from course_utils.notebook import CourseError
+from course_utils.places import CourseError
 
 WHOLE = 10  # a notebook may take that many times the processor time of one exercise
 IDLE = 3  # and on the clock that many times more

@@ -16,7 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from course_utils.notebook import COURSE, CourseError, chapters_folder
+from course_utils.places import COURSE, CourseError, chapters_folder
 
 SCHEMA = 1
 STATES = ("correct", "wrong", "not written yet", "timed out", "cheated", "error")

@@ -6,7 +6,7 @@ import stat
 import zipfile
 from pathlib import Path, PurePosixPath
 
-from course_utils.notebook import CourseError
+from course_utils.places import CourseError
 
 NOTEBOOK = re.compile(r"\.ipynb(\.txt|\.json)?$", re.IGNORECASE)  # browsers like to add an ending
 LARGEST_UNPACKED = 20 * 2**30

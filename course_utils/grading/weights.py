@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from course_utils.grading.results import Result, course_exercises
-from course_utils.notebook import CourseError
+from course_utils.places import CourseError
 
 Weights = Mapping[str, float]
 

@@ -17,9 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from course_utils.cells import CourseError, cell_name
+from course_utils.cells import cell_name
 from course_utils.grading.tricks import Watch, guard, reference_behind
 from course_utils.notebook import exercise, load_notebook
+from course_utils.places import CourseError
 from course_utils.verdict import Verdict, verdict
 
 LONGEST = 10_000  # characters of a message; an exception's own text may have millions

@@ -71,9 +71,9 @@ def test_measurements_are_the_same(cfg: Any) -> None:
 SUBSTITUTE = """
 import sys
 sys.path.append({tests!r})
-import course_utils.notebook
+import course_utils.mine
 from tests.ch02.other_transformer import Transformer as _other
-course_utils.notebook.mine = lambda chapter, reference: _other if reference.__name__ == "Transformer" else reference
+course_utils.mine.mine = lambda chapter, reference: _other if reference.__name__ == "Transformer" else reference
 """
 
 

@@ -3,7 +3,7 @@
 The environment is new and lends every package of this one but ours; `google.colab` is a stub; the wheel is built from
 this checkout and served from this machine, and nothing else can be reached. "Run All" on a learner's notebook shows
 nothing worse than "not written yet"; the solution notebook runs to its end (`make rehearse`: it takes minutes, and in
-a checkout tests/test_notebooks.py runs the same cells).
+a checkout tests/course/test_notebooks.py runs the same cells).
 """
 
 import functools

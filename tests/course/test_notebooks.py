@@ -1,7 +1,7 @@
 """The committed notebooks: built from the sources as they are, and clean, and the solutions run to their end.
 
 A run is kept for the site, and until something changes that it depends on (docs/site/executed.py). Learners' notebooks
-are run in tests/test_colab.py.
+are run in tests/course/test_colab.py.
 """
 
 import sys

@@ -18,7 +18,7 @@ from course_utils.grading import sandbox
 from course_utils.grading.cluster import Cluster, connect
 from course_utils.grading.grade import grade_all
 from course_utils.grading.results import Result, Settings, Submission, course_exercises
-from course_utils.notebook import CourseError
+from course_utils.places import CourseError
 from tests.conftest import ROOT
 
 CHAPTER = "02"

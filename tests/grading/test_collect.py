@@ -13,7 +13,7 @@ import pytest
 from course_utils.grading.collect import collected, prepare_out
 from course_utils.grading.grade import grade_one
 from course_utils.grading.results import Settings
-from course_utils.notebook import CourseError
+from course_utils.places import CourseError
 from tests.grading import submissions
 from tests.grading.submissions import packed, replaced, untouched, written
 

@@ -24,7 +24,7 @@ from course_utils.grading.reports import write_reports
 from course_utils.grading.results import STATES, Result, Settings, course_exercises, from_json
 from course_utils.grading.text import clean, clean_name, clean_result, file_name
 from course_utils.grading.weights import difficulty_weights, number, points, read_weights
-from course_utils.notebook import CourseError
+from course_utils.places import CourseError
 from tests.conftest import ROOT
 from tests.support.made_up_results import MISTAKES, NASTY, a_class, all_of, made_up
 

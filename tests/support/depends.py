@@ -152,7 +152,7 @@ def locate(module: str) -> Path | None:
 def read(path: Path) -> Code:
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".ipynb":
-        from course_utils.notebook import plain_python
+        from course_utils.cells import plain_python
 
         cells = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
         text = "\n".join(plain_python("".join(cell["source"])) for cell in cells)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from course_utils import authoring
-from course_utils.notebook import CourseError
+from course_utils.places import CourseError
 from tests.conftest import ROOT
 
 

@@ -14,7 +14,7 @@ import nbformat
 import pytest
 import torch
 
-from course_utils import checks, cli, notebook, retraining
+from course_utils import checks, cli, places, retraining
 from course_utils.build import build
 from course_utils.cli import main
 from tests.conftest import ROOT
@@ -36,7 +36,7 @@ def course(small_course: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     found = {"07": {"double": check_double, "Shift": check_shift}}
     monkeypatch.setattr(checks, "find_checks", lambda: found)
     monkeypatch.setattr(checks.running, "find_checks", lambda: found)
-    for module in (cli, notebook):
+    for module in (cli, places):
         monkeypatch.setattr(module, "chapters_folder", lambda: small_course / "chapters")
     monkeypatch.chdir(small_course)
     return small_course

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from course_utils import doctor, notebook
+from course_utils import doctor, places
 from course_utils.cli import main
 from course_utils.doctor import LOOKS, Finding
 
@@ -173,7 +173,7 @@ def test_course_without_chapters_or_beside_foreign_solutions(monkeypatch: pytest
     assert "there are no chapters" in looked("course", "problem").words
 
     def foreign() -> None:
-        raise notebook.CourseError("`import solutions` finds another one")
+        raise places.CourseError("`import solutions` finds another one")
 
     monkeypatch.undo()
     monkeypatch.setattr(doctor, "verify_solutions", foreign)

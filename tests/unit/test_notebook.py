@@ -14,10 +14,11 @@ import pytest
 import torch
 from nbclient import NotebookClient
 
-import course_utils.notebook as notebook_module
-from course_utils import checks
-from course_utils.cells import CourseError, names, plain_python
-from course_utils.notebook import exercise, load_notebook, mine, verify_solutions
+from course_utils import checks, places
+from course_utils.cells import names, plain_python
+from course_utils.mine import mine
+from course_utils.notebook import exercise, load_notebook
+from course_utils.places import CourseError, verify_solutions
 
 
 def write_notebook(path: Path, *cells: str) -> Path:
@@ -265,7 +266,7 @@ def test_the_chapters_own_name_comes_before_copies(
 ) -> None:
     (tmp_path / "chapters").mkdir()
     write_notebook(tmp_path / "chapters/07_toy.ipynb")
-    monkeypatch.setattr(notebook_module, "chapters_folder", lambda: tmp_path / "chapters")
+    monkeypatch.setattr(places, "chapters_folder", lambda: tmp_path / "chapters")
     older = write_notebook(work / "07_toy-Copy1.ipynb", *RIGHT[:2])
     os.utime(older, (1, 1))
     write_notebook(work / "07_toy-Copy2.ipynb", *RIGHT)
@@ -300,7 +301,7 @@ def test_work_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "else/work": "else",
     }.items():
         monkeypatch.chdir(tmp_path / here)
-        assert notebook_module.work_folder() == tmp_path / there / "work"
+        assert places.work_folder() == tmp_path / there / "work"
 
 
 def test_somebody_elses_solutions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

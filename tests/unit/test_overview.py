@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 
 from course_utils.build import BuildError, build, render
 from course_utils.overview import BEGIN, FILES, hours, words
+from tests.conftest import ROOT
 
 README = """\
 # A course

@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 
 import solutions.ch00_tensors as ch00
 from course_utils.checks import find_checks
+from tests.conftest import ROOT
 from tests.support import depends
 from tests.support.passed import read
 
