@@ -88,6 +88,16 @@ def go(model: Any, optimizer: Any, loss: Any, max_norm: float | None) -> None:
     optimizer.step()
 
 
+def renamed(network: Any, adam: Any, texts: Any, max_norm: float | None = None) -> float:
+    return ref.train_step(network, adam, texts, max_norm)
+
+
+def renamed_and_spoiled(network: Any, adam: Any, texts: Any, max_norm: float | None = None) -> float:
+    loss = ref.train_step(network, adam, texts, max_norm)
+    texts.clamp_(max=5)
+    return loss
+
+
 def change_mode(model: Any, optimizer: Any, loss: Any, max_norm: float | None) -> None:
     model.train()
 
@@ -172,6 +182,7 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
         ("values are wrong", acting(backward, clip, clip_tightly, go)),
         ("it changed the mode", acting(backward, clip, go, change_mode)),
         ("got a Tensor", lambda *given, **options: torch.tensor(ref.train_step(*given, **options))),
+        ("it changed `batch` in place", renamed_and_spoiled),
     ],
     "accumulate_gradients": [
         ("activations of several are kept", keeps_all_graphs),
@@ -198,7 +209,7 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
 
 ALSO_RIGHT = {
     "clip_grad_norm": [other.clip_grad_norm],
-    "train_step": [other.train_step],
+    "train_step": [other.train_step, renamed],
     "accumulate_gradients": [other.accumulate_gradients],
     "evaluate": [other.evaluate],
 }

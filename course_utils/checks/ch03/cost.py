@@ -296,9 +296,7 @@ def without(kind: str) -> Callable[..., dict[str, int]]:
         "the activations are those of `cfg.n_ctx` tokens in each row; there are `n_ctx`.": (
             remembering(tokens=lambda cfg, batch, n_ctx: batch * cfg.n_ctx)
         ),
-        "the activations are those of one row; there are `batch`.": (
-            remembering(tokens=lambda cfg, batch, n_ctx: n_ctx)
-        ),
+        "the activations are those of one row; there are `batch`.": remembering(tokens=lambda cfg, batch, n_ctx: n_ctx),
         "the activations are those of one layer.": (
             remembering(
                 more=lambda cfg, n_ctx: -(cfg.n_layers - 1) * activation_numbers(cfg)["in layers"] // cfg.n_layers

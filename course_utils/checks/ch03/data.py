@@ -88,6 +88,11 @@ def check_pack_documents(fn: Callable[..., Any]) -> None:
 # ---------------------------------------------------------------------------------------------------------- the loss
 
 
+def reducing(reduce: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    """The terms are right, [batch pos]; what is made of them may not be."""
+    return lambda logits, tokens: reduce(next_nats(logits, tokens))
+
+
 @known_mistakes(
     {
         "the labels are not shifted: the logits at a position predict the token after it.": (
@@ -96,12 +101,10 @@ def check_pack_documents(fn: Callable[..., Any]) -> None:
         "the shift goes the wrong way: position 1 is made to predict token 0.": (
             lambda logits, tokens: nats_of(logits[:, 1:], tokens[:, :-1]).mean()
         ),
-        "the sum is taken; take the mean.": lambda logits, tokens: next_nats(logits, tokens).sum(),
-        "the sum over each row is taken, and the mean over rows.": (
-            lambda logits, tokens: next_nats(logits, tokens).sum(1).mean()
-        ),
-        "the sum is divided by batch * pos; there are only batch * (pos - 1) predictions.": (
-            lambda logits, tokens: next_nats(logits, tokens).sum() / tokens.numel()
+        "the sum is taken; take the mean.": reducing(torch.sum),
+        "the sum over each row is taken, and the mean over rows.": reducing(lambda nats: nats.sum(1).mean()),
+        "the sum is divided by batch * pos; there are only batch * (pos - 1) predictions.": reducing(
+            lambda nats: nats.sum() / (nats.numel() + len(nats))
         ),
         "rows run into each other: the end of one predicts the beginning of the next.": (
             lambda logits, tokens: nats_of(logits.flatten(0, 1)[:-1], tokens.flatten()[1:]).mean()
@@ -109,16 +112,10 @@ def check_pack_documents(fn: Callable[..., Any]) -> None:
         "the labels are rolled, so that the last position predicts the first token.": (
             lambda logits, tokens: nats_of(logits, tokens.roll(-1, 1)).mean()
         ),
-        "only the last prediction of each row counts.": (
-            lambda logits, tokens: next_nats(logits, tokens)[:, -1].mean()
-        ),
-        "the last prediction of each row is left out.": (
-            lambda logits, tokens: next_nats(logits, tokens)[:, :-1].mean()
-        ),
-        "the minus sign is missing.": lambda logits, tokens: -next_nats(logits, tokens).mean(),
-        "it is in bits (logarithm to base 2); nats are asked for.": (
-            lambda logits, tokens: next_nats(logits, tokens).mean() / math.log(2)
-        ),
+        "only the last prediction of each row counts.": reducing(lambda nats: nats[:, -1].mean()),
+        "the last prediction of each row is left out.": reducing(lambda nats: nats[:, :-1].mean()),
+        "the minus sign is missing.": reducing(lambda nats: -nats.mean()),
+        "it is in bits (logarithm to base 2); nats are asked for.": reducing(lambda nats: nats.mean() / math.log(2)),
         "softmax is taken before cross_entropy, which does that itself.": (
             lambda logits, tokens: next_nats(logits.softmax(-1), tokens).mean()
         ),
@@ -126,9 +123,7 @@ def check_pack_documents(fn: Callable[..., Any]) -> None:
             lambda logits, tokens: -logits[:, :-1].gather(-1, tokens[:, 1:, None]).mean()
         ),
         "the probabilities are averaged, not their logarithms.": lambda logits, tokens: -chance(logits, tokens).mean(),
-        "it is the exponential of the mean, the perplexity.": (
-            lambda logits, tokens: next_nats(logits, tokens).mean().exp()
-        ),
+        "it is the exponential of the mean, the perplexity.": reducing(lambda nats: nats.mean().exp()),
     }
 )
 def check_lm_loss(fn: Callable[..., Any]) -> None:

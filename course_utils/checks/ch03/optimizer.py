@@ -146,17 +146,9 @@ def adam(**wrong: Any) -> type:
     """Adam spelled out, with switches for what people get wrong; it cannot be saved, which is asked for last."""
 
     class AdamW:
-        def __init__(
-            self,
-            params: Any,
-            lr: float = 1e-3,
-            betas: tuple[float, float] = (0.9, 0.999),
-            eps: float = 1e-8,
-            weight_decay: float = 0.01,
-        ) -> None:
+        def __init__(self, params: Any, **options: Any) -> None:
             entries = list(params)
             groups = entries if isinstance(entries[0], dict) else [{"params": entries}]
-            options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
             self.param_groups = [{**options, **group, "params": list(group["params"])} for group in groups]
             self.at_first = [dict(group) for group in self.param_groups]
             self.moments: dict[nn.Parameter, tuple[int, Any, Any]] = {}
@@ -357,6 +349,7 @@ def _through_a_file(state: Any) -> Any:
 # --------------------------------------------------------------------------------------------------- parameter_groups
 
 TABLES = ("W_E", "W_pos", "W_U")
+BIASES = ("b_Q", "b_K", "b_V", "b_O", "b_in", "b_out", "b_U")
 
 
 def symbol(name: str) -> str:
@@ -380,6 +373,10 @@ def grouping(decays: Callable[[str, Tensor], bool]) -> Callable[..., list[dict[s
     return parameter_groups
 
 
+def with_these_too(*symbols: str) -> Callable[..., list[dict[str, Any]]]:
+    return grouping(lambda name, p: decays_by_the_book(name) or symbol(name) in symbols)
+
+
 @known_mistakes(
     {
         "everything decays.": grouping(lambda name, p: True),
@@ -391,20 +388,12 @@ def grouping(decays: Callable[[str, Tensor], bool]) -> Callable[..., list[dict[s
         "every tensor with two axes or more decays but the tables; `b_Q`, `b_K` and `b_V` have two.": grouping(
             lambda name, p: p.dim() >= 2 and symbol(name) not in TABLES
         ),
-        "the tables at both ends decay too (W_E, W_pos, W_U).": grouping(lambda name, p: symbol(name).startswith("W_")),
-        "the embeddings decay too (W_E, W_pos).": grouping(
-            lambda name, p: decays_by_the_book(name) or symbol(name) in ("W_E", "W_pos")
-        ),
-        "the token embeddings decay too (W_E).": grouping(
-            lambda name, p: decays_by_the_book(name) or symbol(name) == "W_E"
-        ),
-        "the unembedding decays too (W_U), a table like W_E.": grouping(
-            lambda name, p: decays_by_the_book(name) or symbol(name) == "W_U"
-        ),
-        "biases decay too.": grouping(lambda name, p: decays_by_the_book(name) or symbol(name).startswith("b_")),
-        "LayerNorm's `w` and `b` decay too.": grouping(
-            lambda name, p: decays_by_the_book(name) or symbol(name) in ("w", "b")
-        ),
+        "the tables at both ends decay too (W_E, W_pos, W_U).": with_these_too(*TABLES),
+        "the embeddings decay too (W_E, W_pos).": with_these_too("W_E", "W_pos"),
+        "the token embeddings decay too (W_E).": with_these_too("W_E"),
+        "the unembedding decays too (W_U), a table like W_E.": with_these_too("W_U"),
+        "biases decay too.": with_these_too(*BIASES),
+        "LayerNorm's `w` and `b` decay too.": with_these_too("w", "b"),
         "everything inside the blocks decays, biases and LayerNorm too.": grouping(
             lambda name, p: name.startswith("blocks")
         ),

@@ -191,7 +191,8 @@ def check_train_step(fn: Callable[..., Any]) -> None:
             before = toy_gradient(model, batch)[0]
             start = len(model.events)
             extra = {} if max_norm is None else {"max_norm": max_norm}
-            with during(f"in step {step}, with max_norm={max_norm}"):
+            # run_check does not know which argument may change where a learner has given them other names.
+            with unchanged("train_step", batch=batch), during(f"in step {step}, with max_norm={max_norm}"):
                 actual = fn(model, optimizer, batch, **extra)
             if model.training is not training:
                 raise CheckFailed(
@@ -252,13 +253,9 @@ def of_those_asked_for(rows: int, all_rows: int, n: int, n_micro: int) -> float:
     return 1 / n_micro if n < n_micro else rows / all_rows
 
 
-def micro_batches(batch: Tensor, n_micro: int) -> Sequence[Tensor]:
-    return batch.chunk(n_micro)
-
-
 def accumulating(
     share: Share = of_rows,
-    cut: Callable[[Tensor, int], Sequence[Tensor]] = micro_batches,
+    cut: Callable[[Tensor, int], Sequence[Tensor]] = Tensor.chunk,
     returned: Share | None = of_rows,
     **wrong: Any,
 ) -> Callable[..., float]:
