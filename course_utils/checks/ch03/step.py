@@ -428,7 +428,7 @@ def check_evaluate(fn: Callable[..., Any]) -> None:
 
 
 class _Broken(ToyLM):
-    def forward(self, tokens: Tensor, cache: Any = None) -> Tensor:
+    def forward(self, tokens: Tensor) -> Tensor:
         raise ValueError("out of memory, say")
 
 
