@@ -32,10 +32,14 @@ def may_change(*arguments: str) -> Callable[[Check], Check]:
 
 @contextmanager
 def guarded(check: Callable[[Any], None], name: str, answer: Any) -> Iterator[Any]:
-    """The answer, every call of which is guarded: a function wrapped, a class with its methods wrapped for a while."""
+    """The answer, every call of which is guarded: a function wrapped, a class with its methods wrapped for a while.
+
+    What the methods of a class hand to each other is their own business.
+    """
     allowed: frozenset[str] = getattr(check, "may_change", frozenset())
+    running: list[str] = []
     if not isinstance(answer, type):
-        yield _watching(name, answer, allowed) if callable(answer) else answer
+        yield _watching(name, answer, allowed, running) if callable(answer) else answer
         return
     theirs = [cls for cls in answer.__mro__ if not is_library_module(cls.__module__)]
     methods = [
@@ -46,14 +50,16 @@ def guarded(check: Callable[[Any], None], name: str, answer: Any) -> Iterator[An
     ]
     try:
         for cls, label, method in methods:
-            setattr(cls, label, _watching(name, method, allowed))
+            setattr(cls, label, _watching(name, method, allowed, running))
         yield answer
     finally:
         for cls, label, method in methods:
             setattr(cls, label, method)
 
 
-def _watching(name: str, function: Callable[..., Any], allowed: frozenset[str]) -> Callable[..., Any]:
+def _watching(
+    name: str, function: Callable[..., Any], allowed: frozenset[str], running: list[str]
+) -> Callable[..., Any]:
     try:
         labels = list(inspect.signature(function).parameters)
     except (TypeError, ValueError):  # some builtins have no signature
@@ -61,14 +67,19 @@ def _watching(name: str, function: Callable[..., Any], allowed: frozenset[str]) 
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
+        if running:
+            return function(*args, **kwargs)
         given = {labels[i] if i < len(labels) else f"argument {i + 1}": value for i, value in enumerate(args)} | kwargs
         if not isinstance(given.get("self"), nn.Module) or function.__name__ != "forward":
             given.pop("self", None)  # most methods are there to change their object; a module's forward is not
-        before = {label: keep(value, label) for label, value in given.items() if label not in allowed}
+        renamed = bool(allowed) and allowed.isdisjoint(given)  # then nobody can tell which of them may be changed
+        before = {label: keep(value, label) for label, value in given.items() if label not in allowed and not renamed}
         world = _world()
+        running.append(name)
         try:
             answer = function(*args, **kwargs)
         finally:
+            running.pop()
             # Put back even when it failed: what one answer spoils must not count against the next.
             changes = [change for kept in before.values() if kept and (change := kept.put_back())]
         if changes:

@@ -22,6 +22,7 @@ from course_utils.checks import (
     unchanged,
 )
 from course_utils.checks import running as running_module
+from course_utils.checks.guarding import may_change
 
 INF = torch.inf
 
@@ -91,6 +92,36 @@ def test_random_numbers_elsewhere_stay_what_they_were() -> None:
     before = torch.get_rng_state()
     run_check(find_checks()["02"]["Attention"], reference.Attention)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_methods_may_change_what_they_hand_to_each_other() -> None:
+    class Accumulator:
+        def total(self, values: Tensor) -> Tensor:
+            sums = values.clone()
+            self.add_up(sums)
+            return sums
+
+        def add_up(self, sums: Tensor) -> None:
+            sums.cumsum_(0)
+
+    def check_total(cls: Any) -> None:
+        compare("total", cls().total(torch.ones(3)), torch.tensor([1.0, 2.0, 3.0]), "pos")
+
+    def check_add_up(cls: Any) -> None:
+        cls().add_up(torch.ones(3))
+
+    run_check(check_total, Accumulator)
+    assert "it changed `sums` in place" in message_of(lambda: run_check(check_add_up, Accumulator))
+
+
+def test_what_may_be_changed_may_have_another_name() -> None:
+    @may_change("model")
+    def check_reset(fn: Callable[..., Any]) -> None:
+        fn(nn.Linear(2, 2), torch.ones(2))
+
+    run_check(check_reset, lambda net, scale: nn.init.zeros_(net.weight))
+    for answer in (lambda model, scale: scale.zero_(), lambda scale, model: nn.init.zeros_(scale.weight)):
+        assert "it changed `scale" in message_of(lambda answer=answer: run_check(check_reset, answer))
 
 
 def test_a_check_works_where_gradients_are_off() -> None:

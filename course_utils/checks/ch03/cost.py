@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from course_utils.checks.comparing import compare, unchanged
+from course_utils.checks.comparing import compare
+from course_utils.checks.mistakes import known_mistakes
 from course_utils.checks.modules import noise
 from course_utils.checks.outcomes import CheckFailed
-from course_utils.checks.plain import agree, must_raise, untouched
+from course_utils.checks.plain import agree, must_raise
 from course_utils.config import TransformerConfig
 
 # No two sizes agree, heads do not add up to d_model, and an attention-only model may well have a d_mlp in its config.
@@ -137,43 +138,50 @@ def operations(
     return passes * (cfg.n_layers * per_layer + once)
 
 
+def counting(**changes: Any) -> Callable[[TransformerConfig, int], int]:
+    """A count with these changes; one that depends on the model or the sequence is a function of both."""
+
+    def flops_per_token(cfg: TransformerConfig, n_ctx: int) -> int:
+        worked_out = {name: value(cfg, n_ctx) if callable(value) else value for name, value in changes.items()}
+        return operations(cfg, n_ctx, **worked_out)
+
+    return flops_per_token
+
+
+@known_mistakes(
+    {
+        "a multiply-add is counted as one operation; it is two.": counting(passes=3),
+        "only forward is counted; training goes backward as well.": counting(passes=2),
+        "backward costs what forward does; it costs twice that.": counting(passes=4),
+        "the unembedding is forgotten.": counting(unembed=False),
+        "looking up embeddings counts as a product; it multiplies nothing.": counting(lookups=True),
+        "attention's scores and mixtures are left out; only the weight matrices are counted.": counting(pairs=0),
+        "half of attention's work is missing: scores and mixtures both count, over all `n_ctx` keys.": counting(
+            pairs=lambda cfg, n_ctx: n_ctx
+        ),
+        "only the keys that a query may see are counted; the masked ones are computed too.": counting(
+            pairs=lambda cfg, n_ctx: n_ctx + 1
+        ),
+        "attention is counted over `cfg.n_ctx` keys; the sequences here have `n_ctx` tokens.": counting(
+            pairs=lambda cfg, n_ctx: 2 * cfg.n_ctx
+        ),
+        "the heads together are taken to be d_model wide; they are n_heads d_head.": counting(
+            width=lambda cfg, n_ctx: cfg.d_model
+        ),
+        "`W_O` is forgotten.": counting(output=False),
+        "the MLP is counted, which attention-only models do not have.": counting(mlp=True),
+        "a whole sequence is counted; the question is about one token.": (
+            lambda cfg, n_ctx: n_ctx * operations(cfg, n_ctx)
+        ),
+        "6 operations per parameter are counted: the rule of thumb, which takes lookups and biases for products "
+        "and forgets attention's scores.": lambda cfg, n_ctx: 6 * sum(count_parameters(cfg).values()),
+    }
+)
 def check_flops_per_token(fn: Callable[[TransformerConfig, int], int]) -> None:
     """Compare with a count of all products, for three shapes of model and sequences shorter than n_ctx."""
     for cfg, n_ctx in ((CFG, 14), (WIDE, 37), (ATTN_ONLY, 11)):
-        parameters = sum(count_parameters(cfg).values())
-        mistakes: Mapping[str, Any] = {
-            "a multiply-add is counted as one operation; it is two.": operations(cfg, n_ctx, passes=3),
-            "only forward is counted; training goes backward as well.": operations(cfg, n_ctx, passes=2),
-            "backward costs what forward does; it costs twice that.": operations(cfg, n_ctx, passes=4),
-            "the unembedding is forgotten.": operations(cfg, n_ctx, unembed=False),
-            "looking up embeddings counts as a product; it multiplies nothing.": operations(cfg, n_ctx, lookups=True),
-            "attention's scores and mixtures are left out; only the weight matrices are counted.": operations(
-                cfg, n_ctx, pairs=0
-            ),
-            "half of attention's work is missing: scores and mixtures both count, over all `n_ctx` keys.": (
-                operations(cfg, n_ctx, pairs=n_ctx)
-            ),
-            "only the keys that a query may see are counted; the masked ones are computed too.": operations(
-                cfg, n_ctx, pairs=n_ctx + 1
-            ),
-            "attention is counted over `cfg.n_ctx` keys; the sequences here have `n_ctx` tokens.": operations(
-                cfg, n_ctx, pairs=2 * cfg.n_ctx
-            )
-            if cfg.n_ctx != n_ctx
-            else None,
-            "the heads together are taken to be d_model wide; they are n_heads d_head.": operations(
-                cfg, n_ctx, width=cfg.d_model
-            ),
-            "`W_O` is forgotten.": operations(cfg, n_ctx, output=False),
-            "the MLP is counted, which attention-only models do not have.": operations(cfg, n_ctx, mlp=True)
-            if cfg.attn_only
-            else None,
-            "a whole sequence is counted; the question is about one token.": n_ctx * operations(cfg, n_ctx),
-            "6 operations per parameter are counted: the rule of thumb, which takes lookups and biases for products "
-            "and forgets attention's scores.": 6 * parameters,
-        }
         call = f"flops_per_token({described(cfg)}, n_ctx={n_ctx})"
-        agree("flops_per_token", call, whole(fn(cfg, n_ctx)), counted_operations(cfg, n_ctx), mistakes)
+        agree("flops_per_token", call, whole(fn(cfg, n_ctx)), counted_operations(cfg, n_ctx))
 
 
 def described(cfg: TransformerConfig) -> str:
@@ -226,81 +234,10 @@ def count_parameters(cfg: TransformerConfig) -> dict[str, int]:
     return kinds
 
 
-def check_memory_bytes(fn: Callable[[TransformerConfig, int, int, torch.dtype], dict[str, int]]) -> None:
-    """Weights from the parameters of PyTorch's own layers, activations from what autograd keeps, in several dtypes."""
-    cases = ((CFG, 3, 14, torch.float32), (ATTN_ONLY, 5, 11, torch.bfloat16), (WIDE, 1, 37, torch.float64))
-    for cfg, batch, n_ctx, dtype in (*cases, (PLAIN, 2, 9, torch.float32)):
-        _check_memory(fn, cfg, batch, n_ctx, dtype)
-
-
-def _check_memory(fn: Callable[..., Any], cfg: TransformerConfig, batch: int, n_ctx: int, dtype: torch.dtype) -> None:
-    name = "memory_bytes"
-    call = f"{name}({described(cfg)}, batch={batch}, n_ctx={n_ctx}, dtype={dtype})"
-    kinds, size = count_parameters(cfg), dtype.itemsize
-    n, activations = sum(kinds.values()), kept_for_backward(cfg, batch, n_ctx, dtype)
-    expected = in_bytes(n, activations, size)
-    answer = fn(cfg, batch, n_ctx, dtype)
-    if isinstance(answer, Mapping):
-        answer = {what: whole(value) for what, value in answer.items()}
-        estimate = answer.get("activations")
-        if isinstance(estimate, int) and abs(estimate - activations) <= CLOSE * activations:
-            answer["activations"] = activations
-    numbers = activation_numbers(cfg)
-
-    def other(change: int) -> dict[str, int]:
-        """What comes out where each token keeps so many numbers more."""
-        return in_bytes(n, batch * n_ctx * (sum(numbers.values()) + change) * size, size)
-
-    mistakes: dict[str, Any] = {
-        "every number has four bytes, whatever `dtype` is.": in_bytes(n, batch * n_ctx * sum(numbers.values()) * 4, 4),
-        "numbers are counted, not bytes.": in_bytes(n, batch * n_ctx * sum(numbers.values()), 1),
-        "the optimizer keeps one number per parameter; AdamW keeps two, the mean of the gradient and of its square.": {
-            **expected,
-            "optimizer": n * size,
-        },
-        "the optimizer keeps a copy of the weights as well; training in half precision may, AdamW does not.": {
-            **expected,
-            "optimizer": 3 * n * size,
-        },
-        "the moments of the optimizer are in float32; here they have the weights' dtype.": {
-            **expected,
-            "optimizer": 8 * n,
-        },
-        "the gradients are forgotten: there is one per parameter.": {**expected, "gradients": 0},
-        "the log-probabilities of the vocabulary are not among the activations.": other(-cfg.d_vocab),
-        "the patterns are among the activations; fused attention does not keep them.": other(
-            cfg.n_layers * cfg.n_heads * n_ctx
-        ),
-        "q, k and v are among the activations, but z is not.": other(-cfg.n_layers * cfg.n_heads * cfg.d_head),
-        "the activations are those of `cfg.n_ctx` tokens in each row; there are `n_ctx`.": in_bytes(
-            n, batch * cfg.n_ctx * sum(numbers.values()) * size, size
-        ),
-        "the activations are those of one row; there are `batch`.": in_bytes(
-            n, n_ctx * sum(numbers.values()) * size, size
-        ),
-        "the activations are those of one layer.": other(-(cfg.n_layers - 1) * numbers["in layers"] // cfg.n_layers),
-        "the activations are those of one token.": in_bytes(n, sum(numbers.values()) * size, size),
-    }
-    for kind, words in {
-        "biases": "biases are not counted among the weights.",
-        "norms": "the parameters of LayerNorm are not counted.",
-        "positions": "the position embeddings are not counted among the weights.",
-        "embed": "only one of `W_E` and `W_U` is counted among the weights; here they are two, and both take memory.",
-    }.items():
-        if kinds[kind]:
-            mistakes[words] = in_bytes(n - kinds[kind], activations, size)
-    if n_ctx != cfg.n_ctx:
-        fewer = (n_ctx - cfg.n_ctx) * cfg.d_model
-        mistakes["there are `n_ctx` position embeddings; the model has `cfg.n_ctx` of them."] = in_bytes(
-            n + fewer, activations, size
-        )
-    mistakes = {words: mistake for words, mistake in mistakes.items() if mistake != expected}
-    agree(name, call, answer, expected, mistakes)
-
-
-def in_bytes(n_parameters: int, activations: int, size: int) -> dict[str, int]:
-    weights = n_parameters * size
-    return {"weights": weights, "gradients": weights, "optimizer": 2 * weights, "activations": activations}
+def in_bytes(n_parameters: int, n_activations: int, size: int) -> dict[str, int]:
+    """The right account of so many numbers."""
+    counts = {"weights": 1, "gradients": 1, "optimizer": 2}
+    return {what: n * n_parameters * size for what, n in counts.items()} | {"activations": n_activations * size}
 
 
 def activation_numbers(cfg: TransformerConfig) -> dict[str, int]:
@@ -310,9 +247,123 @@ def activation_numbers(cfg: TransformerConfig) -> dict[str, int]:
     return {"in layers": cfg.n_layers * layer, "at the end": read + cfg.d_vocab}
 
 
+def remembering(
+    left_out: Callable[[TransformerConfig, int], int] = lambda cfg, n_ctx: 0,
+    more: Callable[[TransformerConfig, int], int] = lambda cfg, n_ctx: 0,
+    tokens: Callable[[TransformerConfig, int, int], int] = lambda cfg, batch, n_ctx: batch * n_ctx,
+    size: int | None = None,
+    instead: Callable[[int, int], dict[str, int]] = lambda n, size: {},
+) -> Callable[..., dict[str, int]]:
+    """An account with parameters left out, more numbers per token, other tokens, another size, or other entries."""
+
+    def memory_bytes(cfg: TransformerConfig, batch: int, n_ctx: int, dtype: torch.dtype) -> dict[str, int]:
+        n = sum(count_parameters(cfg).values()) - left_out(cfg, n_ctx)
+        numbers = tokens(cfg, batch, n_ctx) * (sum(activation_numbers(cfg).values()) + more(cfg, n_ctx))
+        return in_bytes(n, numbers, size or dtype.itemsize) | instead(n, dtype.itemsize)
+
+    return memory_bytes
+
+
+def without(kind: str) -> Callable[..., dict[str, int]]:
+    return remembering(left_out=lambda cfg, n_ctx: count_parameters(cfg)[kind])
+
+
+@known_mistakes(
+    {
+        "every number has four bytes, whatever `dtype` is.": remembering(size=4),
+        "numbers are counted, not bytes.": remembering(size=1),
+        "the optimizer keeps one number per parameter; AdamW keeps two, the mean of the gradient and of its square.": (
+            remembering(instead=lambda n, size: {"optimizer": n * size})
+        ),
+        "the optimizer keeps a copy of the weights as well; training in half precision may, AdamW does not.": (
+            remembering(instead=lambda n, size: {"optimizer": 3 * n * size})
+        ),
+        "the moments of the optimizer are in float32; here they have the weights' dtype.": (
+            remembering(instead=lambda n, size: {"optimizer": 8 * n})
+        ),
+        "the gradients are forgotten: there is one per parameter.": (
+            remembering(instead=lambda n, size: {"gradients": 0})
+        ),
+        "the log-probabilities of the vocabulary are not among the activations.": (
+            remembering(more=lambda cfg, n_ctx: -cfg.d_vocab)
+        ),
+        "the patterns are among the activations; fused attention does not keep them.": (
+            remembering(more=lambda cfg, n_ctx: cfg.n_layers * cfg.n_heads * n_ctx)
+        ),
+        "q, k and v are among the activations, but z is not.": (
+            remembering(more=lambda cfg, n_ctx: -cfg.n_layers * cfg.n_heads * cfg.d_head)
+        ),
+        "the activations are those of `cfg.n_ctx` tokens in each row; there are `n_ctx`.": (
+            remembering(tokens=lambda cfg, batch, n_ctx: batch * cfg.n_ctx)
+        ),
+        "the activations are those of one row; there are `batch`.": remembering(tokens=lambda cfg, batch, n_ctx: n_ctx),
+        "the activations are those of one layer.": (
+            remembering(
+                more=lambda cfg, n_ctx: -(cfg.n_layers - 1) * activation_numbers(cfg)["in layers"] // cfg.n_layers
+            )
+        ),
+        "the activations are those of one token.": remembering(tokens=lambda cfg, batch, n_ctx: 1),
+        "biases are not counted among the weights.": without("biases"),
+        "the parameters of LayerNorm are not counted.": without("norms"),
+        "the position embeddings are not counted among the weights.": without("positions"),
+        "only one of `W_E` and `W_U` is counted among the weights; here they are two, and both take memory.": (
+            without("embed")
+        ),
+        "there are `n_ctx` position embeddings; the model has `cfg.n_ctx` of them.": (
+            remembering(left_out=lambda cfg, n_ctx: (cfg.n_ctx - n_ctx) * cfg.d_model)
+        ),
+    }
+)
+def check_memory_bytes(fn: Callable[[TransformerConfig, int, int, torch.dtype], dict[str, int]]) -> None:
+    """Weights from the parameters of PyTorch's own layers, activations from what autograd keeps, in several dtypes."""
+    cases = ((CFG, 3, 14, torch.float32), (ATTN_ONLY, 5, 11, torch.bfloat16), (WIDE, 1, 37, torch.float64))
+    for cfg, batch, n_ctx, dtype in (*cases, (PLAIN, 2, 9, torch.float32)):
+        activations = kept_for_backward(cfg, batch, n_ctx, dtype)
+        weights = in_bytes(sum(count_parameters(cfg).values()), 0, dtype.itemsize)
+        expected = weights | {"activations": activations}
+        answer = fn(cfg, batch, n_ctx, dtype)
+        if isinstance(answer, Mapping):
+            answer = {what: whole(value) for what, value in answer.items()}
+            estimate = answer.get("activations")
+            if isinstance(estimate, int) and abs(estimate - activations) <= CLOSE * activations:
+                answer["activations"] = activations
+        call = f"memory_bytes({described(cfg)}, batch={batch}, n_ctx={n_ctx}, dtype={dtype})"
+        agree("memory_bytes", call, answer, expected)
+
+
 # -------------------------------------------------------------------------------------------------- average_gradients
 
 
+def averaging(averages: Callable[[list[Tensor]], list[Tensor]]) -> Callable[..., list[dict[str, Tensor]]]:
+    """Every name by itself: from what the ranks have to what each of them gets."""
+
+    def average_gradients(grads_per_rank: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+        columns = {name: averages([grads[name] for grads in grads_per_rank]) for name in grads_per_rank[0]}
+        return [{name: values[rank] for name, values in columns.items()} for rank in range(len(grads_per_rank))]
+
+    return average_gradients
+
+
+def everywhere(average: Callable[[Tensor], Tensor]) -> Callable[..., list[dict[str, Tensor]]]:
+    """All ranks get this, worked out from all of theirs, stacked."""
+    return averaging(lambda own: [average(torch.stack(own)) for _ in own])
+
+
+@known_mistakes(
+    {
+        "the gradients are added up, not averaged: the learning rate would depend on the number of ranks.": everywhere(
+            lambda own: own.sum(0)
+        ),
+        "this rank keeps its own gradients; every rank needs the average, or their weights drift apart.": averaging(
+            lambda own: [grad.clone() for grad in own]
+        ),
+        "every rank gets the gradients of rank 0; they are to be averaged.": everywhere(lambda own: own[0].clone()),
+        "the sum is divided by the ranks twice.": everywhere(lambda own: own.mean(0) / len(own)),
+        "all of a parameter's numbers are averaged together; average over the ranks only.": everywhere(
+            lambda own: own.mean().expand(own.shape[1:])
+        ),
+    }
+)
 def check_average_gradients(fn: Callable[[list[dict[str, Tensor]]], list[dict[str, Tensor]]]) -> None:
     """Compare with a loop over every number, for three ranks and for one; nobody shares tensors."""
     name = "average_gradients"
@@ -325,16 +376,12 @@ def check_average_gradients(fn: Callable[[list[dict[str, Tensor]]], list[dict[st
             }
             for rank in range(n_ranks)
         ]
-        tensors = {f"rank {rank}'s {key}": value for rank, grads in enumerate(ranks) for key, value in grads.items()}
-        names = [list(grads) for grads in ranks]
-        with unchanged(name, **tensors), untouched(name, grads_per_rank=names):
-            answer = fn(ranks)
-            names[:] = [list(grads) for grads in ranks]
+        answer = fn(ranks)
         _check_form(name, answer, ranks)
         for key, axes in (("W", "d_model d_mlp"), ("b", "d_mlp"), ("scale", "")):
             mine = [grads[key] for grads in ranks]
-            for rank, grads in reversed(list(enumerate(answer))):  # at rank 0 its own and rank 0's are the same
-                compare(f"{name}: rank {rank}'s `{key}`", grads[key], mean_by_loop(mine), axes, wrong_means(mine, rank))
+            for rank, grads in reversed(list(enumerate(answer))):  # rank 0's own would look like rank 0's for all
+                compare(f"{name}: rank {rank}'s `{key}`", grads[key], mean_by_loop(mine), axes)
         places = [tensor.data_ptr() for grads in (*answer, *ranks) for tensor in grads.values()]
         if len(set(places)) < len(places):
             raise CheckFailed(
@@ -372,20 +419,3 @@ def mean_by_loop(tensors: list[Tensor]) -> Tensor:
     flat = [tensor.flatten().tolist() for tensor in tensors]
     means = [sum(values) / len(values) for values in zip(*flat, strict=True)]
     return torch.tensor(means, dtype=tensors[0].dtype).reshape(tensors[0].shape)
-
-
-def wrong_means(tensors: list[Tensor], rank: int) -> dict[str, Tensor]:
-    """What goes wrong often, where it makes a difference."""
-    total = mean_by_loop(tensors) * len(tensors)
-    wrong = {
-        "the gradients are added up, not averaged: the learning rate would depend on the number of ranks.": total,
-        "this rank keeps its own gradients; every rank needs the average, or their weights drift apart.": tensors[rank],
-        "every rank gets the gradients of rank 0; they are to be averaged.": tensors[0],
-        "the sum is divided by the ranks twice.": total / len(tensors) ** 2,
-        "all of a parameter's numbers are averaged together; average over the ranks only.": (total / len(tensors))
-        .mean()
-        .expand(total.shape),
-    }
-    if rank == 0:
-        del wrong["every rank gets the gradients of rank 0; they are to be averaged."]
-    return {words: value for words, value in wrong.items() if len(tensors) > 1 and value.shape == total.shape}
