@@ -199,7 +199,7 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
         ("gradients are recorded", inspect.unwrap(ref.beam_search)),
         (
             "sort them, best first",
-            searching(returns=lambda found, n_prompt: sorted(found, key=lambda beam: beam[0] % 1)),
+            searching(returned=lambda found: sorted(found, key=lambda beam: beam[0] % 1)),
         ),
         ("the model was not given the cache", searching(no_cache=True)),
         ("new positions in its", searching(one_early=True)),

@@ -4,10 +4,12 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 
 import solutions.ch02_transformer as ref
-from course_utils.checks.ch02.sampling import continued, counts, draw
+from course_utils.checks import CheckFailed, run_check
+from course_utils.checks.ch02.sampling import check_sample, continued, counts, draw
 from tests.ch02 import other_transformer as other
 
 INF = torch.inf
@@ -179,3 +181,13 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
 }
 
 ALSO_RIGHT = {name: [getattr(other, name)] for name in SURPRISES}
+
+
+def test_a_mistake_is_recognised_however_it_draws() -> None:
+    """By the Gumbel-max trick, with random numbers unlike those of the known mistake."""
+
+    def twice(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        return other.sample(logits.softmax(-1), generator)
+
+    with pytest.raises(CheckFailed, match="This is what you get if the softmax is taken twice"):
+        run_check(check_sample, twice)

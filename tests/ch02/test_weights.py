@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import solutions.ch02_transformer as ref
-from course_utils.checks import run_check
+from course_utils.checks import CheckFailed, run_check
 from course_utils.checks.by_loops import transformer
 from course_utils.checks.ch02.weights import check_init_weights, initialise
 from course_utils.config import TransformerConfig
@@ -188,3 +188,16 @@ def test_weights_are_given_to_the_transformer_beside_the_function(class_beside_i
     exec("def mine(model, std, generator):\n    init_weights(model, std, generator)", namespace)
     run_check(check_init_weights, namespace["mine"])
     assert len(made) == 3
+
+
+def test_a_mistake_is_recognised_however_it_draws() -> None:
+    """In another order than the known mistake, so with other random numbers in every matrix."""
+
+    def not_scaled(model: Any, std: float, generator: torch.Generator) -> None:
+        ref.init_weights(model, std, generator)
+        for name, parameter in reversed(list(model.named_parameters())):
+            if name.split(".")[-1].startswith("W_"):
+                parameter.data.normal_(0.0, std, generator=generator)
+
+    with pytest.raises(CheckFailed, match="This is what you get if `W_O` is drawn like the others"):
+        run_check(check_init_weights, not_scaled)

@@ -1,8 +1,8 @@
 """What random numbers show: a frequency or a deviation is never quite the same twice."""
 
-import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -16,9 +16,8 @@ class Measured:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Measured):
             return NotImplemented
-        # A sum of n squares of standard normal numbers has mean n and variance 2 n.
         squares = (self.values - other.values).square() / (self.variances + other.variances).clamp(min=1e-12)
-        n = squares.numel()
-        return bool(squares.sum() <= n + 3 * math.sqrt(2 * n))
+        # how likely chance alone is to give a smaller sum: the chi-squared distribution
+        return bool(torch.special.gammainc(torch.tensor(squares.numel() / 2), squares.sum() / 2) < 0.999)
 
     __hash__ = None  # type: ignore[assignment]

@@ -107,11 +107,9 @@ def check_LayerNorm(cls: Any) -> None:
         standins.Embed,
         {
             "every row of the batch gets the embeddings of the first row's tokens.": lambda m, tokens: m.W_E[
-                tokens[:1]
-            ].expand(len(tokens), -1, -1),
-            "the embeddings are scaled by sqrt(d_model); GPT-2 does not.": lambda m, tokens: (
-                m.W_E[tokens] * m.W_E.shape[1] ** 0.5
-            ),
+                tokens[:1].expand_as(tokens)
+            ],
+            "the embeddings are scaled by sqrt(d_model); GPT-2 does not.": lambda m, tokens: m.W_E[tokens] * 7**0.5,
             "row t + 1 is read for token t.": lambda m, tokens: m.W_E.roll(-1, 0)[tokens],
         },
     )
@@ -125,18 +123,23 @@ def check_Embed(cls: Any) -> None:
         check_module("Embed", module, (tokens,), always({"output": expected}), RESID)
 
 
+def for_each_row(vectors: Tensor, tokens: Tensor) -> Tensor:
+    """The same vectors in every row of the batch."""
+    return vectors.expand(*tokens.shape, -1)
+
+
 @known_mistakes(
     with_forwards(
         standins.PosEmbed,
         {
             "the token ids choose the rows; the positions should.": lambda m, tokens, offset=0: m.W_pos[tokens],
-            "`offset` is ignored.": lambda m, tokens, offset=0: m.W_pos[: tokens.shape[1]].expand(*tokens.shape, -1),
-            "the last positions of the table are used.": lambda m, tokens, offset=0: m.W_pos[-tokens.shape[1] :].expand(
-                *tokens.shape, -1
+            "`offset` is ignored.": lambda m, tokens, offset=0: for_each_row(m.W_pos[: tokens.shape[1]], tokens),
+            "the last positions of the table are used.": lambda m, tokens, offset=0: for_each_row(
+                m.W_pos[-tokens.shape[1] :], tokens
             ),
-            "positions are counted from 1.": lambda m, tokens, offset=0: m.W_pos.roll(-1, 0)[
-                offset : offset + tokens.shape[1]
-            ].expand(*tokens.shape, -1),
+            "positions are counted from 1.": lambda m, tokens, offset=0: for_each_row(
+                m.W_pos.roll(-1, 0)[offset:][: tokens.shape[1]], tokens
+            ),
         },
     )
 )
@@ -162,6 +165,14 @@ def dots(q: Tensor, k: Tensor) -> Tensor:
     return torch.einsum("bqhd,bkhd->bhqk", q, k)
 
 
+def right_scores(q: Tensor, k: Tensor) -> Tensor:
+    return dots(q, k) / q.shape[3] ** 0.5
+
+
+def masked_with(value: float) -> Callable[[Tensor], Tensor]:
+    return lambda scores: scores.masked_fill(later(scores), value)
+
+
 @known_mistakes(
     {
         "the division by sqrt(d_head) is left out.": dots,
@@ -174,12 +185,8 @@ def dots(q: Tensor, k: Tensor) -> Tensor:
         "the division is by sqrt(n_heads d_head); each head has vectors of size d_head.": lambda q, k: (
             dots(q, k) / (q.shape[2] * q.shape[3]) ** 0.5
         ),
-        "the future is masked already; that is the next exercise.": lambda q, k: (
-            scores := dots(q, k) / q.shape[3] ** 0.5
-        ).masked_fill(later(scores), -INF),
-        "the softmax is taken already; that comes after the mask.": lambda q, k: (
-            dots(q, k) / q.shape[3] ** 0.5
-        ).softmax(-1),
+        "the future is masked already; that is the next exercise.": lambda q, k: masked_with(-INF)(right_scores(q, k)),
+        "the softmax is taken already; that comes after the mask.": lambda q, k: right_scores(q, k).softmax(-1),
     }
 )
 def check_attention_scores(fn: Callable[..., Any]) -> None:
@@ -206,10 +213,6 @@ def _masked_by_loop(scores: Tensor) -> Tensor:
             if key > query + n_key - n_query:
                 out[..., query, key] = -INF
     return out
-
-
-def masked_with(value: float) -> Callable[[Tensor], Tensor]:
-    return lambda scores: scores.masked_fill(later(scores), value)
 
 
 @known_mistakes(
@@ -250,11 +253,6 @@ def wrong_attention(**wrong: Any) -> type:
     return with_methods(standins.Attention, "Attention", forward=forward)
 
 
-def hidden_from(queries_with_a_past: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """A mask that differs from the right one where a cache holds earlier positions."""
-    return lambda scores: later(scores) if scores.shape[2] == scores.shape[3] else queries_with_a_past(scores)
-
-
 @known_mistakes(
     {f"the bias `b_{letter}` is left out.": wrong_attention(without=(f"b_{letter}",)) for letter in "QVO"},
     {
@@ -285,7 +283,7 @@ def hidden_from(queries_with_a_past: Callable[[Tensor], Tensor]) -> Callable[[Te
             hidden=from_first_key
         ),
         "nothing is masked: new positions look at those after them.": wrong_attention(
-            hidden=hidden_from(lambda scores: later(scores, scores.shape[3]))
+            hidden=lambda scores: later(scores, 1 if scores.shape[2] == scores.shape[3] else scores.shape[3])
         ),
     },
 )
@@ -375,33 +373,33 @@ def check_gelu_new(fn: Callable[..., Any]) -> None:
     compare("gelu_new far from 0", fn(far), F.relu(far), "element")
 
 
+def up(mlp: Any, resid: Tensor) -> Tensor:
+    return resid @ mlp.W_in + mlp.b_in
+
+
+def down(mlp: Any, neurons: Tensor) -> Tensor:
+    return neurons @ mlp.W_out + mlp.b_out
+
+
 @known_mistakes(
     with_forwards(
         standins.MLP,
         {
-            "`b_in` is left out.": lambda m, resid: m.act(resid @ m.W_in) @ m.W_out + m.b_out,
-            "`b_out` is left out.": lambda m, resid: m.act(resid @ m.W_in + m.b_in) @ m.W_out,
+            "`b_in` is left out.": lambda m, resid: down(m, m.act(resid @ m.W_in)),
+            "`b_out` is left out.": lambda m, resid: m.act(up(m, resid)) @ m.W_out,
             "both biases are left out.": lambda m, resid: m.act(resid @ m.W_in) @ m.W_out,
-            "there is no non-linearity between the two maps.": lambda m, resid: (
-                (resid @ m.W_in + m.b_in) @ m.W_out + m.b_out
-            ),
-            "the non-linearity comes before `b_in` is added.": lambda m, resid: (
-                (m.act(resid @ m.W_in) + m.b_in) @ m.W_out + m.b_out
-            ),
-            "the non-linearity is applied to the output too.": lambda m, resid: m.act(
-                m.act(resid @ m.W_in + m.b_in) @ m.W_out + m.b_out
-            ),
-            "the non-linearity comes after both maps.": lambda m, resid: m.act(
-                (resid @ m.W_in + m.b_in) @ m.W_out + m.b_out
-            ),
+            "there is no non-linearity between the two maps.": lambda m, resid: down(m, up(m, resid)),
+            "the non-linearity comes before `b_in` is added.": lambda m, resid: down(m, m.act(resid @ m.W_in) + m.b_in),
+            "the non-linearity is applied to the output too.": lambda m, resid: m.act(down(m, m.act(up(m, resid)))),
+            "the non-linearity comes after both maps.": lambda m, resid: m.act(down(m, up(m, resid))),
             "`resid` is added to the output; the block will do that.": lambda m, resid: (
-                m.act(resid @ m.W_in + m.b_in) @ m.W_out + m.b_out + resid
+                down(m, m.act(up(m, resid))) + resid
             ),
-            "another non-linearity is used than cfg.act = 'relu'; self.act holds the right one.": lambda m, resid: (
-                gelu(resid @ m.W_in + m.b_in) @ m.W_out + m.b_out
+            "another non-linearity is used than cfg.act = 'relu'; self.act holds the right one.": lambda m, resid: down(
+                m, gelu(up(m, resid))
             ),
             "another non-linearity is used than cfg.act = 'gelu_new'; self.act holds the right one.": lambda m, resid: (
-                m.hook_post(F.relu(m.hook_pre(resid @ m.W_in + m.b_in))) @ m.W_out + m.b_out
+                down(m, m.hook_post(F.relu(m.hook_pre(up(m, resid)))))
             ),
         },
     )

@@ -59,15 +59,13 @@ def _expect_value_error(name: str, given: str, fn: Callable[..., Any], *argument
 
 @known_mistakes(
     {
-        "the logits are multiplied by the temperature.": lambda logits, temperature: logits * temperature,
-        "the temperature is ignored.": lambda logits, temperature: logits.clone(),
-        "the softmax is taken; return logits.": lambda logits, temperature: (logits / temperature).softmax(-1),
-        "the log-softmax is taken; return the logits themselves.": lambda logits, temperature: (
-            logits / temperature
-        ).log_softmax(-1),
-        "probabilities are divided, not logits.": lambda logits, temperature: logits.softmax(-1) / temperature,
-        "the division is by the square of the temperature.": lambda logits, temperature: logits / temperature**2,
-        "the temperature is added.": lambda logits, temperature: logits + temperature,
+        "the logits are multiplied by the temperature.": lambda logits, t: logits * t,
+        "the temperature is ignored.": lambda logits, t: logits.clone(),
+        "the softmax is taken; return logits.": lambda logits, t: (logits / t).softmax(-1),
+        "the log-softmax is taken; return the logits themselves.": lambda logits, t: (logits / t).log_softmax(-1),
+        "probabilities are divided, not logits.": lambda logits, t: logits.softmax(-1) / t,
+        "the division is by the square of the temperature.": lambda logits, t: logits / t**2,
+        "the temperature is added.": lambda logits, t: logits + t,
     }
 )
 def check_apply_temperature(fn: Callable[..., Any]) -> None:
@@ -87,33 +85,28 @@ def counts(logits: Tensor, tokens: Tensor) -> Tensor:
     return F.one_hot(tokens, logits.shape[1]).sum(1).to(logits)
 
 
+def paid(result: Callable[[Tensor, Tensor, float], Tensor]) -> Callable[[Tensor, Tensor, float], Tensor]:
+    """An apply_frequency_penalty that returns `result(logits, counts, penalty)`."""
+    return lambda logits, tokens, penalty: result(logits, counts(logits, tokens), penalty)
+
+
 @known_mistakes(
     {
-        "a token pays once, however often it occurs.": lambda logits, tokens, penalty: (
-            logits - penalty * (counts(logits, tokens) > 0)
+        "a token pays once, however often it occurs.": paid(lambda logits, n, penalty: logits - penalty * (n > 0)),
+        "the penalty is added; subtract it.": paid(lambda logits, n, penalty: logits + penalty * n),
+        "the logits are lost: the penalties alone are returned.": paid(lambda logits, n, penalty: -penalty * n),
+        "all rows pay for the tokens of the whole batch.": paid(lambda logits, n, penalty: logits - penalty * n.sum(0)),
+        "every row pays for the first row's tokens.": paid(lambda logits, n, penalty: logits - penalty * n[:1]),
+        "the logits of seen tokens are divided by the penalty.": paid(
+            lambda logits, n, penalty: logits / torch.where(n > 0, penalty, 1.0)
         ),
-        "the penalty is added; subtract it.": lambda logits, tokens, penalty: logits + penalty * counts(logits, tokens),
-        "the logits are lost: the penalties alone are returned.": lambda logits, tokens, penalty: (
-            -penalty * counts(logits, tokens)
-        ),
-        "all rows pay for the tokens of the whole batch.": lambda logits, tokens, penalty: (
-            logits - penalty * counts(logits, tokens).sum(0)
-        ),
-        "every row pays for the first row's tokens.": lambda logits, tokens, penalty: (
-            logits - penalty * counts(logits, tokens)[:1]
-        ),
-        "the logits of seen tokens are divided by the penalty.": lambda logits, tokens, penalty: (
-            logits / torch.where(counts(logits, tokens) > 0, penalty, 1.0)
-        ),
-        "the count is used alone, without the penalty.": lambda logits, tokens, penalty: (
-            logits - counts(logits, tokens)
-        ),
-        "every token pays, seen or not.": lambda logits, tokens, penalty: logits - penalty,
-        "counts are divided by the number of positions.": lambda logits, tokens, penalty: (
-            logits - penalty * counts(logits, tokens) / tokens.shape[1]
+        "the count is used alone, without the penalty.": paid(lambda logits, n, penalty: logits - n),
+        "every token pays, seen or not.": paid(lambda logits, n, penalty: logits - penalty),
+        "counts are divided by the number of positions.": paid(
+            lambda logits, n, penalty: logits - penalty * n / n.sum(dim=1, keepdim=True)
         ),
         "the last token alone pays.": lambda logits, tokens, penalty: logits - penalty * counts(logits, tokens[:, -1:]),
-        "nothing is subtracted.": lambda logits, tokens, penalty: logits.clone(),
+        "nothing is subtracted.": paid(lambda logits, n, penalty: logits.clone()),
     }
 )
 def check_apply_frequency_penalty(fn: Callable[..., Any]) -> None:
@@ -192,7 +185,7 @@ def top_p(logits: Tensor, p: float, n: int, choose: Choose = nucleus) -> Tensor:
 
 def choosing(choose: Choose) -> Callable[..., Tensor]:
     """A keep_top_p that keeps what `choose` returns for each row."""
-    return lambda logits, p, min_tokens_to_keep=1: top_p(logits, p, min_tokens_to_keep, choose)
+    return lambda logits, p, n=1: top_p(logits, p, n, choose)
 
 
 def as_in_first_row(logits: Tensor, p: float, n: int, *, tokens: bool) -> Tensor:
@@ -217,26 +210,22 @@ def as_in_first_row(logits: Tensor, p: float, n: int, *, tokens: bool) -> Tensor
         "the mask of the sorted logits is put on the unsorted ones: bring it back into the tokens' order.": choosing(
             lambda chances, row, p, n: range(len(nucleus(chances, row, p, n)))
         ),
-        "the logits come back sorted.": lambda logits, p, min_tokens_to_keep=1: top_p(
-            logits.sort(-1, descending=True).values, p, min_tokens_to_keep
+        "the logits come back sorted.": lambda logits, p, n=1: top_p(logits.sort(-1, descending=True).values, p, n),
+        "the first row's tokens are kept in all rows.": lambda logits, p, n=1: as_in_first_row(
+            logits, p, n, tokens=True
         ),
-        "the first row's tokens are kept in all rows.": lambda logits, p, min_tokens_to_keep=1: as_in_first_row(
-            logits, p, min_tokens_to_keep, tokens=True
+        "every row keeps as many tokens as the first.": lambda logits, p, n=1: as_in_first_row(
+            logits, p, n, tokens=False
         ),
-        "every row keeps as many tokens as the first.": lambda logits, p, min_tokens_to_keep=1: as_in_first_row(
-            logits, p, min_tokens_to_keep, tokens=False
-        ),
-        "min_tokens_to_keep is ignored.": lambda logits, p, min_tokens_to_keep=1: top_p(logits, p, 1),
-        "the others are set to 0, which softmax turns into exp(0) = 1; use -inf.": (
-            lambda logits, p, min_tokens_to_keep=1: filled(top_p(logits, p, min_tokens_to_keep))
+        "min_tokens_to_keep is ignored.": lambda logits, p, n=1: top_p(logits, p, 1),
+        "the others are set to 0, which softmax turns into exp(0) = 1; use -inf.": lambda logits, p, n=1: filled(
+            top_p(logits, p, n)
         ),
         "single tokens with a probability above p are kept; it is the sum that counts.": choosing(
             lambda chances, row, p, n: [t for place, t in enumerate(row) if place < n or chances[t] >= p]
         ),
-        "probabilities are returned; return logits.": lambda logits, p, min_tokens_to_keep=1: top_p(
-            logits, p, min_tokens_to_keep
-        ).softmax(-1),
-        "nothing is dropped.": lambda logits, p, min_tokens_to_keep=1: logits.clone(),
+        "probabilities are returned; return logits.": lambda logits, p, n=1: top_p(logits, p, n).softmax(-1),
+        "nothing is dropped.": lambda logits, p, n=1: logits.clone(),
     }
 )
 def check_keep_top_p(fn: Callable[..., Any]) -> None:

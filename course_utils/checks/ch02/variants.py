@@ -93,22 +93,18 @@ def mixed(a: Tensor, b: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tenso
 
 @known_mistakes(
     {
-        "all coordinates are turned; only the first `rotary_dim` are.": lambda x, positions, rotary_dim, base: turned(
-            x, positions, x.shape[-1], base
+        "all coordinates are turned; only the first `rotary_dim` are.": lambda x, p, n, base: turned(
+            x, p, x.shape[-1], base
         ),
         "all coordinates are turned, with angles for `rotary_dim`.": partial(turned, pairs=lambda n: halves(10)),
         "neighbours (2 i, 2 i + 1) are taken for pairs; i goes with i + rotary_dim / 2.": partial(
             turned, pairs=lambda n: [(2 * i, 2 * i + 1) for i in range(n // 2)]
         ),
-        "`positions` is ignored: they are counted from 0.": lambda x, positions, rotary_dim, base: turned(
-            x, torch.arange(len(positions)), rotary_dim, base
+        "`positions` is ignored: they are counted from 0.": lambda x, p, n, base: turned(
+            x, torch.arange(len(p)), n, base
         ),
-        "every position is one too large: counting begins at 0.": lambda x, positions, rotary_dim, base: turned(
-            x, positions + 1, rotary_dim, base
-        ),
-        "the vectors are turned the other way, by minus the angle.": lambda x, positions, rotary_dim, base: turned(
-            x, -positions, rotary_dim, base
-        ),
+        "every position is one too large: counting begins at 0.": lambda x, p, n, base: turned(x, p + 1, n, base),
+        "the vectors are turned the other way, by minus the angle.": lambda x, p, n, base: turned(x, -p, n, base),
         "the exponent is i / rotary_dim; it is 2 i / rotary_dim.": partial(
             turned, angle=lambda p, i, n, base: angle(p, i, 2 * n, base)
         ),
@@ -135,13 +131,13 @@ def mixed(a: Tensor, b: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tenso
         "the first of a pair is a cos + b sin; it is a cos - b sin.": partial(
             turned, mixed=lambda a, b, cos, sin: (a * cos + b * sin, a * sin + b * cos)
         ),
-        "only the turned coordinates are returned; put the others behind them.": lambda x, positions, n, base: turned(
-            x, positions, n, base
+        "only the turned coordinates are returned; put the others behind them.": lambda x, p, n, base: turned(
+            x, p, n, base
         )[..., :n],
-        "the coordinates that are not turned are set to 0; they stay as they are.": lambda x, positions, n, base: F.pad(
-            turned(x, positions, n, base)[..., :n], (0, x.shape[-1] - n)
+        "the coordinates that are not turned are set to 0; they stay as they are.": lambda x, p, n, base: F.pad(
+            turned(x, p, n, base)[..., :n], (0, x.shape[-1] - n)
         ),
-        "nothing is turned.": lambda x, positions, rotary_dim, base: x.clone(),
+        "nothing is turned.": lambda x, p, n, base: x.clone(),
     }
 )
 def check_apply_rotary(fn: Callable[..., Any]) -> None:
