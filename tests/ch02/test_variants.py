@@ -29,8 +29,6 @@ ONLY_ON_GPU = "device="
 
 # Changes after which the reference still does what its statement says.
 STILL_RIGHT = {
-    "-1 -> 1",  # of two axes, the last
-    "dim=-1",
     "True -> False",  # zip(strict=True) of equal lengths
     "zip('QKV', weights, biases, strict=True) -> zip('QKV', weights, biases)",
 }

@@ -19,7 +19,6 @@ SECRETS = ("einsum(", "rearrange(", ".chunk(", ".normal_(0")
 
 # Changes after which the reference still does what its statement says.
 STILL_RIGHT = {
-    "-1 -> 1",  # of two axes, the last
     "symbol == 'w' -> symbol >= 'w'",
     "True -> False",  # zip(strict=True) of equal lengths
     "zip('QKV', weights, biases, strict=True) -> zip('QKV', weights, biases)",

@@ -65,6 +65,8 @@ INF = torch.inf
 
 # ---------------------------------------------------------------------------------------------------------- rotary
 
+ROTARY_D_HEAD = 10  # of the vectors that apply_rotary is checked with
+
 
 def halves(rotary_dim: int, start: int = 0) -> list[tuple[int, int]]:
     """The pairs (i, i + rotary_dim / 2), counted from `start`."""
@@ -96,7 +98,9 @@ def mixed(a: Tensor, b: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tenso
         "all coordinates are turned; only the first `rotary_dim` are.": lambda x, p, n, base: turned(
             x, p, x.shape[-1], base
         ),
-        "all coordinates are turned, with angles for `rotary_dim`.": partial(turned, pairs=lambda n: halves(10)),
+        "all coordinates are turned, with angles for `rotary_dim`.": partial(
+            turned, pairs=lambda n: halves(ROTARY_D_HEAD)
+        ),
         "neighbours (2 i, 2 i + 1) are taken for pairs; i goes with i + rotary_dim / 2.": partial(
             turned, pairs=lambda n: [(2 * i, 2 * i + 1) for i in range(n // 2)]
         ),
@@ -109,7 +113,7 @@ def mixed(a: Tensor, b: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tenso
             turned, angle=lambda p, i, n, base: angle(p, i, 2 * n, base)
         ),
         "the exponent is 2 i / d_head; divide by rotary_dim.": partial(
-            turned, angle=lambda p, i, n, base: angle(p, i, 10, base)
+            turned, angle=lambda p, i, n, base: angle(p, i, ROTARY_D_HEAD, base)
         ),
         "the angles are multiplied by base^(2 i / rotary_dim); divide.": partial(
             turned, angle=lambda p, i, n, base: angle(p, i, n, 1 / base)
@@ -122,7 +126,7 @@ def mixed(a: Tensor, b: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tenso
         ),
         "all pairs turn by the same angle.": partial(turned, angle=lambda p, i, n, base: angle(p, 0, n, base)),
         "the last `rotary_dim` coordinates are turned; the first are.": partial(
-            turned, pairs=lambda n: halves(n, start=10 - n)
+            turned, pairs=lambda n: halves(n, start=ROTARY_D_HEAD - n)
         ),
         "sine and cosine are swapped.": partial(turned, mixed=lambda a, b, cos, sin: mixed(a, b, sin, cos)),
         "the second of a pair is b cos - a sin; it is a sin + b cos.": partial(
@@ -147,7 +151,7 @@ def check_apply_rotary(fn: Callable[..., Any]) -> None:
         (1, [0, 1, 2], 10, 10000.0),
         (2, [700], 4, 500.0),
     ]:
-        x, positions = noise(n_batch, len(places), 3, 10, seed=20), torch.tensor(places)
+        x, positions = noise(n_batch, len(places), 3, ROTARY_D_HEAD, seed=20), torch.tensor(places)
         actual = fn(x, positions, rotary_dim, base)
         expected = by_loops.rotated(x, places, rotary_dim, base)
         name = f"apply_rotary with positions {places}, rotary_dim {rotary_dim} and base {base:g}"
@@ -184,7 +188,7 @@ def wrong_attention(
             getattr(module, f"hook_rot_{letter}")(views[letter])
         for letter in of:
             views[letter] = turned(views[letter], positions, rotary_dim, CFG.rotary_base)
-        for letter in {"q", "k"} - {*hooks_first}:
+        for letter in [letter for letter in "qk" if letter not in hooks_first]:
             views[letter] = getattr(module, f"hook_rot_{letter}")(views[letter])
         if cache is not None:
             keys, views["v"] = cache.append(module.layer, k if stored_as_is else views["k"], v)
