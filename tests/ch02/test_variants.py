@@ -1,5 +1,6 @@
 """From GPT-2 to Pythia: mistakes that the checks do not know, right answers in another style, and NeoX's numbers."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 import solutions.ch02_transformer as ref
 from course_utils.checks import by_loops
 from course_utils.checks.ch02.attending import attend
-from course_utils.checks.ch02.variants import CFG, turned
+from course_utils.checks.ch02.variants import CFG, turned, turning
 from course_utils.checks.modules import randomise
 from course_utils.checks.standins.cache import ToyCache
 from course_utils.checks.transformer_interface import transformer_hooks, transformer_parameters
@@ -130,14 +131,9 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
     "apply_rotary": [
         ("values are wrong", written_to_neighbours),
         ("values are wrong", lambda x, p, n, base: turned(x, p * torch.pi / 180, n, base)),  # degrees
-        (
-            "values are wrong",
-            lambda x, p, n, base: turned(x, p, n, base, angle=lambda p, i, n, base: p * round(base ** (-2 * i / n), 1)),
-        ),
-        (
-            "values are wrong",
-            lambda x, p, n, base: turned(x, p, n, base, angle=lambda p, i, n, base: p / max(base * 2 * i / n, 1)),
-        ),
+        # with the first base that is tried, 8: frequencies that are rounded, and 1 / (8 * 2 i / n)
+        ("values are wrong", turning(exponent=lambda i, n: -math.log(round(8 ** (-2 * i / n), 1), 8))),
+        ("values are wrong", turning(exponent=lambda i, n: math.log(max(8 * 2 * i / n, 1), 8))),
         ("are wrong", lambda x, p, n, base: apply_rotary(x, p.flip(0), n, base)),
         ("All of the wrong values are at head=", first_heads),
         ("values are wrong", lambda x, p, n, base: apply_rotary(x.flip(-1), p, n, base).flip(-1)),

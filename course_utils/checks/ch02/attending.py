@@ -14,12 +14,12 @@ Remember = Callable[[Any, Tensor, Tensor, Tensor, Any], tuple[Tensor, Tensor, Te
 def later(scores: Tensor, shift: int = 1) -> Tensor:
     """Which keys lie after which query, where the last query stands at the last key's position."""
     n_query, n_key = scores.shape[-2:]
-    return torch.ones(n_query, n_key, dtype=torch.bool).triu(n_key - n_query + shift)
+    return torch.ones(n_query, n_key, dtype=torch.bool, device=scores.device).triu(n_key - n_query + shift)
 
 
 def from_first_key(scores: Tensor) -> Tensor:
     """Which keys lie after which query, if the first query stood at the first key's position."""
-    return torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+    return torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
 
 
 def remember(module: Any, q: Tensor, k: Tensor, v: Tensor, cache: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -29,7 +29,8 @@ def remember(module: Any, q: Tensor, k: Tensor, v: Tensor, cache: Any) -> tuple[
 
 def attend(module: Any, resid: Tensor, cache: Any = None, *, remember: Remember = remember, **wrong: Any) -> Tensor:
     """What attention adds to the stream; `remember` turns vectors, where that is done, and fills the cache."""
-    q, k, v = remember(module, *(_view(module, resid, letter, **wrong) for letter in "QKV"), cache)
+    q, k, v = (_view(module, resid, letter, **wrong) for letter in "QKV")
+    q, k, v = remember(module, q, k, v, cache)
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / wrong.get("divisor", q.shape[-1] ** 0.5)
     hidden = wrong.get("hidden", later)(scores)
     if wrong.get("mask_after_softmax"):

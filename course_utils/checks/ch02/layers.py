@@ -339,7 +339,9 @@ def _check_attention_cache(cls: type, module: Any, weights: Mapping[str, Tensor]
 # ---------------------------------------------------------------------------------------------------------- the MLP
 
 
-def gelu(x: Tensor, half: float = 0.5, one: float = 1.0, root: float = ROOT, cubic: float = 0.044715, power: int = 3):
+def gelu(
+    x: Tensor, half: float = 0.5, one: float = 1.0, root: float = ROOT, cubic: float = 0.044715, power: int = 3
+) -> Tensor:
     """GPT-2's formula, with switches for what people get wrong."""
     return half * x * (one + torch.tanh(root * (x + cubic * x**power)))
 

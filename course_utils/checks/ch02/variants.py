@@ -77,15 +77,11 @@ def turned(x: Tensor, positions: Tensor, rotary_dim: int, base: float, **wrong: 
     """Pair after pair is turned, with switches for what people get wrong."""
     out = x.clone()
     for i, (first, second) in enumerate(wrong.get("pairs", halves)(rotary_dim)):
-        angles = wrong.get("angle", angle)(positions, i, rotary_dim, base)[:, None]
+        exponent = wrong.get("exponent", lambda i, rotary_dim: 2 * i / rotary_dim)(i, rotary_dim)
+        angles = (positions / base**exponent)[:, None]
         a, b = x[..., first], x[..., second]
         out[..., first], out[..., second] = wrong.get("mixed", mixed)(a, b, angles.cos(), angles.sin())
     return out
-
-
-def angle(positions: Tensor, i: int, rotary_dim: int, base: float) -> Tensor:
-    """By how much the pair with number i is turned."""
-    return positions / base ** (2 * i / rotary_dim)
 
 
 def mixed(a: Tensor, b: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,53 +89,46 @@ def mixed(a: Tensor, b: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tenso
     return a * cos - b * sin, a * sin + b * cos
 
 
+def turning(**wrong: Any) -> Callable[..., Tensor]:
+    """An apply_rotary that makes this mistake."""
+    return partial(turned, **wrong)
+
+
 @known_mistakes(
     {
-        "all coordinates are turned; only the first `rotary_dim` are.": lambda x, p, n, base: turned(
-            x, p, x.shape[-1], base
+        "all coordinates are turned; only the first `rotary_dim` are.": (
+            lambda x, p, n, base: turned(x, p, ROTARY_D_HEAD, base)
         ),
-        "all coordinates are turned, with angles for `rotary_dim`.": partial(
-            turned, pairs=lambda n: halves(ROTARY_D_HEAD)
+        "all coordinates are turned, with angles for `rotary_dim`.": turning(pairs=lambda n: halves(ROTARY_D_HEAD)),
+        "neighbours (2 i, 2 i + 1) are taken for pairs; i goes with i + rotary_dim / 2.": turning(
+            pairs=lambda n: [(i, i + 1) for i in range(0, n, 2)]
         ),
-        "neighbours (2 i, 2 i + 1) are taken for pairs; i goes with i + rotary_dim / 2.": partial(
-            turned, pairs=lambda n: [(2 * i, 2 * i + 1) for i in range(n // 2)]
-        ),
-        "`positions` is ignored: they are counted from 0.": lambda x, p, n, base: turned(
-            x, torch.arange(len(p)), n, base
+        "`positions` is ignored: they are counted from 0.": (
+            lambda x, p, n, base: turned(x, torch.arange(len(p)), n, base)
         ),
         "every position is one too large: counting begins at 0.": lambda x, p, n, base: turned(x, p + 1, n, base),
         "the vectors are turned the other way, by minus the angle.": lambda x, p, n, base: turned(x, -p, n, base),
-        "the exponent is i / rotary_dim; it is 2 i / rotary_dim.": partial(
-            turned, angle=lambda p, i, n, base: angle(p, i, 2 * n, base)
+        "the exponent is i / rotary_dim; it is 2 i / rotary_dim.": turning(exponent=lambda i, n: i / n),
+        "the exponent is 2 i / d_head; divide by rotary_dim.": turning(exponent=lambda i, n: 2 * i / ROTARY_D_HEAD),
+        "the angles are multiplied by base^(2 i / rotary_dim); divide.": turning(exponent=lambda i, n: -2 * i / n),
+        "the pairs are counted from 1; the first turns by p itself.": turning(exponent=lambda i, n: 2 * (i + 1) / n),
+        "`base` is ignored: the angles are those for 10000.": lambda x, p, n, base: turned(x, p, n, 10000.0),
+        "all pairs turn by the same angle.": turning(exponent=lambda i, n: 0),
+        "the last `rotary_dim` coordinates are turned; the first are.": turning(
+            pairs=lambda n: halves(n, start=ROTARY_D_HEAD - n)
         ),
-        "the exponent is 2 i / d_head; divide by rotary_dim.": partial(
-            turned, angle=lambda p, i, n, base: angle(p, i, ROTARY_D_HEAD, base)
+        "sine and cosine are swapped.": turning(mixed=lambda a, b, cos, sin: mixed(a, b, sin, cos)),
+        "the second of a pair is b cos - a sin; it is a sin + b cos.": turning(
+            mixed=lambda a, b, cos, sin: (a * cos - b * sin, b * cos - a * sin)
         ),
-        "the angles are multiplied by base^(2 i / rotary_dim); divide.": partial(
-            turned, angle=lambda p, i, n, base: angle(p, i, n, 1 / base)
+        "the first of a pair is a cos + b sin; it is a cos - b sin.": turning(
+            mixed=lambda a, b, cos, sin: (a * cos + b * sin, a * sin + b * cos)
         ),
-        "the pairs are counted from 1; the first turns by p itself.": partial(
-            turned, angle=lambda p, i, n, base: angle(p, i + 1, n, base)
+        "only the turned coordinates are returned; put the others behind them.": (
+            lambda x, p, n, base: turned(x, p, n, base)[..., :n]
         ),
-        "`base` is ignored: the angles are those for 10000.": partial(
-            turned, angle=lambda p, i, n, base: angle(p, i, n, 10000.0)
-        ),
-        "all pairs turn by the same angle.": partial(turned, angle=lambda p, i, n, base: angle(p, 0, n, base)),
-        "the last `rotary_dim` coordinates are turned; the first are.": partial(
-            turned, pairs=lambda n: halves(n, start=ROTARY_D_HEAD - n)
-        ),
-        "sine and cosine are swapped.": partial(turned, mixed=lambda a, b, cos, sin: mixed(a, b, sin, cos)),
-        "the second of a pair is b cos - a sin; it is a sin + b cos.": partial(
-            turned, mixed=lambda a, b, cos, sin: (a * cos - b * sin, b * cos - a * sin)
-        ),
-        "the first of a pair is a cos + b sin; it is a cos - b sin.": partial(
-            turned, mixed=lambda a, b, cos, sin: (a * cos + b * sin, a * sin + b * cos)
-        ),
-        "only the turned coordinates are returned; put the others behind them.": lambda x, p, n, base: turned(
-            x, p, n, base
-        )[..., :n],
-        "the coordinates that are not turned are set to 0; they stay as they are.": lambda x, p, n, base: F.pad(
-            turned(x, p, n, base)[..., :n], (0, x.shape[-1] - n)
+        "the coordinates that are not turned are set to 0; they stay as they are.": (
+            lambda x, p, n, base: F.pad(turned(x, p, n, base)[..., :n], (0, ROTARY_D_HEAD - n))
         ),
         "nothing is turned.": lambda x, p, n, base: x.clone(),
     }
@@ -184,6 +173,7 @@ def wrong_attention(
     def remember(module: Any, q: Tensor, k: Tensor, v: Tensor, cache: Any) -> tuple[Tensor, Tensor, Tensor]:
         views, n_new, start = {"q": q, "k": k, "v": v}, q.shape[1], 0 if cache is None else cache.length
         positions = torch.arange(first, first + n_new) if cache is None else places(start, start + n_new)
+        positions = positions.to(q.device)
         for letter in hooks_first:
             getattr(module, f"hook_rot_{letter}")(views[letter])
         for letter in of:
@@ -362,9 +352,9 @@ def check_ParallelBlock(cls: Any) -> None:
     for cfg in (replace(CFG, positions="learned", rotary_dim=0), CFG, replace(CFG, normalization="none", act="relu")):
         wanted = block_hooks(cfg)
         module = construct(name, cls, cfg, block_parameters(cfg), wanted)
-        oracle = always(by_loops.block(weights_of(module), cfg, resid))
+        right = always(by_loops.block(weights_of(module), cfg, resid))
         with during(f"with cfg.positions = {cfg.positions!r}"):
-            check_module(f"{name} with its real parts", module, (resid,), oracle, RESID, wanted, replace=False)
+            check_module(f"{name} with its real parts", module, (resid,), right, RESID, wanted, replace=False)
 
 
 # ---------------------------------------------------------------------------------------------------------- weights
@@ -440,7 +430,7 @@ def check_convert_neox_weights(fn: Callable[..., Any]) -> None:
 # ------------------------------------------------------------------------------------------------- towards Llama
 
 
-def root_mean_square(norm: Any, resid: Tensor, axes: Any = -1) -> Tensor:
+def rms(norm: Any, resid: Tensor, axes: Any = -1) -> Tensor:
     """What the vectors are divided by."""
     return (resid.square().mean(axes, keepdim=True) + norm.eps).sqrt()
 
@@ -458,7 +448,7 @@ def deviation(norm: Any, resid: Tensor) -> Tensor:
                 resid, m.w.shape, m.w, eps=m.eps
             ),
             "the mean is subtracted from the vector, but not in the root.": lambda m, resid: (
-                (resid - resid.mean(-1, keepdim=True)) / root_mean_square(m, resid) * m.w
+                (resid - resid.mean(-1, keepdim=True)) / rms(m, resid) * m.w
             ),
             "the vector is divided by its deviation, from which the mean is subtracted.": lambda m, resid: (
                 resid / deviation(m, resid) * m.w
@@ -469,20 +459,20 @@ def deviation(norm: Any, resid: Tensor) -> Tensor:
             "eps is left out, or another one is used than self.eps.": lambda m, resid: (
                 resid / resid.square().mean(-1, keepdim=True).sqrt() * m.w
             ),
-            "`w` is left out.": lambda m, resid: resid / root_mean_square(m, resid),
-            "the root is missing.": lambda m, resid: resid / root_mean_square(m, resid) ** 2 * m.w,
+            "`w` is left out.": lambda m, resid: resid / rms(m, resid),
+            "the root is missing.": lambda m, resid: resid / rms(m, resid) ** 2 * m.w,
             "the squares are summed; take their mean.": lambda m, resid: (
                 resid / (resid.square().sum(-1, keepdim=True) + m.eps).sqrt() * m.w
             ),
             "the squares are not taken: it is the mean of the absolute values.": lambda m, resid: (
                 resid / (resid.abs().mean(-1, keepdim=True) + m.eps) * m.w
             ),
-            "the scale is `1 + w`; it is `w`.": lambda m, resid: resid / root_mean_square(m, resid) * (1 + m.w),
+            "the scale is `1 + w`; it is `w`.": lambda m, resid: resid / rms(m, resid) * (1 + m.w),
             "the mean of the squares is taken over the positions; take it over d_model.": lambda m, resid: (
-                resid / root_mean_square(m, resid, 1) * m.w
+                resid / rms(m, resid, 1) * m.w
             ),
             "the mean of the squares is taken over the whole tensor; each position has its own.": lambda m, resid: (
-                resid / root_mean_square(m, resid, (0, 1, 2)) * m.w
+                resid / rms(m, resid, (0, 1, 2)) * m.w
             ),
         },
     )
@@ -505,7 +495,7 @@ def check_RMSNorm(cls: Any) -> None:
 
 
 def wrong_gate(neurons: Callable[[Tensor, Tensor], Tensor]) -> type:
-    """A GatedMLP whose neurons are `neurons(what W_gate gives, what W_in gives)`."""
+    """A GatedMLP whose neurons are `neurons(g, h)`, of what W_gate and W_in give."""
     return with_methods(
         standins.GatedMLP,
         "GatedMLP",
@@ -515,25 +505,19 @@ def wrong_gate(neurons: Callable[[Tensor, Tensor], Tensor]) -> type:
 
 @known_mistakes(
     {
-        "W_gate and W_in are swapped: the SiLU belongs to the gate.": wrong_gate(
-            lambda gate, linear: F.silu(linear) * gate
-        ),
-        "the gate is left out: that is the plain MLP.": wrong_gate(lambda gate, linear: F.silu(linear)),
-        "the gate alone goes on; multiply it by what W_in gives.": wrong_gate(lambda gate, linear: F.silu(gate)),
-        "the two are added; multiply them.": wrong_gate(lambda gate, linear: F.silu(gate) + linear),
-        "the SiLU is left out.": wrong_gate(lambda gate, linear: gate * linear),
-        "both go through the SiLU; only the gate does.": wrong_gate(lambda gate, linear: F.silu(gate) * F.silu(linear)),
-        "the product goes through the SiLU; only the gate does.": wrong_gate(
-            lambda gate, linear: F.silu(gate * linear)
-        ),
-        "the gate goes through the sigmoid alone; the SiLU is x sigmoid(x).": wrong_gate(
-            lambda gate, linear: gate.sigmoid() * linear
-        ),
-        "the gate goes through the GELU; here it is the SiLU.": wrong_gate(lambda gate, linear: F.gelu(gate) * linear),
+        "W_gate and W_in are swapped: the SiLU belongs to the gate.": wrong_gate(lambda g, h: F.silu(h) * g),
+        "the gate is left out: that is the plain MLP.": wrong_gate(lambda g, h: F.silu(h)),
+        "the gate alone goes on; multiply it by what W_in gives.": wrong_gate(lambda g, h: F.silu(g)),
+        "the two are added; multiply them.": wrong_gate(lambda g, h: F.silu(g) + h),
+        "the SiLU is left out.": wrong_gate(lambda g, h: g * h),
+        "both go through the SiLU; only the gate does.": wrong_gate(lambda g, h: F.silu(g) * F.silu(h)),
+        "the product goes through the SiLU; only the gate does.": wrong_gate(lambda g, h: F.silu(g * h)),
+        "the gate goes through the sigmoid alone; the SiLU is x sigmoid(x).": wrong_gate(lambda g, h: g.sigmoid() * h),
+        "the gate goes through the GELU; here it is the SiLU.": wrong_gate(lambda g, h: F.gelu(g) * h),
         "the gate goes through GPT-2's GELU; here it is the SiLU.": wrong_gate(
-            lambda gate, linear: F.gelu(gate, approximate="tanh") * linear
+            lambda g, h: F.gelu(g, approximate="tanh") * h
         ),
-        "the gate goes through the ReLU; here it is the SiLU.": wrong_gate(lambda gate, linear: F.relu(gate) * linear),
+        "the gate goes through the ReLU; here it is the SiLU.": wrong_gate(lambda g, h: F.relu(g) * h),
     },
     with_forwards(
         standins.GatedMLP,
