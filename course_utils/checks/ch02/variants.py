@@ -193,7 +193,8 @@ def wrong_attention(
 
 def turned_early(vectors: Tensor) -> Tensor:
     """Turned by their positions in a text without a cache."""
-    return turned(vectors, torch.arange(vectors.shape[1]), CFG.rotary_dim, CFG.rotary_base)
+    positions = torch.arange(vectors.shape[1], device=vectors.device)
+    return turned(vectors, positions, CFG.rotary_dim, CFG.rotary_base)
 
 
 @known_mistakes(
