@@ -1,14 +1,14 @@
 """Beam search over plain lists, the search through every text there is, and how two lists of beams are compared."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from course_utils.checks.ch02.drawing import ToyModel
-from course_utils.checks.outcomes import CheckFailed
+from course_utils.checks.outcomes import CheckFailed, Evidence
+from course_utils.checks.standins.known_logits import ToyModel
 
 Found = list[tuple[float, list[int]]]
 
@@ -115,9 +115,7 @@ def _allowed(
     return allowed
 
 
-def judge_beams(
-    case: str, actual: Any, expected: Found, wrong: Mapping[str, Callable[[], Found]], n_prompt: int
-) -> None:
+def judge_beams(case: str, actual: Any, expected: Found) -> None:
     """Raise CheckFailed unless `actual` is that list of log probabilities and tokens; name the first wrong beam."""
     found = _read(case, actual)
     if _same(found, expected):
@@ -129,32 +127,13 @@ def judge_beams(
         shown = [f"{tokens} with log probability {total:.4f}" for total, tokens in (expected[place], found[place])]
         lines = [f"{case}: beam {place} (of {len(expected)}, best first) is wrong."]
         lines += [f"  expected {shown[0]}", f"  got      {shown[1]}"]
-    variants = {hint: answer() for hint, answer in wrong.items()}
-    variants |= {
-        "the worst stands first.": expected[::-1],
-        "only the new tokens are returned; put the prompt in front.": [(t, row[n_prompt:]) for t, row in expected],
-        "probabilities are returned; the logarithm is asked for.": [(_exp(t), row) for t, row in expected],
-        "the log probability is divided by the number of new tokens.": _normalised(expected, n_prompt),
-        "only the best beam is returned.": expected[:1],
-    }
-    causes = [hint for hint, answer in variants.items() if not _same(answer, expected) and _same(found, answer)]
-    if causes:
-        lines.append(f"  This is what you get if {causes[0]}")
-    elif place is not None and found[place][1] == expected[place][1]:
-        lines.append("  Next: the tokens are right; work out their log probability by hand, token by token.")
+    if place is not None and found[place][1] == expected[place][1]:
+        advice = "  Next: the tokens are right; work out their log probability by hand, token by token."
     elif sorted(map(str, found)) == sorted(map(str, expected)):
-        lines.append("  Next: these are the right beams; sort them, best first.")
+        advice = "  Next: these are the right beams; sort them, best first."
     else:
-        lines.append("  Next: print all candidates of the first two steps, with their sums, and mark those you keep.")
-    raise CheckFailed("\n".join(lines))
-
-
-def _normalised(beams: Found, n_prompt: int) -> Found:
-    return _ranked([Beam(total / max(len(row) - n_prompt, 1), tuple(row)) for total, row in beams])
-
-
-def _exp(total: float) -> float:
-    return torch.tensor(total).exp().item()
+        advice = "  Next: print all candidates of the first two steps, with their sums, and mark those you keep."
+    raise CheckFailed("\n".join(lines), evidence=Evidence(case, found), advice=advice)
 
 
 def _same(first: Found, second: Found) -> bool:

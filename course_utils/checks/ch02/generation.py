@@ -5,21 +5,24 @@ Oracles are the whole sequences out of which a cache gets its parts, a search ov
 all texts that there are. Sizes are odd and all different.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
-from functools import partial
-from typing import Any
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from course_utils.checks.ch02.beams import exhaustive, judge_beams, search
+from course_utils.checks.ch02.beams import Found, exhaustive, judge_beams, search
 from course_utils.checks.ch02.caching import judge_every_split, judge_widths
-from course_utils.checks.ch02.drawing import ToyModel
-from course_utils.checks.comparing import Mistakes, compare, follows_input, identical, unchanged
-from course_utils.checks.modules import make_cache, noise
-from course_utils.checks.outcomes import CheckFailed
+from course_utils.checks.comparing import compare, follows_input
+from course_utils.checks.mistakes import known_mistakes
+from course_utils.checks.modules import noise
+from course_utils.checks.outcomes import CheckFailed, Evidence
+from course_utils.checks.standins.cache import ToyCache, make_cache
+from course_utils.checks.standins.known_logits import ToyModel
 from course_utils.checks.translating import during
 from course_utils.config import TransformerConfig
 
@@ -32,6 +35,114 @@ INF = torch.inf
 # -------------------------------------------------------------------------------------------------- the key-value cache
 
 
+class LimitedCache(ToyCache):
+    """Lists, with the limits that the statement asks for."""
+
+    def __init__(self, cfg: TransformerConfig, batch: int) -> None:
+        super().__init__(cfg, batch)
+        self.batch, self.n_ctx = batch, cfg.n_ctx
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        n_stored = self.contents[layer][0].shape[1] if layer in self.contents else 0
+        if len(k) != self.batch or n_stored + k.shape[1] > self.n_ctx:
+            raise ValueError("It does not fit.")
+        return super().append(layer, k, v)
+
+    def select(self, rows: Tensor) -> None:
+        self.batch = len(rows)
+        super().select(rows)
+
+
+def wrong_cache(**methods: Any) -> type:
+    """A KVCache with other methods."""
+    return type("KVCache", (LimitedCache,), methods)
+
+
+def stores(joined: Callable[[Tensor, Tensor], Tensor]) -> type:
+    """A KVCache that makes `joined(old, new)` of what it holds (at first nothing: no positions) and what is new."""
+
+    def append(self: Any, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        old = self.contents.get(layer, (k[:, :0], v[:, :0]))
+        self.contents[layer] = tuple(joined(*pair) for pair in zip(old, (k, v), strict=True))
+        return self.contents[layer]
+
+    return wrong_cache(append=append)
+
+
+def returns(changed: Callable[[Any, tuple[Tensor, Tensor], int], tuple[Tensor, ...]]) -> type:
+    """A KVCache that stores what it should, and returns `changed(cache, keys and values, layer)`."""
+    return wrong_cache(append=lambda self, layer, k, v: changed(self, LimitedCache.append(self, layer, k, v), layer))
+
+
+def counts(length: Callable[[list[int], int], int]) -> type:
+    """A KVCache whose `length` is `length(how many positions each layer has, the newest of the last layer)`."""
+
+    def number(self: Any) -> int:
+        layers = range(self.n_layers)
+        n_positions = [self.contents[layer][0].shape[1] if layer in self.contents else 0 for layer in layers]
+        return length(n_positions, dict(self.appended).get(self.n_layers - 1, 0))
+
+    return wrong_cache(length=property(number))
+
+
+def padded(part: Tensor, n: int) -> Tensor:
+    """With `n` empty positions at the end."""
+    return F.pad(part, (0, 0, 0, 0, 0, n))
+
+
+class SharedCache(LimitedCache):
+    """A KVCache whose contents belong to the class; a new one empties them for all."""
+
+    everything: ClassVar[dict[int, tuple[Tensor, Tensor]]] = {}
+
+    def __init__(self, cfg: TransformerConfig, batch: int) -> None:
+        super().__init__(cfg, batch)
+        self.contents = self.everything
+        self.contents.clear()
+
+
+@known_mistakes(
+    {
+        "keys and values are swapped.": returns(lambda cache, pair, layer: pair[::-1]),
+        "all of the n_ctx positions are returned; return those that are in use.": returns(
+            lambda cache, pair, layer: tuple(padded(part, cache.n_ctx - part.shape[1]) for part in pair)
+        ),
+        "another layer's are returned: each layer has its own.": returns(
+            lambda cache, pair, layer: cache.contents[max(layer - 1, 0)]
+        ),
+        "all layers are stored in one sequence; each has its own.": wrong_cache(
+            append=lambda self, layer, k, v: ToyCache.append(self, 0, k, v)
+        ),
+        "only the new positions are returned; the old ones belong in front of them.": stores(lambda old, new: new),
+        "the new positions are not stored.": stores(lambda old, new: old if old.shape[1] else new),
+        "the new positions stand before the old ones.": stores(lambda old, new: torch.cat([new, old], dim=1)),
+        "the new positions are written over the first ones.": stores(
+            lambda old, new: torch.cat([new, old[:, new.shape[1] :]], dim=1)
+        ),
+        "the new positions are written over the first ones, with room for all.": stores(
+            lambda old, new: torch.cat([new, padded(old, new.shape[1])[:, new.shape[1] :]], dim=1)
+        ),
+        "they are stored one position too early, over the last old one.": stores(
+            lambda old, new: torch.cat([old[:, :-1], new], dim=1)
+        ),
+        "they are stored one position too early, over the last old one, and a position stays empty.": stores(
+            lambda old, new: padded(torch.cat([old[:, :-1], new], dim=1), min(old.shape[1], 1))
+        ),
+        "they are stored one position too late, behind an empty one.": stores(
+            lambda old, new: torch.cat([padded(old, 1), new], dim=1)[:, :-1] if old.shape[1] else new
+        ),
+        "the first layer's number is taken; the other layers have not got there.": counts(lambda n, newest: n[0]),
+        "the position after the next is counted.": counts(lambda n, newest: min(n) + (min(n) > 0)),
+        "the last position is not counted.": counts(lambda n, newest: max(min(n) - 1, 0)),
+        "the layers are added up.": counts(lambda n, newest: min(n) * len(n)),
+        "only the newest are counted.": counts(lambda n, newest: newest),
+        "the caches share.": SharedCache,
+        "the rows are not selected: the cache is as it was.": wrong_cache(
+            select=lambda self, rows: setattr(self, "batch", len(rows))
+        ),
+        "the stored positions are lost.": wrong_cache(select=lambda self, rows: self.contents.clear()),
+    }
+)
 def check_KVCache(cls: Any) -> None:
     """Parts of known sequences go in; what comes back is the sequence so far, of that layer."""
     if not isinstance(cls, type):
@@ -50,8 +161,7 @@ def _sequences(batch: int, n_pos: int = 6, seed: int = 0) -> Tensor:
 
 def _appended(name: str, cache: Any, layer: int, k: Tensor, v: Tensor) -> tuple[Any, Any]:
     """What `append` returns: two tensors."""
-    with unchanged(name, k=k, v=v):
-        returned = cache.append(layer, k, v)
+    returned = cache.append(layer, k, v)
     if not isinstance(returned, tuple | list) or len(returned) != 2:
         got = f"{len(returned)} values" if isinstance(returned, tuple | list) else f"a {type(returned).__name__}"
         raise CheckFailed(
@@ -61,7 +171,7 @@ def _appended(name: str, cache: Any, layer: int, k: Tensor, v: Tensor) -> tuple[
     return returned[0], returned[1]
 
 
-def _check_length(name: str, cache: Any, expected: int, when: str, mistakes: dict[int, str]) -> None:
+def _check_length(name: str, cache: Any, expected: int, when: str) -> None:
     length = cache.length
     if callable(length):
         raise CheckFailed(f"{name}: `length` is a method.\n  Next: keep `@property` above it, so that it is a number.")
@@ -69,17 +179,17 @@ def _check_length(name: str, cache: Any, expected: int, when: str, mistakes: dic
         kind = type(length).__name__
         raise CheckFailed(f"{name}: `length` should be a whole number, got a {kind}.\n  Next: count positions.")
     if length != expected:
-        hint = f"\n  This is what you get if {mistakes[length]}" if length in mistakes else ""
         raise CheckFailed(
-            f"{name}: {when}, `length` should be {expected}, got {length}.{hint}\n"
-            "  Next: count the positions that all layers have stored; before anything is stored that is 0."
+            f"{name}: {when}, `length` should be {expected}, got {length}.",
+            evidence=Evidence(f"length {when}", length),
+            advice="  Next: count the positions that all layers have stored; before anything is stored that is 0.",
         )
 
 
 def _check_appends(cls: Any) -> None:
     """Three parts, layer after layer as a model does it."""
     whole, cache, other = _sequences(2), cls(CFG, 2), cls(CFG, 2)
-    _check_length("KVCache", cache, 0, "in a new cache", {})
+    _check_length("KVCache", cache, 0, "in a new cache")
     start = 0
     for end in (3, 5, 6):
         for layer in range(CFG.n_layers):
@@ -87,61 +197,13 @@ def _check_appends(cls: Any) -> None:
             new = whole[layer, :, :, start:end]
             k, v = _appended(name, cache, layer, *new)
             for what, got, index in (("keys", k, 0), ("values", v, 1)):
-                expected = whole[layer, index, :, :end]
-                mistakes = _distinct(_append_mistakes(whole, layer, index, start, end), expected)
-                compare(f"{name}: the {what}", got, expected, HEADS, mistakes)
+                compare(f"{name}: the {what}", got, whole[layer, index, :, :end], HEADS)
             if layer < CFG.n_layers - 1:
-                early = {end: "the first layer's number is taken; the other layers have not got there."}
                 when = f"when layers 0 to {layer} have {end} positions and the others {start}"
-                _check_length("KVCache", cache, start, when, early)
-        later = {
-            end + 1: "the position after the next is counted.",
-            end - 1: "the last position is not counted.",
-            end * CFG.n_layers: "the layers are added up.",
-            end - start: "only the newest are counted.",
-        }
-        _check_length("KVCache", cache, end, f"when every layer has {end} positions", later)
+                _check_length("KVCache", cache, start, when)
+        _check_length("KVCache", cache, end, f"when every layer has {end} positions")
         start = end
-    _check_length("KVCache", other, 0, "in a second cache, to which nothing was appended", {6: "the caches share."})
-
-
-def _append_mistakes(whole: Tensor, layer: int, index: int, start: int, end: int) -> dict[str, Tensor]:
-    """What comes out of caches that people write; the hints end the sentence "This is what you get if ..."."""
-    right = whole[layer, index]
-    old, new = right[:, :start], right[:, start:end]
-    if not start:
-        return {
-            "keys and values are swapped.": whole[layer, 1 - index, :, :end],
-            "all of the n_ctx positions are returned; return those that are in use.": F.pad(
-                new, (0, 0, 0, 0, 0, CFG.n_ctx - end)
-            ),
-        }
-    n_new = end - start
-    from_zero = torch.cat([new, old[:, n_new:]], dim=1)
-    return {
-        "only the new positions are returned; the old ones belong in front of them.": new,
-        "the new positions are not stored.": old,
-        "the new positions stand before the old ones.": torch.cat([new, old], dim=1),
-        "keys and values are swapped.": whole[layer, 1 - index, :, :end],
-        "another layer's are returned: each layer has its own.": whole[layer - 1, index, :, :end],
-        "the new positions are written over the first ones.": from_zero,
-        "the new positions are written over the first ones, with room for all.": F.pad(
-            from_zero, (0, 0, 0, 0, 0, end - from_zero.shape[1])
-        ),
-        "they are stored one position too early, over the last old one.": torch.cat([old[:, :-1], new], dim=1),
-        "they are stored one position too early, over the last old one, and a position stays empty.": F.pad(
-            torch.cat([old[:, :-1], new], dim=1), (0, 0, 0, 0, 0, 1)
-        ),
-        "they are stored one position too late, behind an empty one.": torch.cat(
-            [F.pad(old, (0, 0, 0, 0, 0, 1)), new[:, :-1]], dim=1
-        ),
-        "all layers are stored in one sequence; each has its own.": torch.cat(
-            [*(whole[before, index, :, start:end] for before in range(layer)), new], dim=1
-        ),
-        "all of the n_ctx positions are returned; return those that are in use.": F.pad(
-            right[:, :end], (0, 0, 0, 0, 0, CFG.n_ctx - end)
-        ),
-    }
+    _check_length("KVCache", other, 0, "in a second cache, to which nothing was appended")
 
 
 def _check_limits(cls: Any) -> None:
@@ -171,7 +233,7 @@ def _check_limits(cls: Any) -> None:
         name = f"KVCache with {CFG.n_ctx} positions, after appends that it had to refuse"
         compare(name, k, whole[layer, 0, :, : CFG.n_ctx], HEADS)
         refuse(f"{CFG.n_ctx + 1} positions with n_ctx = {CFG.n_ctx}", layer, *whole[layer, :, :, CFG.n_ctx :])
-    _check_length("KVCache", cache, CFG.n_ctx, f"when all of the {CFG.n_ctx} positions are taken", {})
+    _check_length("KVCache", cache, CFG.n_ctx, f"when all of the {CFG.n_ctx} positions are taken")
 
 
 def _check_select(cls: Any) -> None:
@@ -180,9 +242,8 @@ def _check_select(cls: Any) -> None:
         cache, before = cls(CFG, 2), _sequences(2, n_pos=4)
         for layer in range(CFG.n_layers):
             cache.append(layer, *before[layer])
-        with unchanged("KVCache.select", rows=rows):
-            cache.select(rows)
-        _check_length("KVCache", cache, 4, "after `select`", {0: "the stored positions are lost."})
+        cache.select(rows)
+        _check_length("KVCache", cache, 4, "after `select`")
         then = _sequences(len(rows), n_pos=2, seed=1)
         for layer in range(CFG.n_layers):
             label = f"KVCache after select({rows.tolist()}), layer {layer}"
@@ -191,16 +252,44 @@ def _check_select(cls: Any) -> None:
                 returned = _appended(label, cache, layer, *new)
                 for what, got, index in (("keys", returned[0], 0), ("values", returned[1], 1)):
                     old, late = before[layer, index], then[layer, index, :, : position + 1]
-                    mistakes = {}
-                    if len(rows) == len(old):
-                        mistakes["the rows are not selected: the cache is as it was."] = torch.cat([old, late], dim=1)
                     expected = torch.cat([torch.stack([old[row] for row in rows.tolist()]), late], dim=1)
-                    compare(f"{label}: the {what}", got, expected, HEADS, mistakes)
+                    compare(f"{label}: the {what}", got, expected, HEADS)
 
 
 # -------------------------------------------------------------------------------------------------- repeated n-grams
 
 
+def banned(logits: Tensor, tokens: Tensor, n: int, **wrong: Any) -> Tensor:
+    """Bans by lists of runs, with switches for what people get wrong."""
+    rows, out = tokens.tolist(), logits.clone()
+    runs = [[row[start : start + n] for start in range(len(row) - n + 1)] for row in rows]
+    for index, row in enumerate(rows):
+        known = [run for own in runs for run in own] if wrong.get("pooled") else runs[index]
+        followers = [run[-1] for run in known if run[:-1] == row[len(row) - n + 1 :]]
+        out[slice(None) if wrong.get("for_all") else index, followers[wrong.get("which", slice(None))]] = -INF
+    return out
+
+
+@known_mistakes(
+    {
+        "nothing is banned.": lambda logits, tokens, n: logits.clone(),
+        "another row's runs count too; each row has its own.": partial(banned, pooled=True),
+        "every row gets the bans of all rows.": partial(banned, for_all=True),
+        "the banned logits are 0; softmax gives them exp(0) = 1.": lambda logits, tokens, n: logits.masked_fill(
+            banned(logits, tokens, n) == -INF, 0.0
+        ),
+        "every token of the row is banned.": lambda logits, tokens, n: banned(logits, tokens, 1),
+        "runs of n + 1 tokens are banned; n counts the new token too.": lambda logits, tokens, n: banned(
+            logits, tokens, n + 1
+        ),
+        "runs of n - 1 tokens are banned.": lambda logits, tokens, n: banned(logits, tokens, max(n - 1, 1)),
+        "the bans and the rest are swapped.": lambda logits, tokens, n: logits.masked_fill(
+            banned(logits, tokens, n) > -INF, -INF
+        ),
+        "only the first run that begins in the same way counts; all of them do.": partial(banned, which=slice(1)),
+        "only the last run that begins in the same way counts; all of them do.": partial(banned, which=slice(-1, None)),
+    }
+)
 def check_ban_repeated_ngrams(fn: Callable[..., Any]) -> None:
     """Every token is tried: does the run that it would complete stand in the row?"""
     long = [[3, 1, 5, 3, 1, 4, 3, 1, 0, 3, 1], [6, 2, 6, 2, 6, 2, 6, 2, 6, 2, 6], [0, 12, 7, 3, 1, 9, 5, 12, 3, 1, 7]]
@@ -220,142 +309,138 @@ def check_ban_repeated_ngrams(fn: Callable[..., Any]) -> None:
 
 def _check_bans(fn: Callable[..., Any], rows: list[list[int]], n: int) -> None:
     tokens, logits = torch.tensor(rows), noise(len(rows), 13, seed=n)
-    original = logits.clone()
-
-    def runs(row: list[int], n: int = n) -> list[tuple[int, ...]]:
-        return [tuple(row[start : start + n]) for start in range(len(row) - n + 1)] if n else []
-
-    def banned(choose: Callable[[list[int], int], bool]) -> Tensor:
-        """-inf for every token that may not follow its row."""
-        out = original.clone()
-        for index, row in enumerate(rows):
-            for token in range(13):
-                if choose(row, token):
-                    out[index, token] = -INF
-        return out
-
-    def only(chosen: int) -> Callable[[list[int], int], bool]:
-        """Of the runs that begin as the row ends, the first (0) or the last (-1)."""
-
-        def choose(row: list[int], token: int) -> bool:
-            followers = [run[-1] for run in runs(row) if run[:-1] == tuple(row[len(row) - n + 1 :])]
-            return bool(followers) and followers[chosen] == token
-
-        return choose
-
-    everyones = [run for row in rows for run in runs(row)]
-    expected = banned(lambda row, token: tuple([*row, token][-n:]) in runs(row))
-    mistakes = {
-        "nothing is banned.": original,
-        "another row's runs count too; each row has its own.": banned(
-            lambda row, token: tuple([*row, token][-n:]) in everyones
-        ),
-        "every row gets the bans of all rows.": original.masked_fill((expected == -INF).any(dim=0), -INF),
-        "the banned logits are 0; softmax gives them exp(0) = 1.": expected.masked_fill(expected == -INF, 0.0),
-        "every token of the row is banned.": banned(lambda row, token: token in row),
-        "runs of n + 1 tokens are banned; n counts the new token too.": banned(
-            lambda row, token: tuple([*row, token][-n - 1 :]) in runs(row, n + 1)
-        ),
-        "runs of n - 1 tokens are banned.": banned(
-            lambda row, token: n > 1 and tuple([*row, token][1 - n :]) in runs(row, n - 1)
-        ),
-        "the bans and the rest are swapped.": original.masked_fill(expected > -INF, -INF),
-        "only the first run that begins in the same way counts; all of them do.": banned(only(0)),
-        "only the last run that begins in the same way counts; all of them do.": banned(only(-1)),
-    }
-    with unchanged("ban_repeated_ngrams", logits=logits, tokens=tokens):
-        actual = fn(logits, tokens, n)
-    label = f"ban_repeated_ngrams with n = {n}, tokens {rows}"
-    compare(label, actual, expected, LOGITS, _distinct(mistakes, expected))
-
-
-def _distinct(mistakes: Mapping[str, Tensor], expected: Tensor) -> Mistakes:
-    """Without those that come to the right answer here, or to the same as one before."""
-    kept: dict[str, Tensor] = {}
-    for hint, answer in mistakes.items():
-        if not any(identical(answer, other) for other in (expected, *kept.values())):
-            kept[hint] = answer
-    return kept
+    expected = logits.clone()
+    for index, row in enumerate(rows):
+        runs = [row[start : start + n] for start in range(len(row) - n + 1)]
+        for token in range(13):
+            if [*row, token][-n:] in runs:
+                expected[index, token] = -INF
+    compare(f"ban_repeated_ngrams with n = {n}, tokens {rows}", fn(logits, tokens, n), expected, LOGITS)
 
 
 # -------------------------------------------------------------------------------------------------------- beam search
 
 TINY = replace(CFG, d_vocab=5, n_ctx=9, n_layers=2)
-WRONG = {
-    "the log probabilities of earlier steps are forgotten: add them up.": {"forgets": True},
-    "probabilities are added up; add their logarithms.": {"adds": "probabilities"},
-    "logits are added up; take the log-softmax first.": {"adds": "logits"},
-    "every beam keeps its own best extension; choose among the extensions of all beams together.": {"per_beam": True},
-    "only the likeliest is kept on the way, as in greedy search.": {"width": 1},
-    "a finished beam is extended; it should stay as it is.": {"extends_finished": True},
-    "finished beams are dropped; they stay candidates.": {"drops_finished": True},
-    "finished beams are kept apart, beside n_beams others; they take part in the choice.": {"apart": True},
-    "an eos in the prompt finishes the beam; only what it produces counts.": {"prompt_counts": True},
-    "nothing is banned: `no_repeat_ngram` is ignored.": {"no_bans": True},
-    "another beam's n-grams are banned too; each beam has its own.": {"shared_bans": True},
-    "only n-grams after the prompt are banned; those of the prompt count too.": {"prompt_free": True},
-    "the probabilities of what is not banned are brought back to a sum of 1; leave them as the model said.": {
-        "renormalises": True
-    },
-}
 
 
+def searching(
+    returned: Callable[[Found, int], Found] = lambda found, n_prompt: found, **wrong: Any
+) -> Callable[..., list[tuple[float, Tensor]]]:
+    """A beam search without a cache that does something differently, on the way or with what it returns."""
+
+    def beam_search(model: ToyModel, tokens: Tensor, n_beams: int, n_new: int, **options: Any) -> Any:
+        found = search(model, tokens, n_beams, n_new, **options, **wrong)
+        return [(total, torch.tensor(row)) for total, row in returned(found, tokens.shape[1])]
+
+    return beam_search
+
+
+def by_length(found: Found, n_prompt: int) -> Found:
+    """Log probabilities divided by the number of new tokens, best first."""
+    return sorted(((total / max(len(row) - n_prompt, 1), row) for total, row in found), key=lambda beam: -beam[0])
+
+
+@known_mistakes(
+    {
+        "the log probabilities of earlier steps are forgotten: add them up.": searching(forgets=True),
+        "probabilities are added up; add their logarithms.": searching(adds="probabilities"),
+        "logits are added up; take the log-softmax first.": searching(adds="logits"),
+        "every beam keeps its own best extension; choose among the extensions of all beams together.": searching(
+            per_beam=True
+        ),
+        "only the likeliest is kept on the way, as in greedy search.": searching(width=1),
+        "a finished beam is extended; it should stay as it is.": searching(extends_finished=True),
+        "finished beams are dropped; they stay candidates.": searching(drops_finished=True),
+        "finished beams are kept apart, beside n_beams others; they take part in the choice.": searching(apart=True),
+        "an eos in the prompt finishes the beam; only what it produces counts.": searching(prompt_counts=True),
+        "nothing is banned: `no_repeat_ngram` is ignored.": searching(no_bans=True),
+        "another beam's n-grams are banned too; each beam has its own.": searching(shared_bans=True),
+        "only n-grams after the prompt are banned; those of the prompt count too.": searching(prompt_free=True),
+        "the probabilities of what is not banned are brought back to a sum of 1; leave them as the model said.": (
+            searching(renormalises=True)
+        ),
+        "the worst stands first.": searching(lambda found, n_prompt: found[::-1]),
+        "only the new tokens are returned; put the prompt in front.": searching(
+            lambda found, n_prompt: [(total, row[n_prompt:]) for total, row in found]
+        ),
+        "probabilities are returned; the logarithm is asked for.": searching(
+            lambda found, n_prompt: [(math.exp(total), row) for total, row in found]
+        ),
+        "the log probability is divided by the number of new tokens.": searching(by_length),
+        "only the best beam is returned.": searching(lambda found, n_prompt: found[:1]),
+    }
+)
 def check_beam_search(fn: Callable[..., Any]) -> None:
     """A toy model with a vocabulary of 5: first the search through everything, then the definition, step by step."""
-    prompt = torch.tensor([[3, 0, 4]])
-    _check_beams(fn, prompt, n_beams=125, n_new=3)
-    _check_beams(fn, prompt, n_beams=200, n_new=3, eos=1)
-    for n_beams in (1, 2, 4):
-        _check_beams(fn, prompt, n_beams, n_new=4)
-        _check_beams(fn, prompt, n_beams, n_new=4, eos=2)
-    _check_beams(fn, torch.tensor([[1, 3, 1, 0]]), 3, n_new=5, eos=1)
-    _check_beams(fn, torch.tensor([[0, 2]]), 3, n_new=4, eos=0)
-    _check_beams(fn, prompt, 3, n_new=20)  # n_ctx is 9
-    _check_beams(fn, prompt, 3, n_new=0)
-    _check_beams(fn, torch.tensor([[2, 0, 2]]), 4, n_new=6, no_repeat_ngram=2)
-    _check_beams(fn, torch.tensor([[2, 3, 2, 3, 0, 2, 3]]), 3, n_new=2, no_repeat_ngram=2)
-    _check_beams(fn, torch.tensor([[4, 1, 4]]), 3, n_new=6, no_repeat_ngram=3, eos=2)
-    _check_beams(fn, prompt, 3, n_new=4, no_repeat_ngram=1)  # after two tokens there is none left
+    start = [3, 0, 4]
+    everything = [Search(start, 125, 3), Search(start, 200, 3, {"eos": 1})]
+    cases = [
+        *(Search(start, n_beams, 4, options) for n_beams in (1, 2, 4) for options in ({}, {"eos": 2})),
+        Search([1, 3, 1, 0], 3, 5, {"eos": 1}),
+        Search([0, 2], 3, 4, {"eos": 0}),
+        Search(start, 3, 20),  # n_ctx is 9
+        Search(start, 3, 0),
+        Search([2, 0, 2], 4, 6, {"no_repeat_ngram": 2}),
+        Search([2, 3, 2, 3, 0, 2, 3], 3, 2, {"no_repeat_ngram": 2}),
+        Search([4, 1, 4], 3, 6, {"no_repeat_ngram": 3, "eos": 2}),
+        Search(start, 3, 4, {"no_repeat_ngram": 1}),  # after two tokens there is none left
+    ]
+    n_calls = [_check_beams(fn, case) for case in [*everything, *cases]][len(everything) :]
+    for case, n in zip(cases, n_calls, strict=True):
+        _check_beams_with_cache(fn, case, n)
     for n_beams in (0, -2):
         try:
-            fn(ToyModel(TINY, "beam_search"), prompt, n_beams, 2)
+            Search(start, n_beams, 2).ask(fn, ToyModel(TINY, "beam_search"))
         except ValueError:
             continue
         raise CheckFailed(f"beam_search: n_beams = {n_beams} should raise ValueError.\n  Next: test it at the start.")
 
 
-def _check_beams(fn: Callable[..., Any], prompt: Tensor, n_beams: int, n_new: int, **options: Any) -> None:
-    """Without a cache and with one."""
+@dataclass(frozen=True)
+class Search:
+    """A beam search that is asked for, and what it finds."""
+
+    tokens: list[int]
+    n_beams: int
+    n_new: int
+    options: dict[str, int] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        settings = {"n_beams": self.n_beams, "n_new": self.n_new, **self.options}
+        return "beam_search with " + ", ".join(f"{name} = {value}" for name, value in settings.items())
+
+    def ask(self, fn: Callable[..., Any], model: ToyModel, **cache: Any) -> Any:
+        """The learner's answer."""
+        return fn(model, torch.tensor([self.tokens]), self.n_beams, self.n_new, **self.options, **cache)
+
+    @cached_property
+    def expected(self) -> Found:
+        """All texts there are, where there is room for them; otherwise the definition."""
+        model, prompt = ToyModel(TINY, scale=2.0), torch.tensor([self.tokens])
+        if self.n_beams > 100:
+            return exhaustive(model, prompt, self.n_new, self.options.get("eos"))
+        return search(model, prompt, self.n_beams, self.n_new, **self.options)
+
+
+def _check_beams(fn: Callable[..., Any], case: Search) -> int:
+    """Without a cache: how often the model was called."""
     model = ToyModel(TINY, "beam_search", scale=2.0)
     model.train()
-    if n_beams > 100:
-        expected = exhaustive(model, prompt, n_new, options.get("eos"))
-    else:
-        expected = search(model, prompt, n_beams, n_new, **options)
-    wrong = {hint: partial(search, model, prompt, n_beams, n_new, **options, **how) for hint, how in WRONG.items()}
-    label = f"beam_search with n_beams = {n_beams}, n_new = {n_new}" + "".join(
-        f", {k} = {v}" for k, v in options.items()
-    )
-    case = f"{label}, prompt {prompt[0].tolist()}, n_ctx = {TINY.n_ctx}"
-    with unchanged("beam_search", tokens=prompt):
-        actual = fn(model, prompt, n_beams, n_new, **options)
-    judge_beams(case, actual, expected, wrong, prompt.shape[1])
+    judge_beams(f"{case}, prompt {case.tokens}, n_ctx = {TINY.n_ctx}", case.ask(fn, model), case.expected)
     if model.recorded:
         raise CheckFailed(
             "beam_search: gradients are recorded, which fills the memory step by step.\n"
             "  Next: run the search under torch.no_grad()."
         )
-    if not torch.is_grad_enabled():
-        raise CheckFailed("beam_search: gradients stay switched off afterwards.\n  Next: use `with torch.no_grad():`.")
-    if not model.training:
-        raise CheckFailed("beam_search: it left the model in evaluation mode.\n  Next: leave the mode alone.")
-    if n_beams > 100:
-        return
-    n_calls = len(model.widths)
+    return len(model.widths)
+
+
+def _check_beams_with_cache(fn: Callable[..., Any], case: Search, n_calls: int) -> None:
+    """The same beams; the model reads each position once."""
     model, cache = ToyModel(TINY, "beam_search", scale=2.0), make_cache(fn, TINY, batch=1)
-    name = f"{label} and a key-value cache"
+    name = f"{case} and a key-value cache"
     with during("with a key-value cache"):
-        actual = fn(model, prompt, n_beams, n_new, **options, cache=cache)
-    if n_new:
-        judge_widths(name, model.widths, [prompt.shape[1], *[1] * (n_calls - 1)], cache)
-    judge_beams(f"{name} (without one it is right)", actual, expected, {}, prompt.shape[1])
+        actual = case.ask(fn, model, cache=cache)
+    if case.n_new:
+        judge_widths(name, model.widths, [len(case.tokens), *[1] * (n_calls - 1)], cache)
+    judge_beams(f"{name} (without one it is right)", actual, case.expected)

@@ -4,7 +4,7 @@
 Oracles are loops that spell the definition out (`by_loops`, `neox_weights`) and torch's own functions.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -14,20 +14,24 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from course_utils.checks import by_loops
-from course_utils.checks.ch02.gpt2_weights import judge_converted
-from course_utils.checks.ch02.neox_weights import converted_by_rows, neox_mistakes, neox_state_dict
-from course_utils.checks.comparing import compare, follows_input, unchanged
+from course_utils.checks.ch02.attending import attend
+from course_utils.checks.ch02.converting import judge_converted, wrong_entries
+from course_utils.checks.ch02.neox_weights import converted_by_rows, neox_state_dict
+from course_utils.checks.comparing import compare, follows_input
+from course_utils.checks.mistakes import known_mistakes
 from course_utils.checks.modules import (
-    Toy,
-    ToyWithCache,
+    always,
     check_module,
     construct,
-    make_cache,
     noise,
-    wave,
     weights_of,
+    with_forwards,
+    with_methods,
 )
 from course_utils.checks.outcomes import CheckFailed
+from course_utils.checks.standins import newer_parts as standins
+from course_utils.checks.standins.cache import make_cache
+from course_utils.checks.standins.parts import Toy, ToyWithCache, wave
 from course_utils.checks.transformer_interface import (
     NORM_HOOKS,
     attention_hooks,
@@ -58,87 +62,77 @@ RESID = "batch pos d_model"
 HEADS = "batch pos head d_head"
 INF = torch.inf
 
-Angle = Callable[[int, int], float]
-
 
 # ---------------------------------------------------------------------------------------------------------- rotary
 
-
-def _turned(x: Tensor, positions: Iterable[int], pairs: Iterable[tuple[int, int]], angle: Angle) -> Tensor:
-    """Turn any pairs of coordinates by any angles: `angle(position, number of the pair)`."""
-    out = x.clone()
-    for number, (first, second) in enumerate(pairs):
-        angles = torch.tensor([[angle(position, number)] for position in positions])
-        a, b, cos, sin = x[..., first], x[..., second], angles.cos(), angles.sin()
-        out[..., first], out[..., second] = a * cos - b * sin, a * sin + b * cos
-    return out
+ROTARY_D_HEAD = 10  # of the vectors that apply_rotary is checked with
 
 
-def _halves(rotary_dim: int, start: int = 0) -> list[tuple[int, int]]:
+def halves(rotary_dim: int, start: int = 0) -> list[tuple[int, int]]:
+    """The pairs (i, i + rotary_dim / 2), counted from `start`."""
     return [(start + i, start + i + rotary_dim // 2) for i in range(rotary_dim // 2)]
 
 
-def _rotary_mistakes(
-    x: Tensor, positions: Sequence[int], rotary_dim: int, base: float
-) -> dict[str, Callable[[], Tensor]]:
-    d_head, half = x.shape[-1], rotary_dim // 2
-    halves = _halves(rotary_dim)
-    neighbours = [(2 * i, 2 * i + 1) for i in range(half)]
+def turned(x: Tensor, positions: Tensor, rotary_dim: int, base: float, **wrong: Any) -> Tensor:
+    """Pair after pair is turned, with switches for what people get wrong."""
+    out = x.clone()
+    for i, (first, second) in enumerate(wrong.get("pairs", halves)(rotary_dim)):
+        exponent = wrong.get("exponent", lambda i, rotary_dim: 2 * i / rotary_dim)(i, rotary_dim)
+        angles = (positions / base**exponent)[:, None]
+        a, b = x[..., first], x[..., second]
+        out[..., first], out[..., second] = wrong.get("mixed", mixed)(a, b, angles.cos(), angles.sin())
+    return out
 
-    def right(p: int, i: int) -> float:
-        return p / base ** (2 * i / rotary_dim)
 
-    def turned(pairs: list[tuple[int, int]] = halves, angle: Angle = right) -> Callable[[], Tensor]:
-        return lambda: _turned(x, positions, pairs, angle)
+def mixed(a: Tensor, b: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """A pair after turning it."""
+    return a * cos - b * sin, a * sin + b * cos
 
-    def turn_wrongly(signs: tuple[int, int, int, int], swapped: bool = False) -> Callable[[], Tensor]:
-        def build() -> Tensor:
-            out = x.clone()
-            for i, (first, second) in enumerate(halves):
-                angles = torch.tensor([[right(p, i)] for p in positions])
-                cos, sin = (angles.sin(), angles.cos()) if swapped else (angles.cos(), angles.sin())
-                a, b = x[..., first], x[..., second]
-                out[..., first] = signs[0] * a * cos + signs[1] * b * sin
-                out[..., second] = signs[2] * a * sin + signs[3] * b * cos
-            return out
 
-        return build
+def turning(**wrong: Any) -> Callable[..., Tensor]:
+    """An apply_rotary that makes this mistake."""
+    return partial(turned, **wrong)
 
-    return {
-        "all coordinates are turned; only the first `rotary_dim` are.": turned(
-            _halves(d_head), lambda p, i: p / base ** (2 * i / d_head)
+
+@known_mistakes(
+    {
+        "all coordinates are turned; only the first `rotary_dim` are.": (
+            lambda x, p, n, base: turned(x, p, ROTARY_D_HEAD, base)
         ),
-        "all coordinates are turned, with angles for `rotary_dim`.": turned(_halves(d_head)),
-        "neighbours (2 i, 2 i + 1) are taken for pairs; i goes with i + rotary_dim / 2.": turned(neighbours),
-        "`positions` is ignored: they are counted from 0.": lambda: _turned(x, range(len(positions)), halves, right),
-        "every position is one too large: counting begins at 0.": turned(angle=lambda p, i: right(p + 1, i)),
-        "the vectors are turned the other way, by minus the angle.": turned(angle=lambda p, i: -right(p, i)),
-        "the exponent is i / rotary_dim; it is 2 i / rotary_dim.": turned(
-            angle=lambda p, i: p / base ** (i / rotary_dim)
+        "all coordinates are turned, with angles for `rotary_dim`.": turning(pairs=lambda n: halves(ROTARY_D_HEAD)),
+        "neighbours (2 i, 2 i + 1) are taken for pairs; i goes with i + rotary_dim / 2.": turning(
+            pairs=lambda n: [(i, i + 1) for i in range(0, n, 2)]
         ),
-        "the exponent is 2 i / d_head; divide by rotary_dim.": turned(angle=lambda p, i: p / base ** (2 * i / d_head)),
-        "the angles are multiplied by base^(2 i / rotary_dim); divide.": turned(
-            angle=lambda p, i: p * base ** (2 * i / rotary_dim)
+        "`positions` is ignored: they are counted from 0.": (
+            lambda x, p, n, base: turned(x, torch.arange(len(p)), n, base)
         ),
-        "the pairs are counted from 1; the first turns by p itself.": turned(angle=lambda p, i: right(p, i + 1)),
-        "`base` is ignored: the angles are those for 10000.": turned(
-            angle=lambda p, i: p / 10000.0 ** (2 * i / rotary_dim)
+        "every position is one too large: counting begins at 0.": lambda x, p, n, base: turned(x, p + 1, n, base),
+        "the vectors are turned the other way, by minus the angle.": lambda x, p, n, base: turned(x, -p, n, base),
+        "the exponent is i / rotary_dim; it is 2 i / rotary_dim.": turning(exponent=lambda i, n: i / n),
+        "the exponent is 2 i / d_head; divide by rotary_dim.": turning(exponent=lambda i, n: 2 * i / ROTARY_D_HEAD),
+        "the angles are multiplied by base^(2 i / rotary_dim); divide.": turning(exponent=lambda i, n: -2 * i / n),
+        "the pairs are counted from 1; the first turns by p itself.": turning(exponent=lambda i, n: 2 * (i + 1) / n),
+        "`base` is ignored: the angles are those for 10000.": lambda x, p, n, base: turned(x, p, n, 10000.0),
+        "all pairs turn by the same angle.": turning(exponent=lambda i, n: 0),
+        "the last `rotary_dim` coordinates are turned; the first are.": turning(
+            pairs=lambda n: halves(n, start=ROTARY_D_HEAD - n)
         ),
-        "all pairs turn by the same angle.": turned(angle=lambda p, i: p),
-        "the last `rotary_dim` coordinates are turned; the first are.": turned(
-            _halves(rotary_dim, start=d_head - rotary_dim)
+        "sine and cosine are swapped.": turning(mixed=lambda a, b, cos, sin: mixed(a, b, sin, cos)),
+        "the second of a pair is b cos - a sin; it is a sin + b cos.": turning(
+            mixed=lambda a, b, cos, sin: (a * cos - b * sin, b * cos - a * sin)
         ),
-        "sine and cosine are swapped.": turn_wrongly((1, -1, 1, 1), swapped=True),
-        "the second of a pair is b cos - a sin; it is a sin + b cos.": turn_wrongly((1, -1, -1, 1)),
-        "the first of a pair is a cos + b sin; it is a cos - b sin.": turn_wrongly((1, 1, 1, 1)),
-        "only the turned coordinates are returned; put the others behind them.": lambda: turned()()[..., :rotary_dim],
-        "the coordinates that are not turned are set to 0; they stay as they are.": lambda: F.pad(
-            turned()()[..., :rotary_dim], (0, d_head - rotary_dim)
+        "the first of a pair is a cos + b sin; it is a cos - b sin.": turning(
+            mixed=lambda a, b, cos, sin: (a * cos + b * sin, a * sin + b * cos)
         ),
-        "nothing is turned.": lambda: x,
+        "only the turned coordinates are returned; put the others behind them.": (
+            lambda x, p, n, base: turned(x, p, n, base)[..., :n]
+        ),
+        "the coordinates that are not turned are set to 0; they stay as they are.": (
+            lambda x, p, n, base: F.pad(turned(x, p, n, base)[..., :n], (0, ROTARY_D_HEAD - n))
+        ),
+        "nothing is turned.": lambda x, p, n, base: x.clone(),
     }
-
-
+)
 def check_apply_rotary(fn: Callable[..., Any]) -> None:
     """Positions with gaps, some of the coordinates; then all of them; then a single position far on."""
     for n_batch, places, rotary_dim, base in [
@@ -146,13 +140,11 @@ def check_apply_rotary(fn: Callable[..., Any]) -> None:
         (1, [0, 1, 2], 10, 10000.0),
         (2, [700], 4, 500.0),
     ]:
-        x, positions = noise(n_batch, len(places), 3, 10, seed=20), torch.tensor(places)
-        mistakes = _rotary_mistakes(x, places, rotary_dim, base)
-        with unchanged("apply_rotary", x=x, positions=positions):
-            actual = fn(x, positions, rotary_dim, base)
+        x, positions = noise(n_batch, len(places), 3, ROTARY_D_HEAD, seed=20), torch.tensor(places)
+        actual = fn(x, positions, rotary_dim, base)
         expected = by_loops.rotated(x, places, rotary_dim, base)
         name = f"apply_rotary with positions {places}, rotary_dim {rotary_dim} and base {base:g}"
-        compare(name, actual, expected, HEADS, mistakes, atol=1e-4, inputs={"x": x})
+        compare(name, actual, expected, HEADS, atol=1e-4, inputs={"x": x})
         follows_input("apply_rotary", fn, (x, positions, rotary_dim, base), HEADS)
     dtype = fn(x.bfloat16(), positions, rotary_dim, base).dtype
     if dtype != torch.bfloat16:
@@ -162,96 +154,112 @@ def check_apply_rotary(fn: Callable[..., Any]) -> None:
         )
 
 
-def _attend(weights: Mapping[str, Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """From queries, keys and values to the output, in a few lines of einsum."""
-    n_pos, d_head = q.shape[1], q.shape[-1]
-    future = torch.ones(n_pos, n_pos, dtype=torch.bool).triu(1)
-    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / d_head**0.5
-    z = torch.einsum("bhqk,bkhd->bqhd", scores.masked_fill(future, -INF).softmax(-1), v)
-    return torch.einsum("bqhd,hdm->bqm", z, weights["W_O"]) + weights["b_O"]
+def wrong_attention(
+    of: str = "qk",
+    *,
+    places: Callable[[int, int], Tensor] = torch.arange,
+    first: int = 0,
+    hooks_first: str = "",
+    stored_as_is: bool = False,
+    rotary_dim: int = CFG.rotary_dim,
+    **wrong: Any,
+) -> type:
+    """A RotaryAttention that turns what `of` names, as often as it does.
+
+    `places` gives the positions with a cache, from the first new one to the one after the last; without a cache they
+    are counted from `first`.
+    """
+
+    def remember(module: Any, q: Tensor, k: Tensor, v: Tensor, cache: Any) -> tuple[Tensor, Tensor, Tensor]:
+        views, n_new, start = {"q": q, "k": k, "v": v}, q.shape[1], 0 if cache is None else cache.length
+        positions = torch.arange(first, first + n_new) if cache is None else places(start, start + n_new)
+        positions = positions.to(q.device)
+        for letter in hooks_first:
+            getattr(module, f"hook_rot_{letter}")(views[letter])
+        for letter in of:
+            views[letter] = turned(views[letter], positions, rotary_dim, CFG.rotary_base)
+        for letter in [letter for letter in "qk" if letter not in hooks_first]:
+            views[letter] = getattr(module, f"hook_rot_{letter}")(views[letter])
+        if cache is not None:
+            keys, views["v"] = cache.append(module.layer, k if stored_as_is else views["k"], v)
+            views["k"] = torch.cat([keys[:, :-n_new], views["k"]], dim=1)
+        return views["q"], views["k"], views["v"]
+
+    def forward(self: Any, resid: Tensor, cache: Any = None) -> Tensor:
+        return attend(self, resid, cache, remember=remember, **wrong)
+
+    return with_methods(standins.RotaryAttention, "RotaryAttention", forward=forward)
 
 
-def _views(weights: Mapping[str, Tensor], resid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v = (
-        torch.einsum("bpm,hmd->bphd", resid, weights[f"W_{letter}"]) + weights[f"b_{letter}"] for letter in "QKV"
-    )
-    return q, k, v
+def turned_early(vectors: Tensor) -> Tensor:
+    """Turned by their positions in a text without a cache."""
+    positions = torch.arange(vectors.shape[1], device=vectors.device)
+    return turned(vectors, positions, CFG.rotary_dim, CFG.rotary_base)
 
 
+@known_mistakes(
+    {
+        "nothing is turned.": wrong_attention(of=""),
+        "the values are turned too; only queries and keys are.": wrong_attention(of="qkv"),
+        "the queries are turned and the keys are not.": wrong_attention(of="q"),
+        "the keys are turned and the queries are not.": wrong_attention(of="k"),
+        "all coordinates are turned; only the first cfg.rotary_dim are.": wrong_attention(rotary_dim=CFG.d_head),
+        "keys and values are turned, queries are not.": wrong_attention(of="kv"),
+        "the queries are turned twice, the keys once.": wrong_attention(of="qqk"),
+        "both are turned twice.": wrong_attention(of="qqkk"),
+        "`resid` is added to the output; the block will do that.": wrong_attention(adds_resid=True),
+        "`b_O` is left out.": wrong_attention(without=("b_O",)),
+        "positions are counted from 1; the scores do not notice, because they only know distances.": wrong_attention(
+            first=1
+        ),
+    },
+    {
+        f"`hook_rot_{letter}` sees the vectors before they are turned.": wrong_attention(hooks_first=letter)
+        for letter in "qk"
+    },
+    {
+        f"`hook_{letter}` sees the turned vectors; those belong to `hook_rot_{letter}`.": wrong_attention(
+            of="qk".replace(letter, ""), before_hook={letter: turned_early}
+        )
+        for letter in "qk"
+    },
+    {
+        "positions are counted from 0 again; the first new one stands at `cache.length`.": wrong_attention(
+            places=lambda start, end: torch.arange(end - start)
+        ),
+        "`cache.length` is read after `append`; read it before.": wrong_attention(
+            places=lambda start, end: torch.arange(end, 2 * end - start)
+        ),
+        "the new positions begin one too late.": wrong_attention(
+            places=lambda start, end: torch.arange(start, end) + int(start > 0)
+        ),
+        "the new positions begin one too early.": wrong_attention(
+            places=lambda start, end: torch.arange(start, end) - int(start > 0)
+        ),
+        "all new positions of a step are taken for the first of them.": wrong_attention(
+            places=lambda start, end: torch.full((end - start,), start)
+        ),
+        "what is in the cache is not turned.": wrong_attention(stored_as_is=True),
+    },
+)
 def check_RotaryAttention(cls: Any) -> None:
     """The loop's numbers, watched or not; and the same with a key-value cache that grows in three steps."""
     name, wanted = "RotaryAttention", attention_hooks(CFG)
-    rotary = (CFG.rotary_dim, CFG.rotary_base)
     module = construct(name, cls, CFG, attention_parameters(CFG), wanted)
     weights = weights_of(module)
     resid = noise(2, 5, 7, seed=21)
-    q, k, v = _views(weights, resid)
-
-    def turn(x: Tensor, positions: Sequence[int] = range(5), rotary_dim: int = CFG.rotary_dim) -> Tensor:
-        pairs = _halves(rotary_dim)
-        return _turned(x, positions, pairs, lambda p, i: p / CFG.rotary_base ** (2 * i / rotary_dim))
-
-    right = _attend(weights, turn(q), turn(k), v)
-    mistakes = {
-        "nothing is turned.": lambda: _attend(weights, q, k, v),
-        "the values are turned too; only queries and keys are.": lambda: _attend(weights, turn(q), turn(k), turn(v)),
-        "the queries are turned and the keys are not.": lambda: _attend(weights, turn(q), k, v),
-        "the keys are turned and the queries are not.": lambda: _attend(weights, q, turn(k), v),
-        "all coordinates are turned; only the first cfg.rotary_dim are.": lambda: _attend(
-            weights, turn(q, rotary_dim=6), turn(k, rotary_dim=6), v
-        ),
-        "keys and values are turned, queries are not.": lambda: _attend(weights, q, turn(k), turn(v)),
-        "the queries are turned twice, the keys once.": lambda: _attend(weights, turn(turn(q)), turn(k), v),
-        "both are turned twice.": lambda: _attend(weights, turn(turn(q)), turn(turn(k)), v),
-        "`resid` is added to the output; the block will do that.": lambda: right + resid,
-        "`b_O` is left out.": lambda: right - weights["b_O"],
-    }
-    hook_mistakes = {
-        f"hook_rot_{letter}": {
-            "it sees the vectors before they are turned.": x,
-            "positions are counted from 1; the scores do not notice, because they only know distances.": turn(
-                x, range(1, 6)
-            ),
-        }
-        for letter, x in (("q", q), ("k", k))
-    } | {
-        f"hook_{letter}": {f"it sees the turned vectors; those belong to `hook_rot_{letter}`.": turn(x)}
-        for letter, x in (("q", q), ("k", k))
-    }
-    oracle = partial(by_loops.attention, weights, resid, rotary=rotary)
-    check_module(name, module, (resid,), oracle, RESID, wanted, mistakes, hook_mistakes)
-    alone = resid[:, :1]
-    check_module(
-        name,
-        module,
-        (alone,),
-        partial(by_loops.attention, weights, alone, rotary=rotary),
-        RESID,
-        wanted,
-        replace=False,
-    )
-    _check_rotary_cache(cls, module, weights, turn)
+    for read, replaced in ((resid, True), (resid[:, :1], False)):
+        oracle = partial(by_loops.attention, weights, read, rotary=(CFG.rotary_dim, CFG.rotary_base))
+        check_module(name, module, (read,), oracle, RESID, wanted, replace=replaced)
+    _check_rotary_cache(cls, module, weights)
 
 
-def _check_rotary_cache(cls: type, module: Any, weights: Mapping[str, Tensor], turn: Callable[..., Tensor]) -> None:
+def _check_rotary_cache(cls: type, module: Any, weights: Mapping[str, Tensor]) -> None:
     """Two positions, then five, then one, in the last layer of a model: the other layers append first."""
     name, steps = "RotaryAttention with a key-value cache", [(0, 2), (2, 7), (7, 8)]
     resid = noise(2, 8, 7, seed=25)
     last = module.layer = CFG.n_layers - 1
     expected = by_loops.attention(weights, resid, rotary=(CFG.rotary_dim, CFG.rotary_base))["output"]
-    q, k, v = _views(weights, resid)
-
-    def at(*positions: int) -> Callable[[], Tensor]:
-        return lambda: _attend(weights, turn(q, positions), turn(k, positions), v)
-
-    whole = {
-        "positions are counted from 0 again; the first new one stands at `cache.length`.": at(0, 1, 0, 1, 2, 3, 4, 0),
-        "`cache.length` is read after `append`; read it before.": at(2, 3, 7, 8, 9, 10, 11, 8),
-        "the new positions begin one too late.": at(0, 1, 3, 4, 5, 6, 7, 8),
-        "the new positions begin one too early.": at(0, 1, 1, 2, 3, 4, 5, 6),
-        "all new positions of a step are taken for the first of them.": at(0, 0, 2, 2, 2, 2, 2, 7),
-        "what is in the cache is not turned.": at(0, 0, 2, 3, 4, 5, 6, 7),
-    }
     for watched in ((), ("hook_attn_scores", "hook_pattern")):
         handles = [getattr(module, hook).add(lambda activation, hook: None) for hook in watched]
         cache = make_cache(cls, CFG, batch=2)
@@ -261,9 +269,7 @@ def _check_rotary_cache(cls: type, module: Any, weights: Mapping[str, Tensor], t
                 for layer in range(last):
                     cache.append(layer, zeros, zeros)
                 actual = module(resid[:, start:end], cache)
-                mistakes = {hint: partial(_part, wrong, start, end) for hint, wrong in whole.items()}
-                label = f"{name} of length {start}"
-                compare(label, actual, expected[:, start:end], RESID, mistakes)
+                compare(f"{name} of length {start}", actual, expected[:, start:end], RESID)
         for handle in handles:
             handle.remove()
         own = [size for layer, size in cache.appended if layer == last]
@@ -274,13 +280,46 @@ def _check_rotary_cache(cls: type, module: Any, weights: Mapping[str, Tensor], t
             )
 
 
-def _part(wrong: Callable[[], Tensor], start: int, end: int) -> Tensor:
-    return wrong()[:, start:end]
-
-
 # --------------------------------------------------------------------------------------------------- parallel blocks
 
 
+@known_mistakes(
+    with_forwards(
+        standins.ParallelBlock,
+        {
+            "the MLP reads the stream after attention was added, as in GPT-2; here it reads what attention read.": (
+                lambda m, resid: (mid := resid + m.attn(m.ln1(resid))) + m.mlp(m.ln2(mid))
+            ),
+            "the MLP reads what attention returns.": lambda m, resid: (
+                resid + (attn_out := m.attn(m.ln1(resid))) + m.mlp(m.ln2(attn_out))
+            ),
+            "attention reads the stream after the MLP was added.": lambda m, resid: (
+                (late := resid + m.mlp(m.ln2(resid))) + m.attn(m.ln1(late))
+            ),
+            "ln1 stands in front of both; the MLP has its own, ln2.": lambda m, resid: (
+                resid + m.attn(m.ln1(resid)) + m.mlp(m.ln1(resid))
+            ),
+            "ln2 stands in front of both; attention has its own, ln1.": lambda m, resid: (
+                resid + m.attn(m.ln2(resid)) + m.mlp(m.ln2(resid))
+            ),
+            "ln1 and ln2 are swapped.": lambda m, resid: resid + m.attn(m.ln2(resid)) + m.mlp(m.ln1(resid)),
+            "ln2 reads what ln1 returns; both read the stream.": lambda m, resid: (
+                resid + m.attn(m.ln1(resid)) + m.mlp(m.ln2(m.ln1(resid)))
+            ),
+            "the MLP reads the stream itself; it should read ln2's copy.": lambda m, resid: (
+                resid + m.attn(m.ln1(resid)) + m.mlp(resid)
+            ),
+            "attention reads the stream itself; it should read ln1's copy.": lambda m, resid: (
+                resid + m.attn(resid) + m.mlp(m.ln2(resid))
+            ),
+            "neither reads a normalised copy.": lambda m, resid: resid + m.attn(resid) + m.mlp(resid),
+            "the stream is not added.": lambda m, resid: m.attn(m.ln1(resid)) + m.mlp(m.ln2(resid)),
+            "the stream is added twice.": lambda m, resid: 2 * resid + m.attn(m.ln1(resid)) + m.mlp(m.ln2(resid)),
+            "the MLP is left out.": lambda m, resid: resid + m.attn(m.ln1(resid)),
+            "attention is left out.": lambda m, resid: resid + m.mlp(m.ln2(resid)),
+        },
+    )
+)
 def check_ParallelBlock(cls: Any) -> None:
     """First the wiring, with toy parts whose answers are known; then whole blocks with their real parts."""
     name = "ParallelBlock"
@@ -304,25 +343,7 @@ def check_ParallelBlock(cls: Any) -> None:
         seen = {"hook_resid_pre": pre, "hook_attn_out": attn_out, "hook_mlp_out": mlp_out, "hook_resid_post": post}
         return {**seen, "output": post}
 
-    mid = resid + attn(ln1(resid))
-    mistakes = {
-        "the MLP reads the stream after attention was added, as in GPT-2; here it reads what attention read.": mid
-        + mlp(ln2(mid)),
-        "the MLP reads what attention returns.": mid + mlp(ln2(attn(ln1(resid)))),
-        "attention reads the stream after the MLP was added.": (late := resid + mlp(ln2(resid))) + attn(ln1(late)),
-        "ln1 stands in front of both; the MLP has its own, ln2.": mid + mlp(ln1(resid)),
-        "ln2 stands in front of both; attention has its own, ln1.": resid + attn(ln2(resid)) + mlp(ln2(resid)),
-        "ln1 and ln2 are swapped.": resid + attn(ln2(resid)) + mlp(ln1(resid)),
-        "ln2 reads what ln1 returns; both read the stream.": mid + mlp(ln2(ln1(resid))),
-        "the MLP reads the stream itself; it should read ln2's copy.": mid + mlp(resid),
-        "attention reads the stream itself; it should read ln1's copy.": resid + attn(resid) + mlp(ln2(resid)),
-        "neither reads a normalised copy.": resid + attn(resid) + mlp(resid),
-        "the stream is not added.": attn(ln1(resid)) + mlp(ln2(resid)),
-        "the stream is added twice.": mid + resid + mlp(ln2(resid)),
-        "the MLP is left out.": mid,
-        "attention is left out.": resid + mlp(ln2(resid)),
-    }
-    check_module(name, module, (resid,), oracle, RESID, wanted, mistakes, toys=True)
+    check_module(name, module, (resid,), oracle, RESID, wanted, toys=True)
     cache = make_cache(cls, CFG, batch=2)
     module(resid, cache)
     if module.attn.caches[-1] is not cache:
@@ -332,40 +353,131 @@ def check_ParallelBlock(cls: Any) -> None:
     for cfg in (replace(CFG, positions="learned", rotary_dim=0), CFG, replace(CFG, normalization="none", act="relu")):
         wanted = block_hooks(cfg)
         module = construct(name, cls, cfg, block_parameters(cfg), wanted)
-        expected = by_loops.block(weights_of(module), cfg, resid)
-        label = f"{name} with its real parts"
+        right = always(by_loops.block(weights_of(module), cfg, resid))
         with during(f"with cfg.positions = {cfg.positions!r}"):
-            check_module(label, module, (resid,), partial(_always, expected), RESID, wanted, replace=False)
-
-
-def _always(answer: dict[str, Tensor], replaced: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return answer
+            check_module(f"{name} with its real parts", module, (resid,), right, RESID, wanted, replace=False)
 
 
 # ---------------------------------------------------------------------------------------------------------- weights
 
+QKV = "gpt_neox.layers.{}.attention.query_key_value."
+wrong_views = partial(wrong_entries, converted_by_rows, [f"attn.W_{letter}" for letter in "QKV"], f"{QKV}weight")
+wrong_biases = partial(wrong_entries, converted_by_rows, [f"attn.b_{letter}" for letter in "QKV"], f"{QKV}bias")
+wrong_output = partial(wrong_entries, converted_by_rows, ["attn.W_O"], "gpt_neox.layers.{}.attention.dense.weight")
+wrong_up = partial(wrong_entries, converted_by_rows, ["mlp.W_in"], "gpt_neox.layers.{}.mlp.dense_h_to_4h.weight")
+wrong_down = partial(wrong_entries, converted_by_rows, ["mlp.W_out"], "gpt_neox.layers.{}.mlp.dense_4h_to_h.weight")
+AS_IN_GPT2 = "{} is split into all queries, all keys, all values, as in GPT-2; here each head has its own three."
+ALTERNATING = "the heads' rows of {} are taken to alternate; each head has its rows one after the other."
+AS_IT_IS = "the matrix for {} is taken as it is; theirs is stored [out, in], ours [in, out]."
+RESHAPED = "the matrix for {} is reshaped; it is stored [out, in] and needs transposing."
 
+
+def as_in_gpt2(rows: Tensor, cfg: TransformerConfig, part: int) -> Tensor:
+    """All queries, all keys, all values: [head d_head ...]."""
+    return rows.chunk(3)[part].unflatten(0, (cfg.n_heads, cfg.d_head))
+
+
+def alternating(rows: Tensor, cfg: TransformerConfig, part: int) -> Tensor:
+    """All queries, all keys, all values, the heads' rows by turns: [head d_head ...]."""
+    return rows.chunk(3)[part].unflatten(0, (cfg.d_head, cfg.n_heads)).transpose(0, 1)
+
+
+def own_rows(rows: Tensor, cfg: TransformerConfig, part: int) -> Tensor:
+    """Each head's own: [head d_head d_model]."""
+    return rows.unflatten(0, (cfg.n_heads, 3, cfg.d_head))[:, part]
+
+
+def unembedded(view: Callable[[dict[str, Tensor]], Tensor]) -> Callable[..., Any]:
+    """A converter that makes `unembed.W_U` in this way."""
+    return lambda state_dict, cfg: converted_by_rows(state_dict, cfg) | {"unembed.W_U": view(state_dict)}
+
+
+@known_mistakes(
+    wrong_views(AS_IN_GPT2, lambda rows, cfg, part: as_in_gpt2(rows, cfg, part).transpose(1, 2)),
+    wrong_views(ALTERNATING, lambda rows, cfg, part: alternating(rows, cfg, part).transpose(1, 2)),
+    wrong_views(AS_IT_IS, own_rows),
+    wrong_views(RESHAPED, lambda rows, cfg, part: own_rows(rows, cfg, part).reshape(-1, cfg.d_model, cfg.d_head)),
+    wrong_biases(AS_IN_GPT2, as_in_gpt2),
+    wrong_biases(ALTERNATING, alternating),
+    wrong_output(
+        "dense is not transposed for {}; its columns belong to the heads.",
+        lambda dense, cfg, _: dense.unflatten(0, (cfg.n_heads, cfg.d_head)),
+    ),
+    wrong_output(
+        "the heads' columns of {} are taken to alternate; each head has d_head columns side by side.",
+        lambda dense, cfg, _: dense.T.unflatten(0, (cfg.d_head, cfg.n_heads)).transpose(0, 1),
+    ),
+    wrong_up(AS_IT_IS, lambda weight, cfg, _: weight),
+    wrong_up(RESHAPED, lambda weight, cfg, _: weight.reshape(cfg.d_model, cfg.d_mlp)),
+    wrong_down(AS_IT_IS, lambda weight, cfg, _: weight),
+    wrong_down(RESHAPED, lambda weight, cfg, _: weight.reshape(cfg.d_mlp, cfg.d_model)),
+    {
+        "the token embeddings are used; these weights have an unembedding of their own.": unembedded(
+            lambda theirs: theirs["gpt_neox.embed_in.weight"].T
+        ),
+        AS_IT_IS.format("`W_U`"): unembedded(lambda theirs: theirs["lm_head.weight"]),
+        RESHAPED.format("`W_U`"): unembedded(lambda theirs: theirs["lm_head.weight"].reshape(12, 13)),
+    },
+)
 def check_convert_neox_weights(fn: Callable[..., Any]) -> None:
     """Every entry, put together row by row, from a state dict with NeoX's names, new and old."""
     cfg = replace(CFG, d_model=12, d_head=4, n_layers=2)
     for unembed in ("lm_head", "embed_out"):
         theirs = neox_state_dict(cfg, unembed)
-        expected = converted_by_rows(theirs, cfg)
         with during(f"where the unembedding is named {unembed}.weight"):
-            judge_converted(
-                "convert_neox_weights", fn, cfg, theirs, expected, partial(_neox_mistakes, theirs, expected, cfg)
-            )
-
-
-def _neox_mistakes(
-    theirs: Mapping[str, Tensor], expected: Mapping[str, Tensor], cfg: TransformerConfig, entry: str
-) -> dict[str, Tensor]:
-    return neox_mistakes(entry, theirs, expected, cfg)
+            judge_converted("convert_neox_weights", fn, cfg, theirs, converted_by_rows(theirs, cfg))
 
 
 # ------------------------------------------------------------------------------------------------- towards Llama
 
 
+def rms(norm: Any, resid: Tensor, axes: Any = -1) -> Tensor:
+    """What the vectors are divided by."""
+    return (resid.square().mean(axes, keepdim=True) + norm.eps).sqrt()
+
+
+def deviation(norm: Any, resid: Tensor) -> Tensor:
+    """What LayerNorm divides by."""
+    return (resid.var(-1, correction=0, keepdim=True) + norm.eps).sqrt()
+
+
+@known_mistakes(
+    with_forwards(
+        standins.RMSNorm,
+        {
+            "the mean is subtracted, as in LayerNorm; here it is not.": lambda m, resid: F.layer_norm(
+                resid, m.w.shape, m.w, eps=m.eps
+            ),
+            "the mean is subtracted from the vector, but not in the root.": lambda m, resid: (
+                (resid - resid.mean(-1, keepdim=True)) / rms(m, resid) * m.w
+            ),
+            "the vector is divided by its deviation, from which the mean is subtracted.": lambda m, resid: (
+                resid / deviation(m, resid) * m.w
+            ),
+            "eps is added outside the root; it belongs under it.": lambda m, resid: (
+                resid / (resid.square().mean(-1, keepdim=True).sqrt() + m.eps) * m.w
+            ),
+            "eps is left out, or another one is used than self.eps.": lambda m, resid: (
+                resid / resid.square().mean(-1, keepdim=True).sqrt() * m.w
+            ),
+            "`w` is left out.": lambda m, resid: resid / rms(m, resid),
+            "the root is missing.": lambda m, resid: resid / rms(m, resid) ** 2 * m.w,
+            "the squares are summed; take their mean.": lambda m, resid: (
+                resid / (resid.square().sum(-1, keepdim=True) + m.eps).sqrt() * m.w
+            ),
+            "the squares are not taken: it is the mean of the absolute values.": lambda m, resid: (
+                resid / (resid.abs().mean(-1, keepdim=True) + m.eps) * m.w
+            ),
+            "the scale is `1 + w`; it is `w`.": lambda m, resid: resid / rms(m, resid) * (1 + m.w),
+            "the mean of the squares is taken over the positions; take it over d_model.": lambda m, resid: (
+                resid / rms(m, resid, 1) * m.w
+            ),
+            "the mean of the squares is taken over the whole tensor; each position has its own.": lambda m, resid: (
+                resid / rms(m, resid, (0, 1, 2)) * m.w
+            ),
+        },
+    )
+)
 def check_RMSNorm(cls: Any) -> None:
     """A large epsilon shows where it stands; the input varies around a mean that is not 0."""
     cfg = replace(CFG, layer_norm_eps=0.3)
@@ -380,33 +492,43 @@ def check_RMSNorm(cls: Any) -> None:
             output = normalized * w if replaced else F.rms_norm(resid, (7,), w, eps)
             return {"hook_scale": scale, "hook_normalized": normalized, "output": output}
 
-        square = resid.square().mean(-1, keepdim=True)
-        centred = resid - resid.mean(-1, keepdim=True)
-        mistakes = {
-            "the mean is subtracted, as in LayerNorm; here it is not.": F.layer_norm(resid, (7,), w, eps=eps),
-            "the mean is subtracted from the vector, but not in the root.": centred / (square + eps).sqrt() * w,
-            "the vector is divided by its deviation, from which the mean is subtracted.": resid
-            / (centred.square().mean(-1, keepdim=True) + eps).sqrt()
-            * w,
-            "eps is added outside the root; it belongs under it.": resid / (square.sqrt() + eps) * w,
-            "eps is left out, or another one is used than self.eps.": resid / square.sqrt() * w,
-            "`w` is left out.": F.rms_norm(resid, (7,), eps=eps),
-            "the root is missing.": resid / (square + eps) * w,
-            "the squares are summed; take their mean.": resid / (7 * square + eps).sqrt() * w,
-            "the squares are not taken: it is the mean of the absolute values.": resid
-            / (resid.abs().mean(-1, keepdim=True) + eps)
-            * w,
-            "the scale is `1 + w`; it is `w`.": F.rms_norm(resid, (7,), 1 + w, eps),
-            "the mean of the squares is taken over the positions; take it over d_model.": resid
-            / (resid.square().mean(1, keepdim=True) + eps).sqrt()
-            * w,
-            "the mean of the squares is taken over the whole tensor; each position has its own.": resid
-            / (resid.square().mean() + eps).sqrt()
-            * w,
-        }
-        check_module("RMSNorm", module, (resid,), oracle, RESID, NORM_HOOKS, mistakes)
+        check_module("RMSNorm", module, (resid,), oracle, RESID, NORM_HOOKS)
 
 
+def wrong_gate(neurons: Callable[[Tensor, Tensor], Tensor]) -> type:
+    """A GatedMLP whose neurons are `neurons(g, h)`, of what W_gate and W_in give."""
+    return with_methods(
+        standins.GatedMLP,
+        "GatedMLP",
+        forward=lambda self, resid: neurons(resid @ self.W_gate, resid @ self.W_in) @ self.W_out,
+    )
+
+
+@known_mistakes(
+    {
+        "W_gate and W_in are swapped: the SiLU belongs to the gate.": wrong_gate(lambda g, h: F.silu(h) * g),
+        "the gate is left out: that is the plain MLP.": wrong_gate(lambda g, h: F.silu(h)),
+        "the gate alone goes on; multiply it by what W_in gives.": wrong_gate(lambda g, h: F.silu(g)),
+        "the two are added; multiply them.": wrong_gate(lambda g, h: F.silu(g) + h),
+        "the SiLU is left out.": wrong_gate(lambda g, h: g * h),
+        "both go through the SiLU; only the gate does.": wrong_gate(lambda g, h: F.silu(g) * F.silu(h)),
+        "the product goes through the SiLU; only the gate does.": wrong_gate(lambda g, h: F.silu(g * h)),
+        "the gate goes through the sigmoid alone; the SiLU is x sigmoid(x).": wrong_gate(lambda g, h: g.sigmoid() * h),
+        "the gate goes through the GELU; here it is the SiLU.": wrong_gate(lambda g, h: F.gelu(g) * h),
+        "the gate goes through GPT-2's GELU; here it is the SiLU.": wrong_gate(
+            lambda g, h: F.gelu(g, approximate="tanh") * h
+        ),
+        "the gate goes through the ReLU; here it is the SiLU.": wrong_gate(lambda g, h: F.relu(g) * h),
+    },
+    with_forwards(
+        standins.GatedMLP,
+        {
+            "`resid` is added to the output; the block will do that.": lambda m, resid: (
+                (F.silu(resid @ m.W_gate) * (resid @ m.W_in)) @ m.W_out + resid
+            )
+        },
+    ),
+)
 def check_GatedMLP(cls: Any) -> None:
     """Against torch's linear maps and its SiLU."""
     hooks = ("hook_pre", "hook_pre_linear", "hook_post")
@@ -423,23 +545,4 @@ def check_GatedMLP(cls: Any) -> None:
             seen = {"hook_pre": pre, "hook_pre_linear": linear, "hook_post": post}
             return {**seen, "output": F.linear(post, W_out)}
 
-        gate, linear = F.linear(resid, W_gate), F.linear(resid, W_in)
-
-        def back(post: Tensor) -> Tensor:
-            return F.linear(post, W_out)
-
-        mistakes = {
-            "W_gate and W_in are swapped: the SiLU belongs to the gate.": back(F.silu(linear) * gate),
-            "the gate is left out: that is the plain MLP.": back(F.silu(linear)),
-            "the gate alone goes on; multiply it by what W_in gives.": back(F.silu(gate)),
-            "the two are added; multiply them.": back(F.silu(gate) + linear),
-            "the SiLU is left out.": back(gate * linear),
-            "both go through the SiLU; only the gate does.": back(F.silu(gate) * F.silu(linear)),
-            "the product goes through the SiLU; only the gate does.": back(F.silu(gate * linear)),
-            "the gate goes through the sigmoid alone; the SiLU is x sigmoid(x).": back(gate.sigmoid() * linear),
-            "the gate goes through the GELU; here it is the SiLU.": back(F.gelu(gate) * linear),
-            "the gate goes through GPT-2's GELU; here it is the SiLU.": back(F.gelu(gate, approximate="tanh") * linear),
-            "the gate goes through the ReLU; here it is the SiLU.": back(F.relu(gate) * linear),
-            "`resid` is added to the output; the block will do that.": back(F.silu(gate) * linear) + resid,
-        }
-        check_module("GatedMLP", module, (resid,), oracle, RESID, hooks, mistakes)
+        check_module("GatedMLP", module, (resid,), oracle, RESID, hooks)

@@ -4,6 +4,8 @@ Checks may not borrow the learner's or the reference's class; what this one comp
 suite.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -22,7 +24,7 @@ from course_utils.config import TransformerConfig
 from course_utils.hooks import HookPoint
 
 
-class _Part(nn.Module):
+class Part(nn.Module):
     """Parameters and hook points by name."""
 
     def __init__(self, shapes: Shapes, hooks: tuple[str, ...] = ()) -> None:
@@ -33,7 +35,7 @@ class _Part(nn.Module):
             setattr(self, name, HookPoint(on_request=name == "hook_result"))
 
 
-class Norm(_Part):
+class Norm(Part):
     """LayerNorm, or nothing at all where the configuration says so."""
 
     def __init__(self, cfg: TransformerConfig) -> None:
@@ -47,15 +49,27 @@ class Norm(_Part):
         return self.hook_normalized((resid - resid.mean(-1, keepdim=True)) / scale) * self.w + self.b
 
 
-class Table(_Part):
-    """Rows of a table: W_E or W_pos."""
+class Embed(Part):
+    """A row of W_E for each token."""
 
-    def forward(self, rows: Tensor) -> Tensor:
-        (table,) = self.parameters()
-        return table[rows]
+    def __init__(self, cfg: TransformerConfig) -> None:
+        super().__init__({"W_E": (cfg.d_vocab, cfg.d_model)})
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.W_E[tokens]
 
 
-class Attention(_Part):
+class PosEmbed(Part):
+    """The first rows of W_pos, for every sequence."""
+
+    def __init__(self, cfg: TransformerConfig) -> None:
+        super().__init__({"W_pos": (cfg.n_ctx, cfg.d_model)})
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.W_pos[: tokens.shape[1]].expand(*tokens.shape, -1)
+
+
+class Attention(Part):
     """Multi-head causal attention, spelled out."""
 
     def __init__(self, cfg: TransformerConfig) -> None:
@@ -76,12 +90,12 @@ class Attention(_Part):
         return self.hook_result(torch.einsum("bphd,hdm->bphm", z, self.W_O)).sum(2) + self.b_O
 
 
-class MLP(_Part):
+class MLP(Part):
     """Two maps with cfg.act between them."""
 
     def __init__(self, cfg: TransformerConfig) -> None:
         super().__init__(mlp_parameters(cfg), MLP_HOOKS)
-        self.act = {"gelu_new": lambda x: F.gelu(x, approximate="tanh"), "relu": F.relu}[cfg.act]
+        self.act = {"gelu_new": partial(F.gelu, approximate="tanh"), "gelu": F.gelu, "relu": F.relu}[cfg.act]
 
     def forward(self, resid: Tensor) -> Tensor:
         return self.hook_post(self.act(self.hook_pre(resid @ self.W_in + self.b_in))) @ self.W_out + self.b_out
@@ -108,8 +122,11 @@ class Block(nn.Module):
         return self.hook_resid_post(resid)
 
 
-class Unembed(_Part):
+class Unembed(Part):
     """From the stream to logits."""
+
+    def __init__(self, cfg: TransformerConfig) -> None:
+        super().__init__({"W_U": (cfg.d_model, cfg.d_vocab), "b_U": (cfg.d_vocab,)})
 
     def forward(self, resid: Tensor) -> Tensor:
         return resid @ self.W_U + self.b_U
@@ -126,16 +143,15 @@ class SmallModel(nn.Module):
     def __init__(self, cfg: TransformerConfig) -> None:
         super().__init__()
         self.cfg = cfg
-        self.embed, self.hook_embed = Table({"W_E": (cfg.d_vocab, cfg.d_model)}), HookPoint()
-        self.pos_embed, self.hook_pos_embed = Table({"W_pos": (cfg.n_ctx, cfg.d_model)}), HookPoint()
+        self.embed, self.hook_embed = Embed(cfg), HookPoint()
+        self.pos_embed, self.hook_pos_embed = PosEmbed(cfg), HookPoint()
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
         self.ln_final = Norm(cfg)
-        self.unembed = Unembed({"W_U": (cfg.d_model, cfg.d_vocab), "b_U": (cfg.d_vocab,)})
+        self.unembed = Unembed(cfg)
         randomise(self)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        resid = self.hook_embed(self.embed(tokens)) + self.hook_pos_embed(self.pos_embed(positions))
+        resid = self.hook_embed(self.embed(tokens)) + self.hook_pos_embed(self.pos_embed(tokens))
         for block in self.blocks:
             resid = block(resid)
         return self.unembed(self.ln_final(resid))

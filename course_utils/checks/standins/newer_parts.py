@@ -1,0 +1,40 @@
+"""Parts of newer models than GPT-2, as shells for a `forward`: their parameters, their hook points, nothing more."""
+
+from course_utils.checks.standins.transformer import Attention, Block, Part
+from course_utils.checks.transformer_interface import NORM_HOOKS, ROTARY_HOOKS
+from course_utils.config import TransformerConfig
+from course_utils.hooks import HookPoint
+
+
+class RotaryAttention(Attention):
+    """Attention with hook points for turned queries and keys."""
+
+    def __init__(self, cfg: TransformerConfig) -> None:
+        super().__init__(cfg)
+        self.cfg = cfg
+        for name in ROTARY_HOOKS:
+            setattr(self, name, HookPoint())
+
+
+class ParallelBlock(Block):
+    """A block without a stream between attention and MLP."""
+
+    def __init__(self, cfg: TransformerConfig) -> None:
+        super().__init__(cfg)
+        del self.hook_resid_mid
+
+
+class RMSNorm(Part):
+    """A norm that scales and does not shift."""
+
+    def __init__(self, cfg: TransformerConfig) -> None:
+        super().__init__({"w": (cfg.d_model,)}, NORM_HOOKS)
+        self.eps = cfg.layer_norm_eps
+
+
+class GatedMLP(Part):
+    """An MLP with a gate, and no biases."""
+
+    def __init__(self, cfg: TransformerConfig) -> None:
+        up = (cfg.d_model, cfg.d_mlp)
+        super().__init__({"W_gate": up, "W_in": up, "W_out": up[::-1]}, ("hook_pre", "hook_pre_linear", "hook_post"))
