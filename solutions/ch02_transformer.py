@@ -17,7 +17,8 @@ class LayerNorm(nn.Module):
 
     Mean and variance are taken over d_model, separately for each position. The variance divides by d_model (not by
     d_model - 1), and `cfg.layer_norm_eps` is added to it inside the root. `hook_scale` sees that root, which keeps its
-    last axis (size 1); `hook_normalized` sees the vector before `w` and `b`.
+    last axis (size 1); `hook_normalized` sees the vector before `w` and `b`. In float16 the square of 256 is inf already,
+    so for inputs in half precision all of it is computed in float32; hook points and output have the input's dtype.
     Source: Ba et al. 2016, section 3.
     """
 
@@ -33,10 +34,11 @@ class LayerNorm(nn.Module):
         """Return the normalised vectors; the residual stream itself stays as it is."""
         if not (self.hook_scale.is_watched or self.hook_normalized.is_watched):
             return nn.functional.layer_norm(resid, self.w.shape, self.w, self.b, self.eps)  # the same steps in one
-        centred = resid - resid.mean(dim=-1, keepdim=True)
+        wide = resid.to(torch.promote_types(resid.dtype, torch.float32))
+        centred = wide - wide.mean(dim=-1, keepdim=True)
         variance = centred.pow(2).mean(dim=-1, keepdim=True)
-        scale = self.hook_scale((variance + self.eps).sqrt())
-        normalized = self.hook_normalized(centred / scale)
+        scale = self.hook_scale((variance + self.eps).sqrt().to(resid.dtype))
+        normalized = self.hook_normalized((centred / scale).to(resid.dtype))
         return normalized * self.w + self.b
 
 
@@ -80,8 +82,8 @@ def attention_scores(
 
     Source: Vaswani et al. 2017, section 3.2.1.
     """
-    d_head = q.shape[-1]
-    return einops.einsum(q, k, "batch query head d_head, batch key head d_head -> batch head query key") / d_head**0.5
+    q = q / q.shape[-1] ** 0.5  # before the product, which may be too large for float16
+    return einops.einsum(q, k, "batch query head d_head, batch key head d_head -> batch head query key")
 
 
 def causal_mask(scores: Float[Tensor, "batch head query key"]) -> Float[Tensor, "batch head query key"]:
@@ -739,7 +741,7 @@ class RMSNorm(nn.Module):
 
     The mean of the squares is taken over d_model, separately for each position, and `cfg.layer_norm_eps` is added to it
     inside the root. `hook_scale` sees that root, which keeps its last axis (size 1); `hook_normalized` sees the vector
-    before `w`. There is no `b`.
+    before `w`. There is no `b`. Half precision is treated as in `LayerNorm`: computed in float32, returned as it came.
     Source: Zhang and Sennrich 2019, section 4.
     """
 
@@ -751,8 +753,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, resid: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
         """Return the normalised vectors; the residual stream itself stays as it is."""
-        scale = self.hook_scale((resid.pow(2).mean(dim=-1, keepdim=True) + self.eps).sqrt())
-        return self.hook_normalized(resid / scale) * self.w
+        wide = resid.to(torch.promote_types(resid.dtype, torch.float32))
+        scale = self.hook_scale((wide.pow(2).mean(dim=-1, keepdim=True) + self.eps).sqrt().to(resid.dtype))
+        return self.hook_normalized((wide / scale).to(resid.dtype)) * self.w
 
 
 class GatedMLP(nn.Module):

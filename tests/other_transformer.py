@@ -22,10 +22,11 @@ class LayerNorm(nn.Module):
         self.hook_scale = HookPoint()
 
     def forward(self, resid):
-        variance, mean = torch.var_mean(resid, dim=-1, correction=0, keepdim=True)
+        double = resid.double()
+        variance, mean = torch.var_mean(double, dim=-1, correction=0, keepdim=True)
         one_over = torch.rsqrt(variance + self.epsilon)
-        scale = self.hook_scale(one_over.reciprocal())
-        return torch.addcmul(self.b, self.hook_normalized((resid - mean) / scale), self.w)
+        scale = self.hook_scale(one_over.reciprocal().type_as(resid))
+        return torch.addcmul(self.b, self.hook_normalized(((double - mean) / scale).type_as(resid)), self.w)
 
 
 class Embed(nn.Module):
@@ -313,8 +314,8 @@ class RMSNorm(nn.Module):
         self.hook_normalized, self.hook_scale = HookPoint(), HookPoint()
 
     def forward(self, resid):
-        norm = torch.linalg.vector_norm(resid, dim=-1, keepdim=True)
-        scale = self.hook_scale(torch.sqrt(norm**2 / resid.size(-1) + self.epsilon))
+        norm = torch.linalg.vector_norm(resid, dim=-1, keepdim=True, dtype=torch.float64)
+        scale = self.hook_scale(torch.sqrt(norm**2 / resid.size(-1) + self.epsilon).type_as(resid))
         return self.w * self.hook_normalized(resid * scale.reciprocal())
 
 

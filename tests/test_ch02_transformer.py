@@ -84,6 +84,7 @@ mistake("LayerNorm", "over the positions")(lambda self, resid: normalise(self, r
 mistake("LayerNorm", "over the whole tensor")(lambda self, resid: normalise(self, resid, axes=(0, 1, 2)))
 mistake("LayerNorm", "`b` is left out")(lambda self, resid: normalise(self, resid, b=False))
 mistake("LayerNorm", "`w` and `b` are left out")(lambda self, resid: normalise(self, resid, w=False, b=False))
+mistake("LayerNorm", "the squares are taken in float16, where they are inf")(normalise)
 mistake("LayerNorm", "the first wrong tensor is at `hook_scale`", surprise=True)(
     lambda self, resid: normalise(self, resid, axes=(0, 2))
 )

@@ -394,6 +394,7 @@ rms("taken over the positions", lambda self, x: x / (x.square().mean(1, keepdim=
 rms("Every value is 0.5 times the right one", factor=2.0, surprise=True)
 rms("values are wrong", lambda self, x: F.rms_norm(x, (7,), self.w, self.eps) + self.w, surprise=True)
 rms("values are wrong", lambda self, x: F.normalize(x, dim=-1) * self.w, surprise=True)
+rms("the squares are taken in float16, where they are inf")
 rms("`hook_scale` saw nothing", lambda self, x: F.rms_norm(x, (7,), self.w, self.eps), surprise=True)
 
 

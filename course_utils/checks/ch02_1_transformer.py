@@ -41,6 +41,7 @@ from course_utils.checks.modules import (
     ToyEmbed,
     ToyPosEmbed,
     ToyWithCache,
+    check_half_precision,
     check_module,
     construct,
     make_cache,
@@ -115,6 +116,7 @@ def check_LayerNorm(cls: Any) -> None:
             NORM_HOOKS,
             mistakes,
         )
+    check_half_precision("LayerNorm", module, 3000 * resid, NORM_HOOKS, b.expand_as(resid), RESID)
 
 
 def check_Embed(cls: Any) -> None:

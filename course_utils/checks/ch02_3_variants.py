@@ -19,6 +19,7 @@ from course_utils.checks.gpt2_weights import check_converted
 from course_utils.checks.modules import (
     Toy,
     ToyWithCache,
+    check_half_precision,
     check_module,
     construct,
     make_cache,
@@ -403,6 +404,7 @@ def check_RMSNorm(cls: Any) -> None:
             * w,
         }
         check_module("RMSNorm", module, (resid,), oracle, RESID, NORM_HOOKS, mistakes)
+    check_half_precision("RMSNorm", module, 3000 * resid, NORM_HOOKS, torch.zeros_like(resid), RESID)
 
 
 def check_GatedMLP(cls: Any) -> None:
