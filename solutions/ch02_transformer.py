@@ -17,8 +17,8 @@ class LayerNorm(nn.Module):
 
     Mean and variance are taken over d_model, separately for each position. The variance divides by d_model (not by
     d_model - 1), and `cfg.layer_norm_eps` is added to it inside the root. `hook_scale` sees that root, which keeps its
-    last axis (size 1); `hook_normalized` sees the vector before `w` and `b`. In float16 the square of 256 is inf already,
-    so for inputs in half precision all of it is computed in float32; hook points and output have the input's dtype.
+    last axis (size 1); `hook_normalized` sees the vector before `w` and `b`. In float16 the square of 256 is inf
+    already, so inputs in half precision are computed with in float32; hook points and output have the input's dtype.
     Source: Ba et al. 2016, section 3.
     """
 
@@ -401,6 +401,7 @@ def keep_top_p(
     """Keep each row's smallest set of likeliest tokens whose probabilities sum to at least `p`; the rest become -inf.
 
     The token with which the sum crosses `p` is kept. At least `min_tokens_to_keep` tokens stay, however small `p` is.
+    With `p` = 1 every token stays, also where rounding makes the sum reach 1 before the last of them.
     Raises ValueError for a `p` outside (0, 1]. The input is left unchanged.
     Source: Holtzman et al. 2020, section 3.1 (nucleus sampling).
     """
@@ -409,7 +410,7 @@ def keep_top_p(
     ranked, order = logits.sort(dim=-1, descending=True)
     probabilities = ranked.softmax(dim=-1)
     sum_before = probabilities.cumsum(dim=-1) - probabilities
-    dropped = sum_before >= p
+    dropped = (sum_before >= p) & (p < 1)
     dropped[:, :min_tokens_to_keep] = False
     return logits.masked_fill(torch.zeros_like(dropped).scatter(dim=-1, index=order, src=dropped), -torch.inf)
 
@@ -439,8 +440,11 @@ def generate(
     nothing. No gradients are recorded.
 
     With a key-value cache, hand it to the model, `model(unread, cache)`, together with the tokens that it does not hold
-    yet: those from position `cache.length` on. The result is the same, sooner.
+    yet: those from position `cache.length` on. The result is the same, sooner. Raises ValueError for a cache that holds
+    as many positions as `tokens` has, or more: it has been used for another text.
     """
+    if cache is not None and cache.length >= tokens.shape[1]:
+        raise ValueError(f"generate: the cache already holds {cache.length} positions; a new text needs a new one.")
     finished = torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
     for _ in range(min(n_new, model.cfg.n_ctx - tokens.shape[1])):
         unread = tokens if cache is None else tokens[:, cache.length :]
@@ -553,10 +557,15 @@ def beam_search(
     Returns pairs of log probability and tokens (prompt included, nothing after `eos`); log probabilities are not
     divided by the length. Fewer than `n_beams` come back where there are fewer candidates. With a key-value cache for
     one row, the model reads only what is new: `cache.select` makes its rows follow the beams. No gradients are
-    recorded. Raises ValueError for `n_beams` below 1.
+    recorded. Raises ValueError for `n_beams` below 1, for more than one row of `tokens`, and for a cache that holds as
+    many positions as `tokens` has, or more.
     """
     if n_beams < 1:
         raise ValueError(f"beam_search: n_beams must be at least 1, got {n_beams}.")
+    if len(tokens) != 1:
+        raise ValueError(f"beam_search: it continues one prompt, got {len(tokens)} rows; search for each on its own.")
+    if cache is not None and cache.length >= tokens.shape[1]:
+        raise ValueError(f"beam_search: the cache already holds {cache.length} positions; a new text needs a new one.")
     beams, totals = tokens, torch.zeros(1, device=tokens.device)
     finished = torch.zeros(1, dtype=torch.bool, device=tokens.device)
     for _ in range(min(n_new, model.cfg.n_ctx - tokens.shape[1])):

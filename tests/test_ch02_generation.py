@@ -271,6 +271,12 @@ def beams_with(words: str, surprise: bool = False, **wrong: Any) -> None:
     ) -> Any:
         if n_beams < 1 and not wrong.get("any_n"):
             raise ValueError("n_beams")
+        if len(tokens) > 1 and not wrong.get("first_row"):
+            raise ValueError("tokens")
+        if cache is not None and cache.length >= tokens.shape[1]:
+            if not wrong.get("used_cache"):
+                raise ValueError("cache")
+            cache = None
         n_prompt = tokens.shape[1]
         beams: list[tuple[Any, list[int], bool]] = [(0.0, tokens[0].tolist(), False)]
         n_steps = n_new if wrong.get("too_long") else min(n_new, model.cfg.n_ctx - n_prompt)
@@ -341,6 +347,8 @@ def test_the_tool_for_wrong_answers_is_right_without_a_switch() -> None:
     run_check(CHECKS["beam_search"], MISTAKES.pop().answer)
 
 
+beams_with("two rows of tokens should raise ValueError", first_row=True, surprise=True)
+beams_with("with a cache that holds 3 positions, a prompt of 3 should raise", used_cache=True, surprise=True)
 beams_with("of earlier steps are forgotten", add=lambda total, new: new)
 beams_with("probabilities are added up", score=lambda logits: logits.softmax(-1))
 beams_with(

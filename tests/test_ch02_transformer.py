@@ -755,6 +755,7 @@ nucleus(
     drop=lambda total, own, p: (total - own >= p)[:1].expand_as(own).clone(),
 )
 nucleus("p = 0.0 should raise ValueError", test=False)
+nucleus("the sum before them is rounded to 1")
 nucleus("values are wrong", surprise=True, drop=lambda total, own, p: total - own >= p / 2)
 nucleus(
     "values are wrong",
@@ -849,6 +850,14 @@ def generation(words: str, surprise: bool = False, **wrong: Any) -> None:
     mistake("generate", words, generate, surprise)
 
 
+mistake(
+    "generate",
+    "with a cache that holds 3 positions, a prompt of 3 should raise ValueError",
+    lambda model, tokens, n_new, pick, eos=None, cache=None: ref.generate(
+        model, tokens, n_new, pick, eos, cache if cache and cache.length < tokens.shape[1] else None
+    ),
+    surprise=True,
+)
 generation("the logits at the first position", position=0)
 generation("hand the longer sequence to the model", stale=True)
 generation("the softmax is taken", softmax=True)

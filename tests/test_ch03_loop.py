@@ -596,6 +596,7 @@ saved(
     lambda data, state: data.update(model={k: v.half() for k, v in data["model"].items()}),
     surprise=True,
 )
+saved("a Path among the values should raise ValueError", lambda data, state: None, surprise=True)
 saved("cannot read the file", lambda data, state: {**data, "model": state["model"]}, surprise=True)
 
 

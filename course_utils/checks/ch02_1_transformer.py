@@ -942,6 +942,13 @@ def check_keep_top_p(fn: Callable[..., Any]) -> None:
     follows_input("keep_top_p", fn, (logits, 0.6), LOGITS)
     for bad in (0.0, -0.1, 1.5):
         _expect_value_error("keep_top_p", f"p = {bad}", fn, logits, bad)
+    sharp = torch.tensor([[40.0, 0.0, 3.0, -1.0], [0.5, 40.0, -2.0, 1.0]])
+    rounded = {
+        "tokens are dropped because the sum before them is rounded to 1; with p = 1 all of them stay.": kept(
+            sharp, [[0], [1]]
+        )
+    }
+    compare("keep_top_p with p = 1, for one token that is nearly certain", fn(sharp, 1.0), sharp, LOGITS, rounded)
 
 
 def check_sample(fn: Callable[..., Any]) -> None:

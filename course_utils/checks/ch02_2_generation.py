@@ -15,10 +15,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from course_utils.checks.beams import exhaustive, judge_beams, search
-from course_utils.checks.caching import judge_every_split, judge_widths
+from course_utils.checks.caching import judge_every_split, judge_widths, refuses_used_cache
 from course_utils.checks.core import CheckFailed, Mistakes, compare, during, follows_input, identical, unchanged
 from course_utils.checks.drawing import ToyModel
 from course_utils.checks.modules import make_cache, noise
+from course_utils.checks.plain import must_raise
 from course_utils.config import TransformerConfig
 
 CFG = TransformerConfig(d_vocab=13, n_ctx=9, n_layers=4, n_heads=3, d_model=7, d_head=5, d_mlp=11)
@@ -320,6 +321,9 @@ def check_beam_search(fn: Callable[..., Any]) -> None:
         except ValueError:
             continue
         raise CheckFailed(f"beam_search: n_beams = {n_beams} should raise ValueError.\n  Next: test it at the start.")
+    two = prompt.repeat(2, 1)
+    must_raise("beam_search", ValueError, "two rows of tokens", lambda: fn(ToyModel(TINY, "beam_search"), two, 3, 2))
+    refuses_used_cache("beam_search", TINY, prompt, lambda *given: fn(*given[:2], 2, 2, cache=given[2]), fn)
 
 
 def _check_beams(fn: Callable[..., Any], prompt: Tensor, n_beams: int, n_new: int, **options: Any) -> None:
