@@ -563,7 +563,7 @@ def beam_search(
     if n_beams < 1:
         raise ValueError(f"beam_search: n_beams must be at least 1, got {n_beams}.")
     if len(tokens) != 1:
-        raise ValueError(f"beam_search: it continues one prompt, got {len(tokens)} rows; search for each on its own.")
+        raise ValueError("beam_search: it continues one prompt; call it for each row of tokens on its own.")
     if cache is not None and cache.length >= tokens.shape[1]:
         raise ValueError(f"beam_search: the cache already holds {cache.length} positions; a new text needs a new one.")
     beams, totals = tokens, torch.zeros(1, device=tokens.device)

@@ -3,7 +3,6 @@
 import math
 import os
 import pickle
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -320,10 +319,10 @@ def save_checkpoint(path: Path, **state: Any) -> None:
             file.flush()
             os.fsync(file.fileno())  # on the disk, so that a power cut after the exchange finds a whole file too
         torch.load(partial, map_location="cpu", weights_only=True)
-    except pickle.PickleError as error:
+    except pickle.PickleError:
         partial.unlink()
-        kind = re.search(r"GLOBAL (\S+)", str(error))  # such as pathlib.PosixPath
-        problem = f"load_checkpoint would refuse {kind[1] if kind else 'this'}"
+        kinds = {name: type(plain[name]).__name__ for name in plain}
+        problem = f"load_checkpoint would refuse something in {kinds}"
         raise ValueError(f"save_checkpoint: {problem}; store numbers, texts, tensors, lists, dicts.") from None
     os.replace(partial, path)
 

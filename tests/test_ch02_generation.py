@@ -589,6 +589,7 @@ STILL_RIGHT = {
     "zip(totals.tolist(), beams, strict=True) -> zip(totals.tolist(), beams)",
     "totals.tolist() -> totals",  # a tensor with one number in it will do
     "best.values > -torch.inf -> best.values != -torch.inf",
+    "len(tokens) != 1 -> len(tokens) > 1",  # without a row, zip(strict=True) raises ValueError
     "finished[rows] | (new == eos) -> new == eos",  # what is finished goes on with eos
 }
 

@@ -322,7 +322,12 @@ def check_beam_search(fn: Callable[..., Any]) -> None:
             continue
         raise CheckFailed(f"beam_search: n_beams = {n_beams} should raise ValueError.\n  Next: test it at the start.")
     two = prompt.repeat(2, 1)
-    must_raise("beam_search", ValueError, "two rows of tokens", lambda: fn(ToyModel(TINY, "beam_search"), two, 3, 2))
+    must_raise("beam_search", ValueError, "two rows of tokens", partial(fn, ToyModel(TINY, "beam_search"), two, 3, 2))
+    model, cache = ToyModel(TINY, "beam_search", scale=2.0), make_cache(fn, TINY, batch=1)
+    with torch.no_grad():
+        model(prompt[:, :2], cache)
+    actual = fn(model, prompt, 3, 2, cache=cache)
+    judge_beams("beam_search with a cache that holds 2 positions", actual, search(model, prompt, 3, 2), {}, 3)
     refuses_used_cache("beam_search", TINY, prompt, lambda *given: fn(*given[:2], 2, 2, cache=given[2]), fn)
 
 
