@@ -60,6 +60,15 @@ matrix(
     eigenvalues=lambda self: square(self, torch.linalg.eigvals(self.A.mT @ self.A)),
 )
 matrix("should raise ValueError", eigenvalues=lambda self: torch.linalg.eigvals(self.B @ self.A))
+matrix(
+    "this @ vector should raise ValueError",
+    __matmul__=lambda self, other: (
+        FactoredMatrix(self.A, self.B @ other)
+        if isinstance(other, torch.Tensor)
+        else FactoredMatrix.__matmul__(self, other)
+    ),
+)
+matrix("vector @ this should raise ValueError", __rmatmul__=lambda self, other: FactoredMatrix(other @ self.A, self.B))
 matrix("T, multiplied out", T=property(lambda self: FactoredMatrix(self.B.mT, self.A.mT * 2)))
 matrix("T: expected a FactoredMatrix, got a Tensor", T=property(lambda self: whole(self).mT))
 matrix(

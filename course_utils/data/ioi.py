@@ -83,7 +83,7 @@ class IOIDataset:
     ) -> None:
         names = COMMON if names is None else list(names)
         for name in names:
-            pieces = [tokenizer.decode([token]) for token in tokenizer.encode(" " + name)]
+            pieces = [tokenizer.decode([token]) for token in _encode(tokenizer, " " + name)]
             if len(pieces) != 1:
                 raise ValueError(
                     f"IOIDataset: {' ' + name!r} is not one token here but {len(pieces)} ({pieces}); "
@@ -126,9 +126,9 @@ class IOIDataset:
             first, second = (io, s1) if order == "ABBA" else (s1, io)
             cuts = [frame.index(slot) for slot in ("{A}", "{B}", "{S}")]
             # what stands before each name, and the tokens up to it; names are one token with their space
-            at = [1 + len(self.tokenizer.encode(_named(frame[: cut - 1], first, second))) for cut in cuts]
+            at = [1 + len(_encode(self.tokenizer, _named(frame[: cut - 1], first, second))) for cut in cuts]
             text = _named(frame, first, second).replace("{S}", s2)
-            tokens = [self.tokenizer.bos_token_id, *self.tokenizer.encode(text)]
+            tokens = [self.tokenizer.bos_token_id, *_encode(self.tokenizer, text)]
             at_io, at_s1 = (at[0], at[1]) if order == "ABBA" else (at[1], at[0])
             values = (at_io, at_s1, at_s1 + 1, at[2], len(tokens) - 1)
             for place, position in zip(PLACES, values, strict=True):
@@ -183,6 +183,11 @@ class IOIDataset:
         return other
 
 
+def _encode(tokenizer: Any, text: str) -> list[int]:
+    """The tokens of the text, and nothing else: some tokenizers put a BOS in front, unless they are told not to."""
+    return list(tokenizer.encode(text, add_special_tokens=False))
+
+
 def _named(text: str, first: str, second: str) -> str:
     return text.replace("{A}", first).replace("{B}", second)
 
@@ -195,7 +200,7 @@ def _three(names: list[str], rng: random.Random) -> tuple[str, str, str]:
 def _length(frame: str, tokenizer: Any) -> int:
     """Tokens of a frame with names in it, which are one token each."""
     text = _named(frame, COMMON[0], COMMON[1]).replace("{S}", COMMON[1]).replace("{X}", COMMON[2])
-    return len(tokenizer.encode(text))
+    return len(_encode(tokenizer, text))
 
 
 def _texts(template: str, tokenizer: Any, length: int, rng: random.Random) -> Iterator[str]:
