@@ -63,7 +63,7 @@ def _normal_everywhere(content: str, normalizer: Any) -> bool:
     So it is for the runs of blanks that GPT-NeoX has: nothing becomes a blank but under NFKC and NFKD, and no accent
     joins one. Anything else may appear, or disappear.
     """
-    return normalizer is None or normalizer["type"] in ("NFC", "NFD") and not content.strip(" \n\t")
+    return normalizer is None or (normalizer["type"] in ("NFC", "NFD") and not content.strip(" \n\t"))
 
 
 def _normalizer(part: Any) -> Split:

@@ -54,12 +54,12 @@ def load_pretrained(
     """A `ModelClass(cfg)` with trained weights, in evaluation mode, with its `tokenizer` and `cfg` as attributes.
 
     `name` is a shipped model ("tales"), a GPT-2 or Pythia of the Hugging Face hub ("gpt2", "EleutherAI/pythia-70m"),
-    or a folder (also as a Path, and `~` is your home) that `save_pretrained` of transformers wrote for one. A hub model is read from the local cache
-    of `transformers`; only with `download=True` is it fetched, once, when it is not there (GPT-2 small is half a
-    gigabyte). For hub models and folders `convert(state_dict, cfg)` renames the weights; without it, the
-    `convert_gpt2_weights` or `convert_neox_weights` that stands beside `ModelClass` does. With `step` the weights are
-    those that a shipped model had after so many steps of training, kept as float16 and here float32 again;
-    `shipped_steps(name)` says which there are.
+    or a folder that `save_pretrained` of transformers wrote for such a model (a Path, too; `~` is your home). A hub
+    model is read from the local cache of `transformers`; only with `download=True` is it fetched, once, when it is not
+    there (GPT-2 small is half a gigabyte). For hub models and folders `convert(state_dict, cfg)` renames the weights;
+    without it, the `convert_gpt2_weights` or `convert_neox_weights` that stands beside `ModelClass` does. With `step`
+    the weights are those that a shipped model had after so many steps of training, kept as float16 and here float32
+    again; `shipped_steps(name)` says which there are.
     Raises PretrainedError for an unknown name or step, a damaged file, weights that do not fit, and for a hub model
     that is neither cached nor, with `download=True`, within reach.
     """
