@@ -361,7 +361,7 @@ class FactoredMatrix:
     def refuse_vector(factor: Tensor) -> None:  # given
         """Raise ValueError for a vector, which has no rows and columns."""
         if factor.ndim < 2:
-            raise ValueError("FactoredMatrix: write a vector as a matrix, v[:, None] for a column or v[None] for a row.")
+            raise ValueError("FactoredMatrix: a vector has to be a matrix: v[:, None], a column, or v[None], a row.")
 
     @property
     def shape(self) -> tuple[int, ...]:  # given
