@@ -535,7 +535,7 @@ def ban_repeated_ngrams(
 @torch.no_grad()
 def beam_search(
     model: nn.Module,
-    tokens: Int[Tensor, "1 pos"],
+    tokens: Int[Tensor, "one pos"],
     n_beams: int,
     n_new: int,
     no_repeat_ngram: int | None = None,
