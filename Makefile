@@ -31,6 +31,9 @@ site: $(VENV)/.site  ## build the web site of the course into site/: chapters wi
 bench: $(VENV)/.test  ## measure speed against transformers and torch, and print the ratios
 	$(BIN)/python -m pytest -o addopts= benchmarks $(ARGS)
 
+gpu: $(VENV)/.test  ## try the course on a GPU: checks, the first steps of training, notebooks; the table goes into docs/running.md
+	$(BIN)/python benchmarks/gpu.py $(ARGS)
+
 # The name and version come from pyproject.toml; the notebooks from the sources as they are now.
 release: $(VENV)/.test  ## build the wheel, the site and the notebooks of this version into dist/
 	$(BIN)/course build
@@ -74,4 +77,4 @@ $(VENV)/.core $(VENV)/.test $(VENV)/.browser $(VENV)/.site: pyproject.toml const
 	@$(BIN)/python -m pip install -c constraints.txt -e '.$(EXTRAS$(suffix $@))'
 	@touch $(VENV)/.core $(if $(filter %.browser,$@),$(VENV)/.test) $@
 
-.PHONY: help lab test test-browser rehearse site bench release lint format setup
+.PHONY: help lab test test-browser rehearse site bench gpu release lint format setup

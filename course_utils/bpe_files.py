@@ -35,6 +35,8 @@ def read_byte_level_bpe(tokenizer: Any, gpt2_split: Split) -> ByteLevelBPE:
     for added in file["added_tokens"]:
         for flag in ("single_word", "lstrip", "rstrip"):
             _need(not added[flag], f"the added token {added['content']!r} with {flag}")
+        found_late = added["normalized"] and not _normal_everywhere(added["content"], file["normalizer"])
+        _need(not found_late, f"the added token {added['content']!r}, which it looks for in the normalised text")
     special_tokens = {added["content"]: added["id"] for added in file["added_tokens"]}
     halves = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]  # older files: "a b"
     merges = [(left, right) for left, right in halves]
@@ -53,6 +55,15 @@ def read_byte_level_bpe(tokenizer: Any, gpt2_split: Split) -> ByteLevelBPE:
 def _need(holds: bool, what: str) -> None:
     if not holds:
         raise ValueError(f"This tokenizer has {what}; only byte-level BPE, as in GPT-2, can be read.")
+
+
+def _normal_everywhere(content: str, normalizer: Any) -> bool:
+    """Whether a text holds `content` at the same places before and after it is normalised.
+
+    So it is for the runs of blanks that GPT-NeoX has: nothing becomes a blank but under NFKC and NFKD, and no accent
+    joins one. Anything else may appear, or disappear.
+    """
+    return normalizer is None or (normalizer["type"] in ("NFC", "NFD") and not content.strip(" \n\t"))
 
 
 def _normalizer(part: Any) -> Split:

@@ -7,7 +7,7 @@ wrote it. A hook is a function `fn(activation, hook)` that returns a replacement
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from operator import index
@@ -21,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 HookFn = Callable[[Tensor, "HookPoint"], Tensor | None]
 Names = str | Iterable[str] | Callable[[str], bool]
 
+WRAPPER = "_orig_mod."  # in the path of everything inside a module that torch.compile has wrapped
 LARGE = 1e9  # bytes: a cache beyond this is announced
 WORTH_A_LOOK = 5e8  # bytes: a cache beyond this is measured in advance, by a run that takes some ten milliseconds
 
@@ -102,8 +103,12 @@ def _nearest(name: str, names: Iterable[str]) -> str:
 
 
 def hook_points(model: nn.Module) -> dict[str, HookPoint]:
-    """All hook points of a model by their path in it, such as `blocks.0.attn.hook_pattern`; also sets their `name`."""
-    points = {name: module for name, module in model.named_modules() if isinstance(module, HookPoint)}
+    """All hook points of a model by their path in it, such as `blocks.0.attn.hook_pattern`; also sets their `name`.
+
+    What `torch.compile` wraps around a model, or a part of it, is left out of the path.
+    """
+    named = model.named_modules()
+    points = {name.replace(WRAPPER, ""): module for name, module in named if isinstance(module, HookPoint)}
     for name, point in points.items():
         point.name = name
     return points
@@ -128,11 +133,21 @@ def _select(model: nn.Module, names: Names) -> dict[str, HookPoint]:
     return {name: point for name, point in points.items() if name in chosen}
 
 
+def _is_compiled(model: nn.Module) -> bool:
+    return any(f"{name}.".endswith(WRAPPER) or part._compiled_call_impl for name, part in model.named_modules())
+
+
+def _eager(model: nn.Module) -> AbstractContextManager[Any]:
+    """Where something is compiled, its code as it was written runs for now: what was compiled calls no new hooks."""
+    return torch.compiler.set_stance("force_eager") if _is_compiled(model) else nullcontext()
+
+
 @contextmanager
 def _attached(model: nn.Module, wanted: Mapping[Any, Any] | Iterable[tuple[Any, Any]]) -> Iterator[None]:
     pairs = list(wanted.items() if isinstance(wanted, Mapping) else wanted)
     chosen = [(_select(model, names).values(), fns) for names, fns in pairs]  # all names first: nothing half attached
     with ExitStack() as stack:
+        stack.enter_context(_eager(model))
         for points, fns in chosen:
             for point in points:
                 for fn in fns if isinstance(fns, list | tuple) else [fns]:
@@ -146,6 +161,7 @@ def hooks(model: nn.Module, hooks: Mapping[Any, Any] | Iterable[tuple[Any, Any]]
     `hooks` maps a name, a glob (`*` also spans dots) or a predicate to a function or a list of functions; pairs in a
     list do as well. Functions at one place run in the order in which they were attached, each on what the one before
     left. A function may change the activation in place, but returning a new tensor is safer: see `ActivationCache`.
+    A model of `torch.compile` runs uncompiled meanwhile.
     Raises UnknownName, before anything is attached, for a name or glob that fits nothing.
     """
     return _attached(model, hooks)
@@ -161,6 +177,11 @@ def run_with_hooks(
 
 def add_hook(model: nn.Module, name: Names, fn: HookFn) -> None:
     """Attach a hook function to a name, glob or predicate until `reset_hooks`."""
+    if _is_compiled(model):
+        raise ValueError(
+            "add_hook: what torch.compile has made of a model calls no hooks that come later; "
+            "add them before you compile, or use run_with_hooks."
+        )
     for point in _select(model, name).values():
         point.add(fn)
 
@@ -342,6 +363,7 @@ def run_with_cache(
         activations[hook.name] = activation
 
     with ExitStack() as stack:
+        stack.enter_context(_eager(model))
         for point in points.values():
             stack.callback(point.add(keep).remove)
         output = model(*inputs, **kwargs)

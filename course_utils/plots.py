@@ -36,21 +36,21 @@ def heatmap(
     """
     import plotly.graph_objects as go
 
-    matrix = _numbers(values, 2, "heatmap")
-    matrix = matrix.masked_fill(~matrix.isfinite(), torch.nan)
-    largest = float(matrix.nan_to_num().abs().max()) if matrix.numel() else 0.0
-    if signed:
-        colours = {"colorscale": "RdBu", "zmin": -(largest or 1.0), "zmax": largest or 1.0}
-    elif (matrix < 0).any():
-        raise ValueError("heatmap: some values are negative; signed=False is for probabilities and other sizes.")
-    else:
-        colours = {"colorscale": "Blues", "zmin": 0.0, "zmax": max(1.0, largest)}
+    matrix = _finite(_numbers(values, 2, "heatmap"))
+    scale, lowest, highest = _colours([matrix], signed, "heatmap")
     n_rows, n_columns = matrix.shape
     columns = _texts(x_ticks, n_columns, "x_ticks")
     rows = _texts(y_ticks, n_rows, "y_ticks")
     cells = [[f"{escape(y)} {row}, {escape(x)} {column}" for column in columns] for row in rows]
     figure = go.Figure(
-        go.Heatmap(z=matrix.numpy(), text=cells, hovertemplate="%{text}: %{z:.4g}<extra></extra>", **colours)
+        go.Heatmap(
+            z=matrix.numpy(),
+            text=cells,
+            hovertemplate="%{text}: %{z:.4g}<extra></extra>",
+            colorscale=scale,
+            zmin=lowest,
+            zmax=highest,
+        )
     )
     _label(figure, x, y, title)
     figure.update_xaxes(_axis(x_ticks, n_columns), showgrid=False, zeroline=False)
@@ -63,13 +63,8 @@ def heatmaps(tables: Mapping[str, Tensor], *, x: str, y: str, title: str, signed
     import plotly.graph_objects as go
     from plotly.subplots import make_subplots
 
-    values = [_numbers(table, 2, "heatmaps") for table in tables.values()]
-    largest = max((float(table.nan_to_num().abs().max()) for table in values if table.numel()), default=0.0)
-    colours = {"colorscale": "RdBu", "cmin": -(largest or 1.0), "cmax": largest or 1.0}
-    if not signed:
-        if any((table < 0).any() for table in values):
-            raise ValueError("heatmaps: some values are negative; signed=False is for probabilities and other sizes.")
-        colours = {"colorscale": "Blues", "cmin": 0.0, "cmax": max(1.0, largest)}
+    values = [_finite(_numbers(table, 2, "heatmaps")) for table in tables.values()]
+    scale, lowest, highest = _colours(values, signed, "heatmaps")
     names = [escape(name) for name in tables]
     figure = make_subplots(1, len(tables), subplot_titles=names, horizontal_spacing=0.25 / len(tables))
     for column, table in enumerate(values, start=1):
@@ -83,6 +78,7 @@ def heatmaps(tables: Mapping[str, Tensor], *, x: str, y: str, title: str, signed
     _label(figure, x, y, title)
     figure.update_yaxes(autorange="reversed")
     figure.update_yaxes(title=None, selector=lambda axis: axis.anchor != "x")  # only the first needs its name
+    colours = {"colorscale": scale, "cmin": lowest, "cmax": highest}
     return figure.update_layout(coloraxis=colours, margin={"t": 90, "b": 60})
 
 
@@ -182,19 +178,21 @@ def attention_pattern(pattern: Tensor, tokens: Ticks, head_names: Sequence[str] 
 
 
 def token_colours(tokens: Ticks, values: Tensor, *, title: str) -> Html:
-    """The tokens as running text, each on a ground that shows its value: blue positive, red negative, none for zero."""
+    """The tokens as running text, each on a ground that shows its value: blue positive, red negative, none for zero.
+
+    An infinite value is as dark as the largest finite one, and NaN has no ground.
+    """
     numbers = _numbers(values, 1, "token_colours")
     if len(numbers) != len(tokens):
         raise ValueError(f"token_colours: {len(tokens)} tokens, but {len(numbers)} values.")
-    largest = float(numbers.abs().max()) if len(numbers) else 0.0
+    largest = _largest([_finite(numbers)])
+    strengths = (numbers.abs() / (largest or 1.0)).clamp(max=1.0).nan_to_num()
     spans = []
-    for token, number in zip(tokens, numbers.tolist(), strict=True):
+    for token, number, strength in zip(tokens, numbers.tolist(), strengths.tolist(), strict=True):
         red, green, blue = BLUE if number > 0 else RED
-        strength = (
-            0.75 * abs(number) / (largest or 1.0)
-        )  # never opaque: the text stays readable on light and dark pages
+        opacity = 0.75 * strength  # never opaque: the text stays readable on light and dark pages
         spans.append(
-            f'<span title="{number:.4g}" style="background: rgba({red}, {green}, {blue}, {strength:.3f}); '
+            f'<span title="{number:.4g}" style="background: rgba({red}, {green}, {blue}, {opacity:.3f}); '
             f'padding: 2px 1px">{escape(visible(token))}</span>'
         )
     words = "<wbr>".join(spans)
@@ -219,6 +217,26 @@ def _numbers(values: Tensor, n_axes: int, name: str) -> Tensor:
             "index or average the others away."
         )
     return values.detach().cpu().double()
+
+
+def _finite(numbers: Tensor) -> Tensor:
+    """NaN, which plotly leaves blank, in the place of infinite values, which have no colour on any scale."""
+    return numbers.masked_fill(~numbers.isfinite(), torch.nan)
+
+
+def _largest(tables: Sequence[Tensor]) -> float:
+    """The largest absolute value, 0 where there is none; NaN does not count."""
+    return max((float(table.nan_to_num().abs().max()) for table in tables if table.numel()), default=0.0)
+
+
+def _colours(tables: Sequence[Tensor], signed: bool, name: str) -> tuple[str, float, float]:
+    """The colours that suit all of these values, and the values at their two ends."""
+    largest = _largest(tables)
+    if signed:
+        return "RdBu", -(largest or 1.0), largest or 1.0
+    if any((table < 0).any() for table in tables):
+        raise ValueError(f"{name}: some values are negative; signed=False is for probabilities and other sizes.")
+    return "Blues", 0.0, max(1.0, largest)
 
 
 def _named(values: Tensor | Mapping[str, Tensor], y: str) -> list[tuple[str, Tensor]]:

@@ -9,6 +9,7 @@ are float32 again when they are loaded. Nothing here ever unpickles a file.
 
 import hashlib
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable, Mapping
@@ -45,7 +46,7 @@ class PretrainedError(RuntimeError):
 
 def load_pretrained(
     ModelClass: Callable[[TransformerConfig], nn.Module],
-    name: str,
+    name: str | Path,
     device: torch.device | str | None = None,
     convert: Convert | None = None,
     download: bool = False,
@@ -54,15 +55,16 @@ def load_pretrained(
     """A `ModelClass(cfg)` with trained weights, in evaluation mode, with its `tokenizer` and `cfg` as attributes.
 
     `name` is a shipped model ("tales"), a GPT-2 or Pythia of the Hugging Face hub ("gpt2", "EleutherAI/pythia-70m"),
-    or a folder that `save_pretrained` of transformers wrote for such a model. A hub model is read from the local cache
-    of `transformers`; only with `download=True` is it fetched, once, when it is not there (GPT-2 small is half a
-    gigabyte). For hub models and folders `convert(state_dict, cfg)` renames the weights; without it, the
-    `convert_gpt2_weights` or `convert_neox_weights` that stands beside `ModelClass` does. With `step` the weights are
-    those that a shipped model had after so many steps of training, kept as float16 and here float32 again;
-    `shipped_steps(name)` says which there are.
+    or a folder that `save_pretrained` of transformers wrote for such a model (a Path, too; `~` is your home). A hub
+    model is read from the local cache of `transformers`; only with `download=True` is it fetched, once, when it is not
+    there (GPT-2 small is half a gigabyte). For hub models and folders `convert(state_dict, cfg)` renames the weights;
+    without it, the `convert_gpt2_weights` or `convert_neox_weights` that stands beside `ModelClass` does. With `step`
+    the weights are those that a shipped model had after so many steps of training, kept as float16 and here float32
+    again; `shipped_steps(name)` says which there are.
     Raises PretrainedError for an unknown name or step, a damaged file, weights that do not fit, and for a hub model
     that is neither cached nor, with `download=True`, within reach.
     """
+    name = _expanded(name)
     if name in _shipped_names():
         cfg, weights = _read_shipped(name, step)
         tokenizer = shipped_tokenizer(name)
@@ -74,6 +76,12 @@ def load_pretrained(
     _fit(model, weights, name)
     model.cfg, model.tokenizer = cfg, tokenizer
     return model.to(device).eval()
+
+
+def _expanded(name: str | Path) -> str:
+    """The name as it is; a Path, and what begins with `~`, is a folder, and becomes its whole path."""
+    is_folder = isinstance(name, Path) or name.startswith("~")
+    return os.path.abspath(os.path.expanduser(name)) if is_folder else str(name)
 
 
 # --- models that ship ---------------------------------------------------------------------------------------------
@@ -268,7 +276,7 @@ def _read_hub(
     name: str, ModelClass: object, convert: Convert | None, download: bool
 ) -> tuple[TransformerConfig, StateDict, Any]:
     is_folder = Path(name).is_dir()
-    if not is_folder and name.startswith((".", "/", "~")):
+    if not is_folder and (Path(name).is_absolute() or name.startswith((".", "/"))):
         raise PretrainedError(f"There is no folder {name}.")
     if not is_folder and name not in HUB and "/" not in name:
         raise _unknown(name)

@@ -17,7 +17,8 @@ class LayerNorm(nn.Module):
 
     Mean and variance are taken over d_model, separately for each position. The variance divides by d_model (not by
     d_model - 1), and `cfg.layer_norm_eps` is added to it inside the root. `hook_scale` sees that root, which keeps its
-    last axis (size 1); `hook_normalized` sees the vector before `w` and `b`.
+    last axis (size 1); `hook_normalized` sees the vector before `w` and `b`. In float16 the square of 256 is inf
+    already, so inputs in half precision are computed with in float32; hook points and output have the input's dtype.
     Source: Ba et al. 2016, section 3.
     """
 
@@ -33,10 +34,11 @@ class LayerNorm(nn.Module):
         """Return the normalised vectors; the residual stream itself stays as it is."""
         if not (self.hook_scale.is_watched or self.hook_normalized.is_watched):
             return nn.functional.layer_norm(resid, self.w.shape, self.w, self.b, self.eps)  # the same steps in one
-        centred = resid - resid.mean(dim=-1, keepdim=True)
+        wide = resid.to(torch.promote_types(resid.dtype, torch.float32))
+        centred = wide - wide.mean(dim=-1, keepdim=True)
         variance = centred.pow(2).mean(dim=-1, keepdim=True)
-        scale = self.hook_scale((variance + self.eps).sqrt())
-        normalized = self.hook_normalized(centred / scale)
+        scale = self.hook_scale((variance + self.eps).sqrt().to(resid.dtype))
+        normalized = self.hook_normalized((centred / scale).to(resid.dtype))
         return normalized * self.w + self.b
 
 
@@ -80,8 +82,8 @@ def attention_scores(
 
     Source: Vaswani et al. 2017, section 3.2.1.
     """
-    d_head = q.shape[-1]
-    return einops.einsum(q, k, "batch query head d_head, batch key head d_head -> batch head query key") / d_head**0.5
+    q = q / q.shape[-1] ** 0.5  # before the product, which may be too large for float16
+    return einops.einsum(q, k, "batch query head d_head, batch key head d_head -> batch head query key")
 
 
 def causal_mask(scores: Float[Tensor, "batch head query key"]) -> Float[Tensor, "batch head query key"]:
@@ -399,6 +401,7 @@ def keep_top_p(
     """Keep each row's smallest set of likeliest tokens whose probabilities sum to at least `p`; the rest become -inf.
 
     The token with which the sum crosses `p` is kept. At least `min_tokens_to_keep` tokens stay, however small `p` is.
+    With `p` = 1 every token stays, also where rounding makes the sum reach 1 before the last of them.
     Raises ValueError for a `p` outside (0, 1]. The input is left unchanged.
     Source: Holtzman et al. 2020, section 3.1 (nucleus sampling).
     """
@@ -407,7 +410,7 @@ def keep_top_p(
     ranked, order = logits.sort(dim=-1, descending=True)
     probabilities = ranked.softmax(dim=-1)
     sum_before = probabilities.cumsum(dim=-1) - probabilities
-    dropped = sum_before >= p
+    dropped = (sum_before >= p) & (p < 1)
     dropped[:, :min_tokens_to_keep] = False
     return logits.masked_fill(torch.zeros_like(dropped).scatter(dim=-1, index=order, src=dropped), -torch.inf)
 
@@ -437,8 +440,11 @@ def generate(
     nothing. No gradients are recorded.
 
     With a key-value cache, hand it to the model, `model(unread, cache)`, together with the tokens that it does not hold
-    yet: those from position `cache.length` on. The result is the same, sooner.
+    yet: those from position `cache.length` on. The result is the same, sooner. Raises ValueError for a cache that holds
+    as many positions as `tokens` has, or more: it has been used for another text.
     """
+    if cache is not None and cache.length >= tokens.shape[1]:
+        raise ValueError(f"generate: the cache already holds {cache.length} positions; a new text needs a new one.")
     finished = torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
     for _ in range(min(n_new, model.cfg.n_ctx - tokens.shape[1])):
         unread = tokens if cache is None else tokens[:, cache.length :]
@@ -529,7 +535,7 @@ def ban_repeated_ngrams(
 @torch.no_grad()
 def beam_search(
     model: nn.Module,
-    tokens: Int[Tensor, "1 pos"],
+    tokens: Int[Tensor, "one pos"],
     n_beams: int,
     n_new: int,
     no_repeat_ngram: int | None = None,
@@ -551,10 +557,15 @@ def beam_search(
     Returns pairs of log probability and tokens (prompt included, nothing after `eos`); log probabilities are not
     divided by the length. Fewer than `n_beams` come back where there are fewer candidates. With a key-value cache for
     one row, the model reads only what is new: `cache.select` makes its rows follow the beams. No gradients are
-    recorded. Raises ValueError for `n_beams` below 1.
+    recorded. Raises ValueError for `n_beams` below 1, for more than one row of `tokens`, and for a cache that holds as
+    many positions as `tokens` has, or more.
     """
     if n_beams < 1:
         raise ValueError(f"beam_search: n_beams must be at least 1, got {n_beams}.")
+    if len(tokens) != 1:
+        raise ValueError("beam_search: it continues one prompt; call it for each row of tokens on its own.")
+    if cache is not None and cache.length >= tokens.shape[1]:
+        raise ValueError(f"beam_search: the cache already holds {cache.length} positions; a new text needs a new one.")
     beams, totals = tokens, torch.zeros(1, device=tokens.device)
     finished = torch.zeros(1, dtype=torch.bool, device=tokens.device)
     for _ in range(min(n_new, model.cfg.n_ctx - tokens.shape[1])):
@@ -739,7 +750,7 @@ class RMSNorm(nn.Module):
 
     The mean of the squares is taken over d_model, separately for each position, and `cfg.layer_norm_eps` is added to it
     inside the root. `hook_scale` sees that root, which keeps its last axis (size 1); `hook_normalized` sees the vector
-    before `w`. There is no `b`.
+    before `w`. There is no `b`. Half precision is treated as in `LayerNorm`: computed in float32, returned as it came.
     Source: Zhang and Sennrich 2019, section 4.
     """
 
@@ -751,8 +762,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, resid: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
         """Return the normalised vectors; the residual stream itself stays as it is."""
-        scale = self.hook_scale((resid.pow(2).mean(dim=-1, keepdim=True) + self.eps).sqrt())
-        return self.hook_normalized(resid / scale) * self.w
+        wide = resid.to(torch.promote_types(resid.dtype, torch.float32))
+        scale = self.hook_scale((wide.pow(2).mean(dim=-1, keepdim=True) + self.eps).sqrt().to(resid.dtype))
+        return self.hook_normalized((wide / scale).to(resid.dtype)) * self.w
 
 
 class GatedMLP(nn.Module):

@@ -2,6 +2,7 @@
 
 import math
 import os
+import pickle
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -302,6 +303,8 @@ def save_checkpoint(path: Path, **state: Any) -> None:
     anything else (numbers, texts, tensors, lists and dicts of these) as it is, with `torch.save`. A file that stands at
     `path` already stays whole until the new one is: write to another file of the same folder, and let it take the
     place in a single step (`os.replace`). Then no other file is left.
+    Raises ValueError, and leaves the file at `path` as it was, where `load_checkpoint` would refuse to read the new
+    one: for a Path, say, a number of numpy's, or an object of a class of one's own.
     """
     plain = {}
     for name, value in state.items():
@@ -310,10 +313,17 @@ def save_checkpoint(path: Path, **state: Any) -> None:
         else:
             plain[name] = value.state_dict() if hasattr(value, "state_dict") else value
     partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        torch.save(plain, file)
-        file.flush()
-        os.fsync(file.fileno())  # on the disk, so that a power cut after the next line finds a whole file too
+    try:
+        with partial.open("wb") as file:
+            torch.save(plain, file)
+            file.flush()
+            os.fsync(file.fileno())  # on the disk, so that a power cut after the exchange finds a whole file too
+        torch.load(partial, map_location="cpu", weights_only=True)
+    except pickle.PickleError:
+        partial.unlink()
+        kinds = {name: type(plain[name]).__name__ for name in plain}
+        problem = f"load_checkpoint would refuse something in {kinds}"
+        raise ValueError(f"save_checkpoint: {problem}; store numbers, texts, tensors, lists, dicts.") from None
     os.replace(partial, path)
 
 

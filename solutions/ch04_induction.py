@@ -351,9 +351,17 @@ class FactoredMatrix:
     """
 
     def __init__(self, A: Tensor, B: Tensor) -> None:  # given
+        self.refuse_vector(A)
+        self.refuse_vector(B)
         if A.shape[-1] != B.shape[-2]:
             raise ValueError(f"FactoredMatrix: {tuple(A.shape)} and {tuple(B.shape)} have no inner size in common.")
         self.A, self.B = A, B
+
+    @staticmethod
+    def refuse_vector(factor: Tensor) -> None:  # given
+        """Raise ValueError for a vector, which has no rows and columns."""
+        if factor.ndim < 2:
+            raise ValueError("FactoredMatrix: a vector has to be a matrix: v[:, None], a column, or v[None], a row.")
 
     @property
     def shape(self) -> tuple[int, ...]:  # given
@@ -372,14 +380,17 @@ class FactoredMatrix:
     def __matmul__(self, other: "Tensor | FactoredMatrix") -> "FactoredMatrix":
         """This matrix times another, factored or not: a FactoredMatrix, whose inner size is no larger than this one's.
 
-        `other` may be a matrix, [columns anything], or factored, with as many rows as this one has columns.
+        `other` may be a matrix, [columns anything], or factored, with as many rows as this one has columns. A vector
+        is refused by `refuse_vector`.
         """
         if isinstance(other, FactoredMatrix):
             return FactoredMatrix(self.A, (self.B @ other.A) @ other.B)
+        self.refuse_vector(other)  # with batch axes, B times a vector would look like a matrix
         return FactoredMatrix(self.A, self.B @ other)
 
     def __rmatmul__(self, other: Tensor) -> "FactoredMatrix":
-        """`other @ self` for a matrix `other`, [anything rows]: a FactoredMatrix."""
+        """`other @ self` for a matrix `other`, [anything rows]: a FactoredMatrix. A vector is refused, as there."""
+        self.refuse_vector(other)
         return FactoredMatrix(other @ self.A, self.B)
 
     def svd(

@@ -868,7 +868,7 @@ def run_with_edges(
     other = sender_outputs(model, cache)
     gap = torch.zeros_like(other)  # what the corrupted run has over this one, sender by sender, as the run arrives
     n_heads, n_own = model.cfg.n_heads, model.cfg.n_heads + (0 if model.cfg.attn_only else 1)
-    cut = (possible_edges(model.cfg) & ~edges.cpu()).to(other)
+    cut = (possible_edges(model.cfg).to(edges.device) & ~edges).to(other)
 
     def wrote(activation: Tensor, hook: HookPoint, layer: int = 0) -> None:
         first = 1 + n_own * layer

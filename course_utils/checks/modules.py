@@ -1,5 +1,6 @@
 """What the checks of modules share: building a learner's class, and watching its hook points."""
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -199,3 +200,22 @@ def check_gradient(name: str, module: nn.Module, inputs: tuple[Any, ...]) -> Non
                 "  Next: look for torch.no_grad, .detach(), .data or .item() on the way from it to the output."
             )
     module.zero_grad()
+
+
+def check_half_precision(name: str, module: nn.Module, resid: Tensor, wanted: Sequence[str], axes: str) -> None:
+    """In float16 and bfloat16, watched or not, it gives the numbers of float32, as far as half precision holds them.
+
+    `resid` is so large that its squares are inf in float16.
+    """
+    for dtype, rtol in ((torch.float16, 4e-3), (torch.bfloat16, 3e-2)):
+        half = copy.deepcopy(module).to(dtype)
+        given = resid.to(dtype)
+        where = f"{name} in {str(dtype).removeprefix('torch.')}"
+        with torch.no_grad():
+            right, seen_right = watch(name, copy.deepcopy(half).float(), (given.float(),), wanted)
+            compare(where, half(given), right.to(dtype), axes, rtol=rtol, atol=rtol)
+            output, seen = watch(where, half, (given,), wanted)
+            compare(f"{where} while watched", output, right.to(dtype), axes, rtol=rtol, atol=rtol)
+            for hook in wanted:
+                expected, hook_axes = seen_right[hook].to(dtype), HOOK_AXES[hook]
+                compare(f"{where}: what `{hook}` sees", seen[hook], expected, hook_axes, rtol=rtol, atol=rtol)

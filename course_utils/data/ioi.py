@@ -63,7 +63,8 @@ class IOIDataset:
     `tokens` [batch pos]; `io` and `s`, the token ids of the receiver and the giver [batch]; `positions`, a dictionary
     with where "IO", "S1" (the giver's first mention), "S1+1" (the token after it), "S2" (the second mention) and "END"
     stand in each prompt [batch]; `texts`; `templates`, a number into the templates for each prompt [batch]; and
-    `orders`, a list of "ABBA" (receiver named first) and "BABA". `flipped` gives corrupted prompts of equal length.
+    `orders`, a list of "ABBA" (receiver named first) and "BABA". `flipped` gives corrupted prompts of equal length, and
+    `to` the same prompts on another device, for a model that is there.
 
     Other `templates` may be given in the place of `TEMPLATES`, in the same notation: {A} and {B} are introduced, in
     this order, {S} gives, a <rule> becomes one of its phrases in the grammar. {X} is one more person, who has the same
@@ -83,7 +84,7 @@ class IOIDataset:
     ) -> None:
         names = COMMON if names is None else list(names)
         for name in names:
-            pieces = [tokenizer.decode([token]) for token in tokenizer.encode(" " + name)]
+            pieces = [tokenizer.decode([token]) for token in _encode(tokenizer, " " + name)]
             if len(pieces) != 1:
                 raise ValueError(
                     f"IOIDataset: {' ' + name!r} is not one token here but {len(pieces)} ({pieces}); "
@@ -99,7 +100,7 @@ class IOIDataset:
                 raise ValueError(f"IOIDataset: a template needs {{A}}, {{B}} and {{S}}, and {template!r} lacks one.")
             if re.search(r"(?<! ){[ABSX]}", template):
                 raise ValueError(f"IOIDataset: a name needs a space before it, also in {template!r}.")
-        self.tokenizer, self.names, self.seed = tokenizer, names, seed
+        self.tokenizer, self.names, self.seed, self.device = tokenizer, names, seed, torch.device("cpu")
         rng = random.Random(seed)
         length = _common_length(tokenizer, tuple(templates))
         turns = list(product(range(len(templates)), ORDERS))
@@ -126,18 +127,20 @@ class IOIDataset:
             first, second = (io, s1) if order == "ABBA" else (s1, io)
             cuts = [frame.index(slot) for slot in ("{A}", "{B}", "{S}")]
             # what stands before each name, and the tokens up to it; names are one token with their space
-            at = [1 + len(self.tokenizer.encode(_named(frame[: cut - 1], first, second))) for cut in cuts]
+            at = [1 + len(_encode(self.tokenizer, _named(frame[: cut - 1], first, second))) for cut in cuts]
             text = _named(frame, first, second).replace("{S}", s2)
-            tokens = [self.tokenizer.bos_token_id, *self.tokenizer.encode(text)]
+            tokens = [self.tokenizer.bos_token_id, *_encode(self.tokenizer, text)]
             at_io, at_s1 = (at[0], at[1]) if order == "ABBA" else (at[1], at[0])
             values = (at_io, at_s1, at_s1 + 1, at[2], len(tokens) - 1)
             for place, position in zip(PLACES, values, strict=True):
                 places[place].append(position)
             self.texts.append(text)
             rows.append(tokens)
-        self.tokens: Int[Tensor, "batch pos"] = torch.tensor(rows, dtype=torch.long)
-        self.positions = {place: torch.tensor(found, dtype=torch.long) for place, found in places.items()}
-        every = torch.arange(len(rows))
+        self.tokens: Int[Tensor, "batch pos"] = torch.tensor(rows, dtype=torch.long, device=self.device)
+        self.positions = {
+            place: torch.tensor(found, dtype=torch.long, device=self.device) for place, found in places.items()
+        }
+        every = torch.arange(len(rows), device=self.device)
         self.io: Int[Tensor, " batch"] = self.tokens[every, self.positions["IO"]]
         self.s: Int[Tensor, " batch"] = self.tokens[every, self.positions["S1"]]
 
@@ -174,13 +177,29 @@ class IOIDataset:
         """Some of the prompts, by number, in that order."""
         return self._like(rows, [self.orders[row] for row in rows], [self._people[row] for row in rows])
 
-    def _like(self, rows: Sequence[int], orders: list[str], people: list[tuple[str, str, str]]) -> "IOIDataset":
+    def to(self, device: torch.device | str) -> "IOIDataset":
+        """The same prompts, with all tensors on another device: that of the model which is to read them."""
+        return self._like(range(len(self)), self.orders, self._people, device)
+
+    def _like(
+        self,
+        rows: Sequence[int],
+        orders: list[str],
+        people: list[tuple[str, str, str]],
+        device: torch.device | str | None = None,
+    ) -> "IOIDataset":
         other = object.__new__(type(self))
         other.tokenizer, other.names, other.seed = self.tokenizer, self.names, self.seed
+        other.device = torch.device(self.device if device is None else device)
         other._frames = [self._frames[row] for row in rows]
-        other.templates = self.templates[list(rows)]
+        other.templates = self.templates[list(rows)].to(other.device)
         other._write(orders, people)
         return other
+
+
+def _encode(tokenizer: Any, text: str) -> list[int]:
+    """The tokens of the text, and nothing else: some tokenizers put a BOS in front, unless they are told not to."""
+    return list(tokenizer.encode(text, add_special_tokens=False))
 
 
 def _named(text: str, first: str, second: str) -> str:
@@ -195,7 +214,7 @@ def _three(names: list[str], rng: random.Random) -> tuple[str, str, str]:
 def _length(frame: str, tokenizer: Any) -> int:
     """Tokens of a frame with names in it, which are one token each."""
     text = _named(frame, COMMON[0], COMMON[1]).replace("{S}", COMMON[1]).replace("{X}", COMMON[2])
-    return len(tokenizer.encode(text))
+    return len(_encode(tokenizer, text))
 
 
 def _texts(template: str, tokenizer: Any, length: int, rng: random.Random) -> Iterator[str]:

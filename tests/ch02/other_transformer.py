@@ -22,10 +22,11 @@ class LayerNorm(nn.Module):
         self.hook_scale = HookPoint()
 
     def forward(self, resid):
-        variance, mean = torch.var_mean(resid, dim=-1, correction=0, keepdim=True)
+        double = resid.double()
+        variance, mean = torch.var_mean(double, dim=-1, correction=0, keepdim=True)
         one_over = torch.rsqrt(variance + self.epsilon)
-        scale = self.hook_scale(one_over.reciprocal())
-        return torch.addcmul(self.b, self.hook_normalized((resid - mean) / scale), self.w)
+        scale = self.hook_scale(one_over.reciprocal().type_as(resid))
+        return torch.addcmul(self.b, self.hook_normalized(((double - mean) / scale).type_as(resid)), self.w)
 
 
 class Embed(nn.Module):
@@ -313,8 +314,8 @@ class RMSNorm(nn.Module):
         self.hook_normalized, self.hook_scale = HookPoint(), HookPoint()
 
     def forward(self, resid):
-        norm = torch.linalg.vector_norm(resid, dim=-1, keepdim=True)
-        scale = self.hook_scale(torch.sqrt(norm**2 / resid.size(-1) + self.epsilon))
+        norm = torch.linalg.vector_norm(resid, dim=-1, keepdim=True, dtype=torch.float64)
+        scale = self.hook_scale(torch.sqrt(norm**2 / resid.size(-1) + self.epsilon).type_as(resid))
         return self.w * self.hook_normalized(resid * scale.reciprocal())
 
 
@@ -362,7 +363,7 @@ def keep_top_p(logits, p, min_tokens_to_keep=1):
     for row in range(logits.size(0)):
         probabilities, total = torch.softmax(logits[row], 0), 0.0
         for n_kept, token in enumerate(probabilities.argsort(descending=True)):
-            if total >= p and n_kept >= min_tokens_to_keep:
+            if p != 1 and total >= p and n_kept >= min_tokens_to_keep:
                 break
             out[row, token] = logits[row, token]
             total += probabilities[token].item()
@@ -375,6 +376,8 @@ def sample(logits, generator):
 
 
 def generate(model, tokens, n_new, pick, eos=None, cache=None):
+    if cache and not tokens[:, cache.length :].numel():
+        raise ValueError("nothing is left to read")
     with torch.no_grad():
         running = torch.ones(len(tokens), dtype=torch.bool, device=tokens.device)
         while n_new > 0 and tokens.size(1) < model.cfg.n_ctx and running.any():
@@ -430,6 +433,9 @@ def ban_repeated_ngrams(logits, tokens, n):
 def beam_search(model, tokens, n_beams, n_new, no_repeat_ngram=None, eos=None, cache=None):
     if n_beams <= 0:
         raise ValueError("no beams")
+    (prompt,) = tokens
+    if cache and cache.length >= len(prompt):
+        raise ValueError("nothing is left to read")
     start = tokens.size(1)
     open_beams, ended = [(0.0, tokens[0].tolist())], []
     with torch.no_grad():

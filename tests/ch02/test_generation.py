@@ -27,6 +27,7 @@ STILL_RIGHT = {
     "zip(totals.tolist(), beams, strict=True) -> zip(totals.tolist(), beams)",
     "totals.tolist() -> totals",  # a tensor with one number in it will do
     "best.values > -torch.inf -> best.values != -torch.inf",
+    "len(tokens) != 1 -> len(tokens) > 1",  # without a row, zip(strict=True) raises ValueError
     "finished[rows] | (new == eos) -> new == eos",  # what is finished goes on with eos
 }
 
@@ -102,6 +103,12 @@ def searching(**wrong: Any) -> Callable[..., Any]:
     ) -> Any:
         if n_beams < 1 and not wrong.get("any_n"):
             raise ValueError("n_beams")
+        if len(tokens) > 1 and not wrong.get("first_row"):
+            raise ValueError("tokens")
+        if cache is not None and cache.length >= tokens.shape[1]:
+            if not wrong.get("used_cache"):
+                raise ValueError("cache")
+            cache = None
         n_prompt = tokens.shape[1]
         beams: list[tuple[Any, list[int], bool]] = [(0.0, tokens[0].tolist(), False)]
         n_steps = n_new if wrong.get("too_long") else min(n_new, model.cfg.n_ctx - n_prompt)
@@ -195,6 +202,8 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
     ],
     "beam_search": [
         ("n_beams = 0 should raise ValueError", searching(any_n=True)),
+        ("two rows of tokens should raise ValueError", searching(first_row=True)),
+        ("with a cache that holds 3 positions, a prompt of 3 should raise", searching(used_cache=True)),
         ("stop when the sequence is n_ctx long", searching(too_long=True)),
         ("gradients are recorded", inspect.unwrap(ref.beam_search)),
         (

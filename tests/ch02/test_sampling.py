@@ -22,6 +22,7 @@ STILL_RIGHT = {
     "logits.topk(min(k, logits.shape[-1]), dim=-1) -> logits.topk(min(k, logits.shape[-1]))",
     "logits.sort(dim=-1, descending=True) -> logits.sort(descending=True)",
     "sum_before >= p -> sum_before > p",  # they differ where rounding decides
+    "p < 1 -> p != 1",  # above 1 it has been refused
     "torch.zeros_like(dropped) -> dropped",  # all of it is overwritten
     "finished | (new == eos) -> new == eos",  # what is finished goes on with eos
 }
@@ -155,6 +156,12 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
     ],
     "generate": [
         ("gradients are recorded", inspect.unwrap(ref.generate)),
+        (
+            "with a cache that holds 3 positions, a prompt of 3 should raise ValueError",
+            lambda model, tokens, n_new, pick, eos=None, cache=None: ref.generate(
+                model, tokens, n_new, pick, eos, cache if cache and cache.length < tokens.shape[1] else None
+            ),
+        ),
         ("stop when n_ctx is reached", endless),
         (
             "generate with eos = 0",

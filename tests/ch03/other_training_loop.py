@@ -7,6 +7,7 @@ import io
 import itertools
 import math
 import os
+import pickle
 import tempfile
 from pathlib import Path
 
@@ -138,6 +139,10 @@ def save_checkpoint(path, **state):
 
     buffer = io.BytesIO()
     torch.save({name: plain(value) for name, value in state.items()}, buffer)
+    try:
+        torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
+    except pickle.UnpicklingError:
+        raise ValueError("not plain data") from None
     handle, temporary = tempfile.mkstemp(dir=Path(path).parent)
     with os.fdopen(handle, "wb") as file:
         file.write(buffer.getvalue())

@@ -44,6 +44,7 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
             saving(lambda data, _: data | {"best": data["best"].tolist()}),
         ),
         ("torch.float16 of shape", saving(in_half_precision)),
+        ("a Path among the values should raise ValueError", saving(lambda data, _: data)),
         ("cannot read the file", saving(lambda data, objects: data | {"model": objects["model"]})),
     ],
     "load_checkpoint": [

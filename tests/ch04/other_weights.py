@@ -62,7 +62,7 @@ class FactoredMatrix:
     """Products are put into the second factor where that is smaller; the decomposition goes through Gram matrices."""
 
     def __init__(self, A, B):
-        if A.shape[-1] != B.shape[-2]:
+        if A.dim() == 1 or B.dim() == 1 or A.shape[-1] != B.shape[-2]:
             raise ValueError("no inner size in common")
         self.A, self.B = A, B
 
@@ -80,9 +80,11 @@ class FactoredMatrix:
             if middle.shape[-1] < middle.shape[-2]:
                 return FactoredMatrix(self.A @ middle, other.B)
             return FactoredMatrix(self.A, middle @ other.B)
+        _, _ = other.shape[-2:]
         return FactoredMatrix(self.A, torch.matmul(self.B, other))
 
     def __rmatmul__(self, other):
+        _, _ = other.shape[-2:]
         return FactoredMatrix(torch.matmul(other, self.A), self.B)
 
     def svd(self):

@@ -101,6 +101,20 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
             values(lambda self: torch.linalg.eigvals(self.A.mT @ self.A)),
         ),
         ("should raise ValueError", matrix(eigenvalues=lambda self: torch.linalg.eigvals(self.B @ self.A))),
+        (
+            "this @ vector should raise ValueError",
+            matrix(
+                __matmul__=lambda self, other: (
+                    FactoredMatrix(self.A, self.B @ other)
+                    if isinstance(other, torch.Tensor)
+                    else FactoredMatrix.__matmul__(self, other)
+                )
+            ),
+        ),
+        (
+            "vector @ this should raise ValueError",
+            matrix(__rmatmul__=lambda self, other: FactoredMatrix(other @ self.A, self.B)),
+        ),
         ("T, multiplied out", matrix(T=property(lambda self: FactoredMatrix(self.B.mT, self.A.mT * 2)))),
         ("T: expected a FactoredMatrix, got a Tensor", matrix(T=property(lambda self: whole(self).mT))),
         (

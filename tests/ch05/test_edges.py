@@ -560,7 +560,7 @@ def test_cases_are_telling() -> None:
 STILL_RIGHT = {
     "0 -> -1",  # of the one gradient that torch.autograd.grad returns; of a layer that the embedding has not
     "0 -> 1",  # the latter
-    "possible_edges(model.cfg) & ~edges.cpu() -> ~edges.cpu()",  # unless attention and MLP are parallel: see above
+    "possible_edges(model.cfg).to(edges.device) & ~edges -> ~edges",  # unless attention and MLP are parallel: see above
     "torch.zeros_like(other) -> other",  # each row is read once, before it is written
     "run_with_cache(model, source, names=name) -> run_with_cache(model, source)",
     "tqdm(range(steps), mininterval=1, desc=name) -> range(steps)",  # progress
@@ -571,7 +571,7 @@ STILL_RIGHT = {
 }
 ON_A_GPU = {
     "possible_edges(model.cfg).to(own.device) -> possible_edges(model.cfg)",
-    "edges.cpu() -> edges",
+    "possible_edges(model.cfg).to(edges.device) -> possible_edges(model.cfg)",
     "torch.eye(len(directions), dtype=directions.dtype, device=directions.device)"
     " -> torch.eye(len(directions), dtype=directions.dtype)",
     "torch.arange(len(base), device=base.device) -> torch.arange(len(base))",

@@ -433,3 +433,28 @@ def test_the_announced_size_of_a_transformer_s_cache_is_exact(
     output, cache = run_with_cache(transformer, torch.tensor([[1, 2, 3, 4, 5]]))
     assert announced == [pytest.approx(cache.size_mb())]
     torch.testing.assert_close(output, transformer(torch.tensor([[1, 2, 3, 4, 5]])), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["wrapped", "in place", "a part"])
+def test_hooks_see_a_compiled_model(model: Toy, how: str) -> None:
+    """Wrapped by `torch.compile`, by its own method `compile()`, or only a block of it: names and values as ever."""
+    right, expected = run_with_cache(model, TOKENS)
+    silenced = run_with_hooks(model, TOKENS, hooks={"blocks.1.hook_attn_out": zero})
+    compiled: nn.Module = model
+    if how == "wrapped":
+        compiled = torch.compile(model, backend="eager")
+    elif how == "in place":
+        model.compile(backend="eager")
+    else:
+        model.blocks[1] = torch.compile(model.blocks[1], backend="eager")
+    torch.testing.assert_close(compiled(TOKENS), right)  # compiled before anybody looks
+    output, cache = run_with_cache(compiled, TOKENS)
+    assert cache.names() == expected.names() and cache.n_layers == expected.n_layers
+    torch.testing.assert_close(output, right)
+    for name in expected:
+        torch.testing.assert_close(cache[name], expected[name])
+    actual = run_with_hooks(compiled, TOKENS, hooks={"blocks.1.hook_attn_out": zero})
+    torch.testing.assert_close(actual, silenced)
+    with pytest.raises(ValueError, match="add them before you compile"):
+        add_hook(compiled, "blocks.1.hook_attn_out", zero)
+    torch.testing.assert_close(compiled(TOKENS), right)

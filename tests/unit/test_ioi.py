@@ -155,12 +155,28 @@ def test_selected_prompts(dataset: IOIDataset) -> None:
     assert torch.equal(few.tokens, dataset.tokens[[5, 2]])
 
 
+def test_a_tokenizer_that_adds_a_bos_by_itself(dataset: IOIDataset) -> None:
+    """As Llama's do: the prompts are those of a tokenizer that does not."""
+    from tokenizers.processors import TemplateProcessing
+
+    adding = shipped_tokenizer("tales")
+    adding.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{adding.bos_token} $A {adding.eos_token}",
+        special_tokens=[(adding.bos_token, adding.bos_token_id), (adding.eos_token, adding.eos_token_id)],
+    )
+    assert len(adding.encode(" Mary")) == 3
+    other = IOIDataset(64, adding, seed=3)
+    assert torch.equal(other.tokens, dataset.tokens)
+    assert all(torch.equal(other.positions[place], dataset.positions[place]) for place in PLACES)
+    assert torch.equal(other.flipped("names").tokens, dataset.flipped("names").tokens)
+
+
 class Cutting:
     """A tokenizer of whole words, which cuts one name in two."""
 
     bos_token_id = 0
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         return [sum(map(ord, word)) for word in text.replace(" Nick", " Ni ck").split()]
 
     def decode(self, tokens: list[int]) -> str:

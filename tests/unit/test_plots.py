@@ -60,6 +60,20 @@ def test_masked_scores_stay_blank_and_do_not_spoil_the_scale() -> None:
     assert plots.heatmap(torch.zeros(2, 2), x="a", y="b", title="Nothing").data[0].zmax == 1
 
 
+@pytest.mark.parametrize("odd", [torch.inf, -torch.inf, torch.nan])
+def test_one_infinite_value_leaves_the_others_their_colours(odd: float) -> None:
+    values = torch.tensor([[1.0, -2.0, odd]])
+    figure = plots.heatmaps({"a": values, "b": values / 2}, x="key", y="query", title="Scores")
+    assert (figure.layout.coloraxis.cmin, figure.layout.coloraxis.cmax) == (-2, 2)
+    assert [torch.as_tensor(picture.z)[0].isnan().tolist() for picture in figure.data] == [[False, False, True]] * 2
+    sizes = plots.heatmaps({"a": values.abs()}, x="key", y="query", title="Sizes", signed=False)
+    assert sizes.layout.coloraxis.cmax == 2
+    source = plots.token_colours(["one", "two", "odd"], values[0], title="Effect").source
+    opacities = re.findall(r"rgba\(.*?, ([^,]+)\)", source)
+    assert opacities == ["0.375", "0.750", "0.000" if odd != odd else "0.750"]
+    assert "darkest: 2)" in source
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64, torch.int64])
 def test_any_dtype(dtype: torch.dtype) -> None:
     values = torch.tensor([1, 2, 4]).to(dtype)

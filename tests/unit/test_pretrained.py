@@ -278,6 +278,19 @@ def test_gpt2_has_the_logits_of_transformers(gpt2_folder: Path) -> None:
     assert model.tokenizer("once upon").input_ids == [1, 2]
 
 
+def test_a_folder_may_be_a_path_and_may_begin_at_home(gpt2_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from solutions.ch02_transformer import Transformer
+
+    for variable in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(variable, str(gpt2_folder.parent))
+    home = Path("~") / gpt2_folder.name
+    for folder in (gpt2_folder, home, str(home)):
+        assert load_pretrained(Transformer, folder).cfg.d_mlp == 20
+    for missing in (gpt2_folder / "nothing", Path("~/nothing"), "~/nothing", Path("nothing/here")):
+        with pytest.raises(PretrainedError, match="There is no folder"):
+            load_pretrained(Transformer, missing)
+
+
 def test_the_converter_comes_from_beside_the_class_or_by_hand(
     gpt2_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,6 +1,7 @@
 """A key-value cache from both sides: is it used as it should, and does a model with it compute what it did without?"""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from course_utils.checks.comparing import compare
 from course_utils.checks.modules import noise
 from course_utils.checks.outcomes import CheckFailed
+from course_utils.checks.plain import must_raise
 from course_utils.checks.standins.cache import make_cache
 from course_utils.checks.standins.known_logits import ToyModel
 from course_utils.checks.translating import during
@@ -29,6 +31,11 @@ def judge_widths(name: str, given: Sequence[int], wanted: Sequence[int], cache: 
         )
 
 
+def greedily(logits: Tensor) -> Tensor:
+    """The most likely token of each row."""
+    return logits.argmax(-1)
+
+
 def judge_cached_generation(fn: Callable[..., Any], cfg: TransformerConfig, prompt: Tensor) -> None:
     """`generate` from an empty cache, and from one that holds the beginning of the prompt: the tokens are the same."""
     model = ToyModel(cfg)
@@ -44,9 +51,20 @@ def judge_cached_generation(fn: Callable[..., Any], cfg: TransformerConfig, prom
         cache.appended.clear()
         model.widths.clear()
         with during("with a key-value cache"):
-            actual = fn(model, prompt, 4, lambda logits: logits.argmax(-1), cache=cache)
+            actual = fn(model, prompt, 4, greedily, cache=cache)
         judge_widths(name, model.widths, [prompt.shape[1] - n_read, 1, 1, 1], cache)
         compare(name, actual, expected, "batch pos")
+    refuses_used_cache("generate", cfg, prompt, lambda *given: fn(*given[:2], 2, greedily, cache=given[2]), fn)
+
+
+def refuses_used_cache(name: str, cfg: TransformerConfig, prompt: Tensor, run: Callable[..., Any], owner: Any) -> None:
+    """`run(model, prompt, cache)` must raise ValueError if the cache holds all of the prompt already, or more."""
+    for n_read in (prompt.shape[1], prompt.shape[1] + 1):
+        model, cache = ToyModel(cfg), make_cache(owner, cfg, batch=len(prompt))
+        with torch.no_grad():
+            model(torch.cat([prompt, prompt], dim=1)[:, :n_read], cache)
+        call = f"with a cache that holds {n_read} positions, a prompt of {prompt.shape[1]}"
+        must_raise(name, ValueError, call, partial(run, model, prompt, cache))
 
 
 def attend(weights: Tensor, resid: Tensor, layer: int, cache: Any) -> Tensor:

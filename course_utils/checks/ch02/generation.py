@@ -16,11 +16,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from course_utils.checks.ch02.beams import Found, exhaustive, judge_beams, search
-from course_utils.checks.ch02.caching import judge_every_split, judge_widths
+from course_utils.checks.ch02.caching import judge_every_split, judge_widths, refuses_used_cache
 from course_utils.checks.comparing import compare, follows_input
 from course_utils.checks.mistakes import known_mistakes
 from course_utils.checks.modules import noise
 from course_utils.checks.outcomes import CheckFailed, Evidence
+from course_utils.checks.plain import must_raise
 from course_utils.checks.standins.cache import ToyCache, make_cache
 from course_utils.checks.standins.known_logits import ToyModel
 from course_utils.checks.translating import during
@@ -394,6 +395,15 @@ def check_beam_search(fn: Callable[..., Any]) -> None:
         except ValueError:
             continue
         raise CheckFailed(f"beam_search: n_beams = {n_beams} should raise ValueError.\n  Next: test it at the start.")
+    prompt = torch.tensor([start])
+    two = prompt.repeat(2, 1)
+    must_raise("beam_search", ValueError, "two rows of tokens", partial(fn, ToyModel(TINY, "beam_search"), two, 3, 2))
+    model, cache = ToyModel(TINY, "beam_search", scale=2.0), make_cache(fn, TINY, batch=1)
+    with torch.no_grad():
+        model(prompt[:, :2], cache)
+    actual = fn(model, prompt, 3, 2, cache=cache)
+    judge_beams("beam_search with a cache that holds 2 positions", actual, search(model, prompt, 3, 2))
+    refuses_used_cache("beam_search", TINY, prompt, lambda *given: fn(*given[:2], 2, 2, cache=given[2]), fn)
 
 
 @dataclass(frozen=True)

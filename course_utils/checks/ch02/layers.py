@@ -21,6 +21,7 @@ from course_utils.checks.comparing import compare, follows_input
 from course_utils.checks.mistakes import known_mistakes
 from course_utils.checks.modules import (
     always,
+    check_half_precision,
     check_module,
     construct,
     noise,
@@ -89,6 +90,7 @@ def wrong_norm(**wrong: Any) -> type:
         "mean and variance are taken over the positions; take them over d_model.": wrong_norm(axes=1),
         "mean and variance are taken over positions and d_model; each position has its own.": wrong_norm(axes=(1, 2)),
         "mean and variance are taken over the whole tensor; each position has its own.": wrong_norm(axes=(0, 1, 2)),
+        "the squares are taken in float16, where they are inf; compute in float32.": wrong_norm(),
     }
 )
 def check_LayerNorm(cls: Any) -> None:
@@ -100,6 +102,7 @@ def check_LayerNorm(cls: Any) -> None:
         resid = noise(n_batch, n_pos, 7) + 0.5
         oracle = partial(by_loops.layer_norm, weights, resid, cfg.layer_norm_eps)
         check_module("LayerNorm", module, (resid,), oracle, RESID, NORM_HOOKS)
+    check_half_precision("LayerNorm", module, 3000 * resid, NORM_HOOKS, RESID)
 
 
 @known_mistakes(

@@ -195,6 +195,16 @@ def as_in_first_row(logits: Tensor, p: float, n: int, *, tokens: bool) -> Tensor
     return kept(logits, [first.nonzero().flatten().tolist() if tokens else row[:size] for row in ranked(logits)])
 
 
+def rounded(logits: Tensor, p: float, n: int = 1) -> Tensor:
+    """The nucleus by a running sum in the logits' own precision, whatever p is."""
+    if not 0 < p <= 1:
+        raise ValueError(p)
+    ordered = logits.softmax(-1).sort(-1, descending=True)
+    sum_before = ordered.values.cumsum(-1) - ordered.values
+    dropped = (sum_before >= p).index_fill(-1, torch.arange(min(n, logits.shape[-1])), False)
+    return logits.masked_fill(torch.zeros_like(dropped).scatter(-1, ordered.indices, dropped), -torch.inf)
+
+
 @known_mistakes(
     {
         "the token that crosses p is dropped; it is the last one kept.": choosing(
@@ -226,6 +236,7 @@ def as_in_first_row(logits: Tensor, p: float, n: int, *, tokens: bool) -> Tensor
         ),
         "probabilities are returned; return logits.": lambda logits, p, n=1: top_p(logits, p, n).softmax(-1),
         "nothing is dropped.": lambda logits, p, n=1: logits.clone(),
+        "tokens are dropped because the sum before them is rounded to 1; with p = 1 all of them stay.": rounded,
     }
 )
 def check_keep_top_p(fn: Callable[..., Any]) -> None:
@@ -249,6 +260,8 @@ def check_keep_top_p(fn: Callable[..., Any]) -> None:
     follows_input("keep_top_p", fn, (logits, 0.6), LOGITS)
     for bad in (0.0, -0.1, 1.5):
         _expect_value_error("keep_top_p", f"p = {bad}", fn, logits, bad)
+    sharp = torch.tensor([[40.0, 0.0, 3.0, -1.0], [0.5, 40.0, -2.0, 1.0]])
+    compare("keep_top_p with p = 1, for one token that is nearly certain", fn(sharp, 1.0), sharp, LOGITS)
 
 
 # ---------------------------------------------------------------------------------------------------- tokens are drawn

@@ -21,6 +21,7 @@ from course_utils.checks.comparing import compare, follows_input
 from course_utils.checks.mistakes import known_mistakes
 from course_utils.checks.modules import (
     always,
+    check_half_precision,
     check_module,
     construct,
     noise,
@@ -475,6 +476,9 @@ def deviation(norm: Any, resid: Tensor) -> Tensor:
             "the mean of the squares is taken over the whole tensor; each position has its own.": lambda m, resid: (
                 resid / rms(m, resid, (0, 1, 2)) * m.w
             ),
+            "the squares are taken in float16, where they are inf; compute in float32.": lambda m, resid: (
+                m.hook_normalized(resid / m.hook_scale(rms(m, resid))) * m.w
+            ),
         },
     )
 )
@@ -493,6 +497,7 @@ def check_RMSNorm(cls: Any) -> None:
             return {"hook_scale": scale, "hook_normalized": normalized, "output": output}
 
         check_module("RMSNorm", module, (resid,), oracle, RESID, NORM_HOOKS)
+    check_half_precision("RMSNorm", module, 3000 * resid, NORM_HOOKS, RESID)
 
 
 def wrong_gate(neurons: Callable[[Tensor, Tensor], Tensor]) -> type:

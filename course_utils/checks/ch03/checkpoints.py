@@ -118,6 +118,10 @@ def check_save_checkpoint(fn: Callable[..., Any]) -> None:
         _check_swap(fn, path, objects, older)
         _check_stored(path, plain)
         _check_only(folder, path)
+        refused = dict(objects, where=folder)
+        must_raise("save_checkpoint", ValueError, "a Path among the values", lambda: fn(path, **refused))
+        _check_survivor(path, plain, "when it had to refuse a value, the good checkpoint at this path was lost")
+        _check_only(folder, path)
 
 
 def _load(path: Path) -> Any:

@@ -148,6 +148,8 @@ def _products(case: str, cls: Any, one: Any, M: Tensor, C: Tensor, D: Tensor, ba
     whole("this @ factored", one @ cls(C, D), M @ (C @ D), "rows other")
     E = noise(6, 5, seed=8)
     whole("tensor @ this", E @ one, E @ M, "other columns")
+    must_raise(case, ValueError, "this @ vector", lambda: one @ C[:, 0])
+    must_raise(case, ValueError, "vector @ this", lambda: E[0] @ one)
 
 
 def _decomposition(case: str, one: Any, M: Tensor, batch: str) -> None:

@@ -1,0 +1,352 @@
+"""Every function and class of the solutions, driven once on a device that is not the CPU.
+
+Tensors on "meta" have shapes and no values, and torch refuses to mix them with tensors of the CPU, as it refuses to mix
+those of a GPU. So a tensor that is made on the CPU half-way fails here, where there is no GPU.
+"""
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+import solutions
+from course_utils.config import TransformerConfig
+from course_utils.data.ioi import IOIDataset
+from course_utils.hooks import ActivationCache, hook_points, run_with_cache
+from course_utils.pretrained import shipped_tokenizer
+from solutions import ch02_transformer, ch03_training, ch04_induction, ch05_patching
+
+CFG = TransformerConfig(d_vocab=1100, n_ctx=40, n_layers=2, n_heads=3, d_model=12, d_head=4, d_mlp=16)
+PYTHIA = TransformerConfig(
+    d_vocab=1100, n_ctx=40, n_layers=2, n_heads=3, d_model=12, d_head=4, d_mlp=16, positions="rotary", rotary_dim=2,
+    parallel=True,
+)  # fmt: skip
+HEADS = [(layer, head) for layer in range(2) for head in range(3)]
+Z = "blocks.0.attn.hook_z"
+
+WITHOUT = {  # what cannot be driven here, and why
+    "relative_positions": "is given a number, so there is no device to follow",
+    "reverse_increment_dataset": "is given nothing",
+    "pack_documents": "is given lists",
+    "cosine_schedule": "works on numbers",
+    "flops_per_token": "works on numbers",
+    "memory_bytes": "works on numbers",
+    "save_checkpoint": "writes values to a file; its check reads them back on the CPU",
+    "load_checkpoint": "reads on the CPU, as its statement says",
+    "masked_lm_loss": "how many targets there are depends on the values of the mask",
+    "fit": "needs masked_lm_loss, and draws its batches from data on the CPU",
+    "ban_repeated_ngrams": "which tokens are banned depends on values",
+    "beam_search": "which beams live on depends on values",
+    "repeated_tokens": "is given a generator, and there are none on meta",
+    "sample": "is given a generator, and there are none on meta",
+    "random_rotation": "is given a generator of the CPU, and whoever calls it moves the result",
+    "top_predictions": "makes a list out of values",
+    "top1_accuracy": "counts hits, a number",
+    "template_means": "how many templates there are depends on values",
+    "greedy_circuit": "which head goes depends on values",
+    "head_roles": "makes lists out of values",
+    "every_head": "makes a list out of a model's config",
+    "random_circuits": "makes lists",
+    "edge_nodes": "makes dictionaries out of a config",
+    "possible_edges": "makes a mask out of a config; those who use it move it",
+    "first_layer": "works on texts and numbers",
+    "refuse_unknown": "works on texts and numbers",
+}
+
+
+def floats(*shape: int) -> Tensor:
+    return torch.empty(shape, device="meta")
+
+
+def ids(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.long, device="meta")
+
+
+def made(cls: Any, cfg: TransformerConfig = CFG) -> Any:
+    """A module that was made on the CPU, as always, and then moved."""
+    return cls(cfg).to("meta")
+
+
+model = cache(lambda cfg=CFG: made(ch02_transformer.Transformer, cfg))
+TOKENS, OTHER, RESID = ids(2, 5), ids(2, 5), floats(2, 5, 12)
+RECEIVERS = [("blocks.1.attn.hook_q", 0), ("final", None)]
+
+
+@cache
+def seen() -> ActivationCache:
+    return run_with_cache(model(), TOKENS, names="*")[1]
+
+
+@cache
+def prompts() -> IOIDataset:
+    return IOIDataset(4, shipped_tokenizer("tales"), seed=0).to("meta")
+
+
+@cache
+def means() -> dict[str, Tensor]:
+    shape = prompts().tokens.shape
+    return {f"blocks.{layer}.attn.hook_z": floats(*shape, CFG.n_heads, CFG.d_head) for layer in range(CFG.n_layers)}
+
+
+@cache
+def prompts_seen() -> ActivationCache:
+    return run_with_cache(model(), prompts().tokens, names="*")[1]
+
+
+def mean_logit(logits: Tensor) -> Tensor:
+    return logits.mean(dim=(1, 2))
+
+
+def everything(cls: Any, *inputs: Any, cfg: TransformerConfig = CFG) -> list[Any]:
+    """What a module gives, by itself and while all of its hook points are watched, and what these see."""
+    module = made(cls, cfg)
+    looked_at = run_with_cache(module, *inputs, names="*") if hook_points(module) else ()
+    return [module(*inputs), looked_at]
+
+
+def with_cache(cfg: TransformerConfig) -> list[Tensor]:
+    """The model reads in two parts, watched and not; rows of the cache are chosen in between."""
+    memory = ch02_transformer.KVCache(cfg, batch=2)
+    first = model(cfg)(TOKENS[:, :2], memory)
+    memory.select(ids(2))
+    second, _ = run_with_cache(model(cfg), TOKENS[:, 2:], memory)
+    return [first, second, model(cfg)(TOKENS[:, :2], memory)]
+
+
+def converted(convert: Any, kind: str, config: str, **sizes: int) -> Any:
+    import transformers
+
+    theirs = getattr(transformers, kind)(getattr(transformers, config)(**sizes, vocab_size=CFG.d_vocab)).to("meta")
+    return convert(theirs.state_dict(), CFG)
+
+
+def trained(step: Callable[[Any, Any], Any]) -> list[Any]:
+    """A model of its own and our AdamW after a step: parameters, gradients and moments."""
+    own = made(ch02_transformer.Transformer)
+    optimizer = ch03_training.AdamW(ch03_training.parameter_groups(own, 0.1), lr=0.1)
+    ch03_training.lm_loss(own(TOKENS), TOKENS).backward()
+    step(own, optimizer)
+    return [list(own.parameters()), [p.grad for p in own.parameters()], [s["m"] for s in optimizer.state.values()]]
+
+
+def zeroed() -> list[Tensor]:
+    with ch03_training.zero_ablated(model(), "blocks.0.attn.W_O") as ablated:
+        return [ablated(TOKENS)]
+
+
+def my_model() -> Any:
+    class Mine(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.hook = nn.Linear(3, 4), ch04_induction.MyHookPoint()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.hook(self.linear(x))
+
+    return Mine().to("meta")
+
+
+def factored(columns: int = 9) -> Any:
+    return ch04_induction.FactoredMatrix(floats(9, 3), floats(3, columns))
+
+
+def of_factored() -> list[Any]:
+    M = factored()
+    products = [M.T, M @ floats(9, 4), M @ factored(), floats(4, 9) @ M]
+    return [[product.A, product.B] for product in products] + [M.svd(), M.eigenvalues(), M.norm()]
+
+
+def both(matrix: Any) -> list[Tensor]:
+    return [matrix.A, matrix.B]
+
+
+def edges() -> Tensor:
+    senders, receivers = ch05_patching.edge_nodes(CFG)
+    return torch.ones(len(senders), len(receivers), dtype=torch.bool, device="meta")
+
+
+# What a function is given, as a tuple; or, where it takes more than a call, what came out.
+CALLS: dict[str, Callable[[], Any]] = {
+    # 00
+    "centre_vectors": lambda: (floats(2, 5, 7),),
+    "batched_outer": lambda: (floats(2, 3), floats(2, 4)),
+    "logits_at_end": lambda: (floats(2, 5, 7), ids(2)),
+    "gather_logprobs": lambda: (floats(2, 5, 7), ids(2, 5)),
+    "mean_where": lambda: (floats(2, 5), ids(2, 5).bool()),
+    "add_at_position": lambda: (floats(2, 5, 7), floats(7), -1),
+    "diagonal_mean": lambda: (floats(2, 3, 5, 5), -1),
+    "split_heads": lambda: (floats(2, 5, 12), 3),
+    "merge_heads": lambda: (floats(2, 5, 3, 4),),
+    "repeat_prompts": lambda: (TOKENS, 3),
+    "average_values": lambda: (floats(2, 3, 5, 5), floats(2, 5, 3, 4)),
+    "cosine_similarity_matrix": lambda: (floats(5, 7),),
+    "log_softmax": lambda: (floats(2, 5, 7),),
+    "cross_entropy": lambda: (floats(2, 5, 7), ids(2, 5)),
+    "cross_entropy_gradient": lambda: (floats(2, 5, 7), ids(2, 5)),
+    "gradient_by_backward": lambda: (torch.sum, floats(2, 5)),
+    # 02
+    "LayerNorm": lambda: everything(ch02_transformer.LayerNorm, RESID),
+    "Embed": lambda: everything(ch02_transformer.Embed, TOKENS),
+    "PosEmbed": lambda: everything(ch02_transformer.PosEmbed, TOKENS, 3),
+    "attention_scores": lambda: (floats(2, 5, 3, 4), floats(2, 6, 3, 4)),
+    "causal_mask": lambda: (floats(2, 3, 4, 6),),
+    "project_heads": lambda: (RESID, floats(3, 12, 4), floats(3, 4)),
+    "Attention": lambda: everything(ch02_transformer.Attention, RESID),
+    "fused_attention": lambda: (floats(2, 4, 3, 4), floats(2, 6, 3, 4), floats(2, 6, 3, 4)),
+    "gelu_new": lambda: (floats(2, 5),),
+    "MLP": lambda: everything(ch02_transformer.MLP, RESID),
+    "TransformerBlock": lambda: everything(ch02_transformer.TransformerBlock, RESID),
+    "make_norm": lambda: everything(ch02_transformer.make_norm, RESID),
+    "Unembed": lambda: everything(ch02_transformer.Unembed, RESID),
+    "Transformer": lambda: [everything(ch02_transformer.Transformer, TOKENS, cfg=cfg) for cfg in (CFG, PYTHIA)],
+    "init_weights": lambda: (model(), 0.02, torch.Generator()),
+    "convert_gpt2_weights": lambda: converted(
+        ch02_transformer.convert_gpt2_weights, "GPT2LMHeadModel", "GPT2Config", n_embd=12, n_layer=2, n_head=3
+    ),
+    "greedy": lambda: (floats(2, 7),),
+    "apply_temperature": lambda: (floats(2, 7), 0.7),
+    "apply_frequency_penalty": lambda: (floats(2, 7), ids(2, 5), 0.5),
+    "keep_top_k": lambda: (floats(2, 7), 3),
+    "keep_top_p": lambda: (floats(2, 7), 0.9, 2),
+    "generate": lambda: (model(), TOKENS, 3, ch02_transformer.greedy, 0),
+    "KVCache": lambda: [with_cache(cfg) for cfg in (CFG, PYTHIA)],
+    "apply_rotary": lambda: (floats(2, 5, 3, 4), ids(5), 2, 10000.0),
+    "RotaryAttention": lambda: everything(ch02_transformer.RotaryAttention, RESID, cfg=PYTHIA),
+    "ParallelBlock": lambda: everything(ch02_transformer.ParallelBlock, RESID, cfg=PYTHIA),
+    "NoPosEmbed": lambda: everything(ch02_transformer.NoPosEmbed, TOKENS),
+    "convert_neox_weights": lambda: converted(
+        ch02_transformer.convert_neox_weights, "GPTNeoXForCausalLM", "GPTNeoXConfig",
+        hidden_size=12, num_hidden_layers=2, num_attention_heads=3, intermediate_size=16,
+    ),
+    "RMSNorm": lambda: everything(ch02_transformer.RMSNorm, RESID),
+    "GatedMLP": lambda: everything(ch02_transformer.GatedMLP, RESID),
+    # 03
+    "zero_ablated": zeroed,
+    "lm_loss": lambda: (floats(2, 5, 7), ids(2, 5)),
+    "AdamW": lambda: trained(lambda own, optimizer: optimizer.step()),
+    "parameter_groups": lambda: ch03_training.parameter_groups(model(), 0.1),
+    "clip_grad_norm": lambda: trained(lambda own, optimizer: ch03_training.clip_grad_norm(own.parameters(), 0.5)),
+    "train_step": lambda: trained(lambda own, optimizer: ch03_training.train_step(own, optimizer, TOKENS, 0.5)),
+    "accumulate_gradients": lambda: trained(lambda own, _: ch03_training.accumulate_gradients(own, TOKENS, 2)),
+    "evaluate": lambda: trained(lambda own, _: ch03_training.evaluate(own, [TOKENS, OTHER])),
+    "average_gradients": lambda: ([{"W": floats(2, 3)}, {"W": floats(2, 3)}],),
+    # 04
+    "MyHookPoint": lambda: my_model()(floats(2, 3)),
+    "my_run_with_hooks": lambda: (
+        my_model(), floats(2, 3), [("hook", torch.zeros_like)]
+    ),
+    "my_run_with_cache": lambda: (my_model(), floats(2, 3)),
+    "pattern_from_qk": lambda: (floats(2, 5, 3, 4), floats(2, 5, 3, 4)),
+    "z_from_pattern": lambda: (floats(2, 3, 5, 5), floats(2, 5, 3, 4)),
+    "current_token_scores": lambda: (seen(),),
+    "previous_token_scores": lambda: (seen(),),
+    "first_token_scores": lambda: (seen(),),
+    "per_token_losses": lambda: (floats(2, 5, 7), ids(2, 5)),
+    "induction_scores": lambda: (seen(), 2),
+    "duplicate_token_scores": lambda: (seen(), 2),
+    "induction_scores_by_hook": lambda: (model(), TOKENS, 2),
+    "residual_components": lambda: (seen(), -1),
+    "logit_attribution": lambda: (seen(), model(), TOKENS),
+    "ablate_heads": lambda: [
+        ch04_induction.ablate_heads(model(), TOKENS, [(0, 1), (1, 2)], kind, OTHER)
+        for kind in ("zero", "mean", "resample")
+    ],
+    "ablation_scores": lambda: (model(), TOKENS, 2, "mean", OTHER),
+    "FactoredMatrix": of_factored,
+    "fold_layer_norm": lambda: (model(),),
+    "ov_circuit": lambda: both(ch04_induction.ov_circuit(model(), 1, 2)),
+    "qk_circuit": lambda: both(ch04_induction.qk_circuit(model(), 1, 2)),
+    "copying_score": lambda: (factored(),),
+    "position_pattern": lambda: (model(), 0, 1),
+    "decompose_qk": lambda: (seen(), model(), 1, 2),
+    "composition_score": lambda: (factored(), floats(9, 9)),
+    "read_by": lambda: (model(), "Q"),
+    "composition_scores": lambda: (model(), "K"),
+    "random_composition_baseline": lambda: (model(), "K", 3, torch.Generator()),
+    # 05
+    "logit_difference": lambda: (model()(prompts().tokens), prompts()),
+    "normalised_metric": lambda: (model()(prompts().tokens), prompts(), 3.0, 1.0),
+    "accumulated_residual": lambda: (seen(),),
+    "logit_lens": lambda: (seen(), model(), floats(2, 12)),
+    "head_attribution": lambda: (seen(), model(), floats(2, 12)),
+    "run_patched": lambda: (model(), TOKENS, seen(), Z, (3, 2)),
+    "patch_residual_stream": lambda: (model(), TOKENS, seen(), mean_logit),
+    "patch_components": lambda: (model(), TOKENS, seen(), mean_logit),
+    "patch_heads": lambda: (model(), TOKENS, seen(), mean_logit),
+    "run_from": lambda: (model(), RESID, 1),
+    "batched_sweep": lambda: (model(), TOKENS, seen(), mean_logit, [(Z, (3, 2)), ("hook_embed", (1,))]),
+    "patch_heads_by_position": lambda: (model(), TOKENS, seen(), mean_logit),
+    "patch_head_inputs": lambda: [
+        ch05_patching.patch_head_inputs(model(), TOKENS, seen(), mean_logit, which)
+        for which in ("q", "k", "v", "pattern", "z")
+    ],
+    "attribution_patching": lambda: (model(), TOKENS, seen(), mean_logit, ["hook_embed", Z]),
+    "integrated_attribution": lambda: (model(), TOKENS, seen(), mean_logit, ["hook_embed", Z], 2),
+    "two_runs": lambda: (model(), TOKENS, OTHER, True),
+    "run_over_direct_paths": lambda: (model(), TOKENS, {Z: floats(2, 5, 3, 4)}, RECEIVERS),
+    "path_patch": lambda: (model(), TOKENS, OTHER, [(0, 1)], RECEIVERS, mean_logit),
+    "path_patch_heads": lambda: (model(), TOKENS, OTHER, RECEIVERS, mean_logit),
+    "attention_between": lambda: (seen(), ids(2), ids(2)),
+    "name_copying_scores": lambda: (model(), prompts()),
+    "signal_effects": lambda: (model(), prompts(), [(0, 1)], RECEIVERS),
+    "mean_ablate_except": lambda: (model(), prompts(), HEADS[:2], means()),
+    "circuit_scores": lambda: (model(), prompts(), [HEADS, HEADS[:2]], means()),
+    "faithfulness": lambda: (model(), prompts(), [HEADS[:2]], means()),
+    "completeness": lambda: (model(), prompts(), HEADS[:3], [HEADS[:1]], means()),
+    "minimality": lambda: (model(), prompts(), HEADS[:3], {HEADS[0]: [HEADS[1]]}, means()),
+    "run_with_own_inputs": lambda: (
+        model(), TOKENS, floats(2 * 10 + 1, 2, 5, 12).__getitem__
+    ),
+    "sender_outputs": lambda: (model(), seen()),
+    "edge_attribution": lambda: (model(), TOKENS, OTHER, mean_logit, 2),
+    "run_with_edges": lambda: (model(), TOKENS, OTHER, edges()),
+    "interchange_intervention": lambda: (model(), TOKENS, OTHER, "blocks.0.hook_resid_post", ids(2), floats(2, 12)),
+    "align_direction": lambda: (
+        model(), TOKENS, OTHER, "blocks.0.hook_resid_post", ids(2), mean_logit, torch.Generator(), 2,
+    ),
+}  # fmt: skip
+
+
+def public() -> dict[str, Any]:
+    """What the solutions define, by name; chapter 01 knows no tensors."""
+    found = {}
+    for info in pkgutil.iter_modules(solutions.__path__, "solutions."):
+        module = importlib.import_module(info.name)
+        if hasattr(module, "torch"):
+            own = inspect.getmembers(module, lambda value: inspect.isfunction(value) or inspect.isclass(value))
+            found |= {n: value for n, value in own if value.__module__ == module.__name__ and not n.startswith("_")}
+    return found
+
+
+FUNCTIONS = public()
+
+
+def test_nothing_is_left_out() -> None:
+    """A new function belongs into CALLS, or into WITHOUT with a reason."""
+    assert FUNCTIONS.keys() - CALLS.keys() - WITHOUT.keys() == set()
+    assert (CALLS.keys() | WITHOUT.keys()) - FUNCTIONS.keys() == set()
+    assert CALLS.keys() & WITHOUT.keys() == set()
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_all_of_it_stays_on_the_device(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Tensor, "item", lambda self: 1.0)  # where a number is asked for, any will do
+    monkeypatch.setattr(Tensor, "__bool__", lambda self: False)
+    monkeypatch.setattr(torch, "allclose", lambda a, b, **how: (a - b).device == a.device)
+    given = CALLS[name]()
+    answer = FUNCTIONS[name](*given) if isinstance(given, tuple) else given
+    leaves = [list(leaf.parameters()) if isinstance(leaf, nn.Module) else leaf for leaf in tree_leaves(answer)]
+    tensors = [leaf for leaf in tree_leaves(leaves) if isinstance(leaf, Tensor)]
+    assert {tensor.device.type for tensor in tensors} <= {"meta"}
+
+
+def test_a_tensor_of_the_cpu_half_way_is_found() -> None:
+    with pytest.raises(RuntimeError, match="device"):
+        floats(2, 3) + torch.arange(3)
