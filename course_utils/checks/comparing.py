@@ -41,13 +41,7 @@ def compare(
         causes = _causes(actual, mistakes)
         message, advice = _shape_message(name, actual, expected, words)
         raise CheckFailed(message, evidence=evidence, advice="\n".join(causes) or advice)
-    for what in ("dtype", "device"):
-        want, got = (str(getattr(tensor, what)).removeprefix("torch.") for tensor in (expected, actual))
-        if getattr(actual, what) != getattr(expected, what):
-            raise CheckFailed(
-                f"{name}: expected {what} {want}, got {got}.\n"
-                f"  Next: look for a tensor or a conversion with a {what} of its own; it should follow the input's."
-            )
+    compare_kind(name, actual, expected)
     actual, expected = actual.detach(), expected.detach()
     if not expected.is_floating_point():
         rtol = atol = 0.0
@@ -57,6 +51,17 @@ def compare(
         message = _value_message(name, actual, expected, wrong, words, inputs or {})
         advice = "\n".join(causes) or _advice(actual, expected, wrong, words)
         raise CheckFailed(message, evidence=evidence, advice=advice)
+
+
+def compare_kind(name: str, actual: Tensor, expected: Tensor) -> None:
+    """Raise CheckFailed unless dtype and device are those of `expected`."""
+    for what in ("dtype", "device"):
+        want, got = (str(getattr(tensor, what)).removeprefix("torch.") for tensor in (expected, actual))
+        if getattr(actual, what) != getattr(expected, what):
+            raise CheckFailed(
+                f"{name}: expected {what} {want}, got {got}.\n"
+                f"  Next: look for a tensor or a conversion with a {what} of its own; it should follow the input's."
+            )
 
 
 def _causes(actual: Tensor, mistakes: Mistakes | None) -> list[str]:
@@ -155,10 +160,13 @@ def unchanged(name: str, **inputs: Tensor) -> Iterator[None]:
             )
 
 
-def follows_input(name: str, fn: Callable[..., Any], inputs: tuple[Any, ...], axes: str) -> None:
+def follows_input(
+    name: str, fn: Callable[..., Any], inputs: tuple[Any, ...], axes: str, gradient: bool = False
+) -> None:
     """Call `fn` again in float64, and on a GPU where there is one: values as before, dtype and device the input's.
 
-    Modules among the inputs are copied and moved along; inputs that are neither stay as they are.
+    With `gradient`, for what stands on the way of training or attribution, one must get through from the inputs to the
+    result. Modules among the inputs are copied and moved along; inputs that are neither stay as they are.
     """
     usual = fn(*inputs)
     moves: dict[str, dict[str, Any]] = {"in float64": {"dtype": torch.float64}}
@@ -167,6 +175,21 @@ def follows_input(name: str, fn: Callable[..., Any], inputs: tuple[Any, ...], ax
     for where, target in moves.items():
         moved = [_moved(value, target) for value in inputs]
         compare(f"{name} {where}", fn(*moved), _moved(usual, target), axes, rtol=1e-3, atol=1e-4)
+    if gradient:
+        carries_gradient(name, fn, inputs)
+
+
+def carries_gradient(name: str, fn: Callable[..., Any], inputs: tuple[Any, ...]) -> None:
+    """Raise CheckFailed if the result has no graph although the inputs do."""
+    leaves = [
+        value.detach().clone().requires_grad_() if isinstance(value, Tensor) and value.is_floating_point() else value
+        for value in inputs
+    ]
+    if not fn(*leaves).requires_grad:
+        raise CheckFailed(
+            f"{name}: no gradient gets through it, so that nothing before it could be trained.\n"
+            "  Next: look for .item(), .detach(), .data, torch.tensor(...) or torch.no_grad on the way."
+        )
 
 
 def _moved(value: Any, target: dict[str, Any]) -> Any:

@@ -173,7 +173,7 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
                 model, tokens, n_new, lambda logits: pick(logits)[:1].expand(len(logits)), eos
             ),
         ),
-        ("it changed `model.training` from True to False", in_evaluation_mode),
+        ("it left `model` in evaluation mode", in_evaluation_mode),
         ("expected 6, got 11", continued(fill=11)),
         ("what `pick` gets in step 0", continued(position=1)),
         ("from position `cache.length` on", with_cache(lambda tokens, cache: tokens)),

@@ -212,7 +212,7 @@ def ignoring(name: str) -> Callable[[Any], Any]:
 
 
 WRONG = {
-    "a detached result": with_result(lambda out: out.detach()),
+    "a detached result": with_result(lambda out: out.detach()),  # for what promises a gradient
     "a result of another dtype": with_result(other_dtype),
     "a result on another device": with_result(lambda out: out.to("meta")),
 }
@@ -223,7 +223,9 @@ def wrong_for(answer: Any) -> dict[str, Callable[[Any], Any]]:
     call = answer.forward if isinstance(answer, type) and issubclass(answer, nn.Module) else answer
     if isinstance(call, type):
         return {}
-    parameters = [p for p in inspect.signature(call).parameters.values() if p.name != "self"]
+    parameters = [
+        p for p in inspect.signature(call).parameters.values() if p.name != "self" and p.kind is not p.VAR_KEYWORD
+    ]
     changed = {f"`{p.name}` changed in place": changing_argument(p.name) for p in parameters}
     defaults = [p for p in parameters if p.default is not inspect.Parameter.empty]
     return WRONG | changed | {f"`{p.name}` ignored": ignoring(p.name) for p in defaults}

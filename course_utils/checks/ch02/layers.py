@@ -204,7 +204,7 @@ def check_attention_scores(fn: Callable[..., Any]) -> None:
                     for key in range(n_key):
                         products[row, head, query, key] = torch.dot(q[row, query, head], k[row, key, head])
         compare("attention_scores", fn(q, k), products / 6**0.5, axes, inputs={"q·k": products})
-        follows_input("attention_scores", fn, (q, k), axes)
+        follows_input("attention_scores", fn, (q, k), axes, gradient=True)
 
 
 def _masked_by_loop(scores: Tensor) -> Tensor:
@@ -244,7 +244,7 @@ def check_causal_mask(fn: Callable[..., Any]) -> None:
     for n_query, n_key in [(5, 5), (4, 6), (1, 5)]:
         scores = torch.arange(2.0 * 3 * n_query * n_key).reshape(2, 3, n_query, n_key) / 10 - 3.05
         compare("causal_mask", fn(scores), _masked_by_loop(scores), axes)
-    follows_input("causal_mask", fn, (scores,), axes)
+    follows_input("causal_mask", fn, (scores,), axes, gradient=True)
 
 
 def wrong_attention(**wrong: Any) -> type:
@@ -373,7 +373,7 @@ def check_gelu_new(fn: Callable[..., Any]) -> None:
     """Against torch's own, in one and three dimensions; then far from 0, where careless formulas overflow."""
     for x, axes in [(torch.linspace(-4, 4, 110).roll(26).reshape(2, 5, 11), "batch pos d_mlp"), (noise(13), "element")]:
         compare("gelu_new", fn(x), F.gelu(x, approximate="tanh"), axes, rtol=1e-5, inputs={"x": x})
-        follows_input("gelu_new", fn, (x,), axes)
+        follows_input("gelu_new", fn, (x,), axes, gradient=True)
     far = torch.tensor([-1000.0, -100.0, 0.0, 100.0, 1000.0])
     compare("gelu_new far from 0", fn(far), F.relu(far), "element")
 

@@ -14,7 +14,7 @@ from course_utils.checks.ch02.caching import judge_cached_generation
 from course_utils.checks.ch02.chance import Measured
 from course_utils.checks.ch02.drawing import kept, nucleus, ranked, scripted
 from course_utils.checks.ch02.layers import CFG
-from course_utils.checks.comparing import compare, follows_input
+from course_utils.checks.comparing import compare, compare_kind, follows_input
 from course_utils.checks.mistakes import known_mistakes
 from course_utils.checks.modules import noise
 from course_utils.checks.outcomes import CheckFailed, Evidence
@@ -304,7 +304,8 @@ def check_sample(fn: Callable[..., Any]) -> None:
         raise CheckFailed(
             "sample: it drew from torch's global random numbers.\n  Next: hand `generator=generator` to what draws."
         )
-    if isinstance(drawn, Tensor) and drawn.shape == (2 * n_each,) and drawn.dtype == torch.int64:
+    if isinstance(drawn, Tensor) and drawn.shape == (2 * n_each,):
+        compare_kind("sample", drawn, torch.zeros(1, dtype=torch.int64))
         _judge_frequencies(drawn.reshape(n_each, 2), chances)
     else:
         compare("sample", drawn, torch.zeros(2 * n_each, dtype=torch.int64), "batch")

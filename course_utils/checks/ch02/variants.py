@@ -146,7 +146,7 @@ def check_apply_rotary(fn: Callable[..., Any]) -> None:
         expected = by_loops.rotated(x, places, rotary_dim, base)
         name = f"apply_rotary with positions {places}, rotary_dim {rotary_dim} and base {base:g}"
         compare(name, actual, expected, HEADS, atol=1e-4, inputs={"x": x})
-        follows_input("apply_rotary", fn, (x, positions, rotary_dim, base), HEADS)
+        follows_input("apply_rotary", fn, (x, positions, rotary_dim, base), HEADS, gradient=True)
     dtype = fn(x.bfloat16(), positions, rotary_dim, base).dtype
     if dtype != torch.bfloat16:
         raise CheckFailed(

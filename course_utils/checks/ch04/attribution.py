@@ -251,7 +251,9 @@ def check_logit_attribution(fn: Fn) -> None:
         try:
             compare(name, actual.detach() if isinstance(actual, Tensor) else actual, right, axes)
         except CheckFailed as failure:
-            if not isinstance(actual, Tensor) or actual.shape != right.shape:
+            if not isinstance(actual, Tensor) or (actual.shape, actual.dtype) != (right.shape, right.dtype):
+                raise
+            if actual.device != right.device:
                 raise
             if not any(torch.allclose(actual.sum(0), total, rtol=1e-4, atol=1e-4) for total in (right.sum(0), logits)):
                 raise

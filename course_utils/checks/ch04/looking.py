@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from course_utils.checks.comparing import compare, follows_input
+from course_utils.checks.comparing import compare, compare_kind, follows_input
 from course_utils.checks.leftovers import assert_stops, nothing_left_behind
 from course_utils.checks.mistakes import known_mistakes
 from course_utils.checks.modules import noise
@@ -357,8 +357,7 @@ def _check_form(name: str, call: str, actual: Any, n_batch: int, n_half: int, bo
             evidence=Evidence("the shape", tuple(actual.shape)),
             advice="  Next: print the shape after each step.",
         )
-    if actual.dtype != torch.int64:
-        raise CheckFailed(f"{name}: expected dtype int64, got {actual.dtype}.\n  Next: tokens are whole numbers.")
+    compare_kind(name, actual, torch.zeros(want, dtype=torch.long))
     first, second = actual[:, 1 : n_half + 1], actual[:, n_half + 1 :]
     if not (actual[:, 0] == bos).all():
         row = int((actual[:, 0] != bos).int().argmax())

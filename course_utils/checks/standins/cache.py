@@ -1,11 +1,11 @@
 """A key-value cache for checks that need one, whether the learner has written theirs or not."""
 
-import inspect
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from course_utils.checks.whose import beside
 from course_utils.config import TransformerConfig
 
 
@@ -40,7 +40,6 @@ def make_cache(owner: Any, cfg: TransformerConfig, batch: int) -> Any:
     Where there is one beside the owner, the toy counts as one, since an annotation may ask for it.
     """
     bases = owner.__mro__ if isinstance(owner, type) else ()
-    functions = [inspect.unwrap(vars(base)["forward"]) for base in bases if "forward" in vars(base)]
-    spaces = [getattr(function, "__globals__", {}) for function in functions or [inspect.unwrap(owner)]]
-    kinds = [space["KVCache"] for space in spaces if isinstance(space.get("KVCache"), type)]
+    functions = [vars(base)["forward"] for base in bases if "forward" in vars(base)] or [owner]
+    kinds = [kind for kind in (beside(function, "KVCache") for function in functions) if isinstance(kind, type)]
     return type("NotingCache", (ToyCache, *kinds[:1]), {})(cfg, batch)

@@ -7,6 +7,11 @@ import torch
 from torch import Tensor
 
 
+def refuse_vector(other: Tensor) -> None:
+    if other.dim() < 2:
+        raise ValueError("a vector is no matrix")
+
+
 class Factored:
     """The matrix `A @ B`, which is formed wherever that is the shortest way."""
 
@@ -24,9 +29,11 @@ class Factored:
     def __matmul__(self, other: Any) -> "Factored":
         if isinstance(other, Factored):
             return Factored(self.A, self.B @ other.A @ other.B)
+        refuse_vector(other)
         return Factored(self.A, self.B @ other)
 
     def __rmatmul__(self, other: Tensor) -> "Factored":
+        refuse_vector(other)
         return Factored(other @ self.A, self.B)
 
     def svd(self) -> tuple[Tensor, Tensor, Tensor]:
