@@ -33,8 +33,7 @@ def find_checks() -> dict[str, dict[str, CheckFn]]:
 
 def sections() -> Iterator[tuple[str, ModuleType]]:
     """Every module in `chNN/`, with its chapter's number."""
-    import course_utils.checks as package
-
+    package = importlib.import_module(__package__)
     for folder in sorted(pkgutil.iter_modules(package.__path__), key=lambda info: info.name):
         chapter = re.fullmatch(r"ch(\d\d)", folder.name)
         if chapter:

@@ -14,7 +14,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-OURS = {"course_utils", "solutions"}
+OURS = {"course_utils", "solutions", "tests"}
 OURS |= {
     n
     for top in ("tests", "benchmarks", "docs/site")
