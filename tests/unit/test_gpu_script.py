@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
+
+from tests.conftest import ROOT
 
 
 @pytest.fixture(scope="module")
