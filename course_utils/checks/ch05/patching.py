@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from course_utils.checks.ch05.case import Case, Work, case_of, leaves_no_trace, worked_out
+from course_utils.checks.ch05.case import Case, case_of, leaves_no_trace, worked_out
 from course_utils.checks.comparing import compare
 from course_utils.checks.outcomes import CheckFailed
 from course_utils.checks.plain import must_raise

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from course_utils.checks.by_loops import layer_norm
-from course_utils.checks.ch05.case import Case, Work, case_of, leaves_no_trace, worked_out
+from course_utils.checks.ch05.case import Case, case_of, leaves_no_trace, worked_out
 from course_utils.checks.ch05.patching import no_graph
 from course_utils.checks.ch05.path_loops import Head, Prompts, Receiver, fix, over_paths, path_scores, z
 from course_utils.checks.comparing import compare, follows_input, unchanged
