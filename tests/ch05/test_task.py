@@ -1,10 +1,15 @@
-"""What the checks of this section cannot know: see tests/test_checks.py."""
+"""What the checks of this section cannot know: see tests/test_checks.py. Then the reference, on a real model."""
 
 from typing import Any
+
+import pytest
+import torch
+from torch import nn
 
 import solutions.ch05_patching as ref
 from course_utils.checks.ch05.task import attributing, difference, lens, scaled, stacked
 from tests.ch05 import other_patching as other
+from tests.ch05.conftest import source_run
 
 SECRETS = ("einsum(",)
 
@@ -57,3 +62,16 @@ ALSO_RIGHT: dict[str, list[Any]] = {name: [getattr(other, name)] for name in SUR
 
 STILL_RIGHT: set[str] = set()
 ONLY_ON_GPU = "device"
+
+
+@pytest.mark.parametrize("module", [ref, other], ids=["reference", "other"])
+def test_shares_of_the_heads_and_the_rest_sum_to_the_lens(module: Any, model: nn.Module) -> None:
+    _, cache = source_run(model)
+    directions = torch.randn(2, 20, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        heads = module.head_attribution(cache, model, directions).sum((0, 1))
+        rest = cache["embed"] + cache["pos_embed"] + cache.stack("mlp_out").sum(0)
+        rest = rest + sum(block.attn.b_O for block in model.blocks)
+        rest = (rest - rest.mean(-1, keepdim=True)) / cache["ln_final.scale"] * model.ln_final.w + model.ln_final.b
+        lens = module.logit_lens(cache, model, directions)[-1]
+    torch.testing.assert_close(heads + (rest * directions[:, None]).sum(-1), lens, rtol=1e-3, atol=1e-3)

@@ -87,7 +87,7 @@ _WORKED_OUT: dict[tuple[str, tuple[Any, ...]], Any] = {}
 
 
 def worked_out(key: str, case: Case, work: Callable[[Case], Any]) -> Any:
-    """An expected answer, worked out once for a case, and on one that nobody has spoiled: the loop behind it is slow."""
+    """An expected answer, worked out once for a case, on one that nobody has spoiled: the loop behind it is slow."""
     if (key, case.sizes) not in _WORKED_OUT:
         _WORKED_OUT[key, case.sizes] = work(case_of(*case.sizes))
     return _WORKED_OUT[key, case.sizes]

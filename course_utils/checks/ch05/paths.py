@@ -126,7 +126,7 @@ def assert_path(
     ):
         actual = fn(case.model, *texts(case), senders, receivers, case.metric, freeze_mlps=freeze_mlps)
     score = partial(path_scores, case, senders, receivers, freeze_mlps)
-    right = worked_out(words, case.sizes, Work(lambda case: path_scores(case, senders, receivers, freeze_mlps)))
+    right = worked_out(words, case, lambda case: path_scores(case, senders, receivers, freeze_mlps))
     mistakes: Wrong = {
         "nothing is sent: it is the clean run's metric.": lambda: case.scores({}),
         "clean and corrupted are swapped.": lambda: score(fix={"backwards": True}, tokens=case.source_tokens),
@@ -212,7 +212,7 @@ def assert_table(name: str, fn: Fn, case: Case, receivers: list[Receiver], freez
         during(words),
     ):
         actual = fn(case.model, *texts(case), receivers, case.metric, freeze_mlps=freeze_mlps, max_rows=max_rows)
-    right = worked_out(words, case.sizes, Work(lambda case: table(case, alone)))
+    right = worked_out(words, case, lambda case: table(case, alone))
     per_run = max(1, max_rows // case.n_batch)
     chunks = [heads[start : start + per_run] for start in range(0, len(heads), per_run)]
     base = case.scores({}).mean()
@@ -414,7 +414,7 @@ def assert_signals(fn: Fn, case: Case, senders: list[Head], receivers: list[Rece
             "  Next: one entry for each of the three signals."
         )
     expected = partial(signals, case, dataset, senders, receivers)
-    right = worked_out(words, case.sizes, Work(lambda case: expected(names, order, both)))
+    right = worked_out(words, case, lambda case: expected(names, order, both))
     base = signal_metric(dataset, case.logits({}))
     wrong: dict[str, Callable[[], dict[str, Tensor]]] = {
         "token and position are swapped: exchanging names changes the token.": partial(expected, order, names, both),
