@@ -12,9 +12,10 @@ import solutions.ch05_patching as ref
 from course_utils.checks import CheckFailed, run_check
 from course_utils.checks.ch05 import patching
 from course_utils.checks.ch05.patching import batched, first, going_on, put, streams, sweep
-from course_utils.hooks import hook_points, run_with_cache
+from course_utils.hooks import run_with_cache
 from tests.ch05 import other_patching as other
 from tests.ch05.conftest import TOKENS, metric, source_run
+from tests.ch05.spoiling import added, clearing_hooks, leaving_a_hook, mean_of_prompts, with_a_graph, zero
 
 ALL = slice(None)
 SECRETS = ("einsum(", ".repeat(", "slice(None), *index")
@@ -25,40 +26,8 @@ def into_the_source(activation: Any, source: Any, index: Any) -> Any:
     return source
 
 
-def added(activation: Any, source: Any, index: Any) -> Any:
-    return put(activation, activation + source, index)
-
-
-def zero(activation: Any, source: Any, index: Any) -> Any:
-    return put(activation, torch.zeros_like(source), index)
-
-
-def mean_of_prompts(activation: Any, source: Any, index: Any) -> Any:
-    return put(activation, source.mean(0, keepdim=True).expand_as(source), index)
-
-
 def transposed(activation: Any, source: Any, index: Any) -> Any:
     return put(activation, source.mT if source.shape[-1] == source.shape[-2] else source, index)
-
-
-def leaving_a_hook(answer: Callable[..., Any]) -> Callable[..., Any]:
-    def leave(model: Any, *arguments: Any) -> Any:
-        hook_points(model)["hook_embed"].add(lambda activation, hook: None)
-        return answer(model, *arguments)
-
-    return leave
-
-
-def clearing_hooks(answer: Callable[..., Any]) -> Callable[..., Any]:
-    def clear(model: Any, *arguments: Any) -> Any:
-        hook_points(model)["hook_embed"].clear()
-        return answer(model, *arguments)
-
-    return clear
-
-
-def with_a_graph(answer: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda *arguments: answer(*arguments) * torch.ones((), requires_grad=True)
 
 
 def with_rows(rows: Callable[[int, int], int]) -> Callable[..., Any]:
