@@ -94,15 +94,38 @@ def worked_out(key: str, case: Case, work: Callable[[Case], Any]) -> Any:
 
 
 @contextmanager
+def hooks_stay(name: str, model: Any) -> Iterator[None]:
+    """Hooks of others stay, and no hook of the learner's does."""
+    points = hook_points(model)
+    handles = [point.add(lambda activation, hook: None) for point in points.values()]
+    before = {place: list(point._fns.values()) for place, point in points.items()}
+    try:
+        yield
+        for place, point in points.items():
+            now = list(point._fns.values())
+            left = len(now) > len(before[place]) or point._forward_hooks or point._forward_pre_hooks
+            if left or now != before[place]:
+                what = (
+                    f"a hook is left behind at `{place}`" if left else f"hooks of others, at `{place}`, are taken away"
+                )
+                raise CheckFailed(
+                    f"{name}: {what}.\n"
+                    "  Next: use run_with_hooks, or `with hooks(model, ...):`; they take away their own."
+                )
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
 def leaves_no_trace(name: str, case: Case) -> Iterator[None]:
     """The tokens (which a dataset holds), the parameters' gradients and everybody's hooks must be there as before."""
     model = case.model
     model.runs, model.rows, model.most_rows, case.asking = 0, 0, 0, name
-    handles = [point.add(lambda activation, hook: None) for point in hook_points(model).values()]
-    hooks = {place: list(point._fns.values()) for place, point in hook_points(model).items()}
     tokens = case.tokens.clone()
     try:
-        yield
+        with hooks_stay(name, model):
+            yield
         if not torch.equal(case.tokens, tokens):
             raise CheckFailed(f"{name}: it changed `tokens` in place.\n  Next: make a new tensor.")
         for key, parameter in model.named_parameters():
@@ -111,19 +134,6 @@ def leaves_no_trace(name: str, case: Case) -> Iterator[None]:
                     f"{name}: it left a gradient in the model's `{key}`.\n"
                     "  Next: torch.autograd.grad(output, inputs) returns gradients and stores none."
                 )
-        for place, point in hook_points(model).items():
-            if list(point._fns.values()) != hooks[place]:
-                more = len(point._fns) > len(hooks[place])
-                what = (
-                    f"a hook is left behind at `{place}`" if more else f"hooks of others, at `{place}`, are taken away"
-                )
-                raise CheckFailed(
-                    f"{name}: {what}.\n"
-                    "  Next: use run_with_hooks, or `with hooks(model, ...):`; they take away their own."
-                )
     except BaseException:
         case_of.cache_clear()  # whatever was spoiled, nobody else shall see it
         raise
-    finally:
-        for handle in handles:
-            handle.remove()
