@@ -1,5 +1,7 @@
 """A small model, whoever wrote it, and two texts for it: what the tests of several sections share."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
@@ -14,14 +16,23 @@ TOKENS = torch.randint(31, (2, 2, 6), generator=torch.Generator().manual_seed(3)
 
 
 @pytest.fixture(params=[ch02.Transformer, other_transformer.Transformer], ids=["reference", "other"])
-def model(request: pytest.FixtureRequest) -> nn.Module:
-    """A small transformer in which every parameter is random, whoever wrote it."""
-    made = request.param(TINY)
+def make(request: pytest.FixtureRequest) -> Callable[..., nn.Module]:
+    """A `Transformer`, whoever wrote it."""
+    return request.param
+
+
+def with_random_parameters(model: nn.Module) -> nn.Module:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter in made.parameters():
+        for parameter in model.parameters():
             parameter.normal_(0, 0.4, generator=generator)
-    return made
+    return model
+
+
+@pytest.fixture
+def model(make: Callable[..., nn.Module]) -> nn.Module:
+    """A small transformer in which every parameter is random."""
+    return with_random_parameters(make(TINY))
 
 
 def metric(logits: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import nn
 
-import solutions.ch02_transformer as ch02
 import solutions.ch05_patching as ref
 from course_utils.checks import CheckFailed, run_check
 from course_utils.checks.ch05 import circuit
@@ -23,7 +22,6 @@ from course_utils.checks.ch05.circuit import (
 )
 from course_utils.config import TransformerConfig
 from course_utils.hooks import hooks, run_with_cache, run_with_hooks
-from tests.ch02 import other_transformer
 from tests.ch05 import other_circuit as other
 from tests.ch05.spoiling import leaving_a_hook, with_a_graph
 
@@ -213,13 +211,13 @@ def carry(attn: Any, head: int, source: slice, target: slice, size: float) -> No
     attn.W_O[head, name, target] = size * torch.eye(N_NAMES)
 
 
-@pytest.fixture(params=[ch02.Transformer, other_transformer.Transformer], ids=["reference", "other"])
-def built(request: pytest.FixtureRequest) -> nn.Module:
+@pytest.fixture
+def built(make: Callable[..., nn.Module]) -> Any:
     """Names are read at position 1, relayed to 3 by 0.1, and said at 4 by 1.2 (as 4) and, its spare, by 1.0 (as 2).
 
     The other three heads do nothing to the answer: 0.0 writes where nobody reads, 0.2 and 1.1 write nothing.
     """
-    model = request.param(BUILT)
+    model: Any = make(BUILT)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()

@@ -14,17 +14,12 @@ from course_utils.checks import CheckFailed, run_check
 from course_utils.checks.ch05 import paths
 from course_utils.checks.ch05.path_loops import fix, over_paths, path_scores
 from course_utils.checks.ch05.paths import (
-    afterwards,
-    copied,
-    looking,
     sending,
-    signals,
-    worked_roles,
 )
 from course_utils.config import TransformerConfig
 from course_utils.hooks import run_with_cache, run_with_hooks
-from tests.ch02 import other_transformer
 from tests.ch05 import other_paths as other
+from tests.ch05.conftest import metric, with_random_parameters
 from tests.ch05.spoiling import added, leaving_a_hook, mean_of_prompts, with_a_graph
 
 SECRETS = ("einsum(", ".repeat(", "run_with_cache(")
@@ -110,34 +105,6 @@ def with_rows(rows: Callable[[int, int], int]) -> Callable[..., Any]:
     return path_patch_heads
 
 
-def copying(model: Any, dataset: Any, sign: int = 1, k: int = 5, **wrong: Any) -> Any:
-    """A name_copying_scores whose names stand elsewhere, come last, or have a bias."""
-    with torch.no_grad():
-        _, cache = run_with_cache(model, dataset.tokens)
-        at = torch.stack([dataset.positions["IO"], dataset.positions["S1"]], 1)
-        rows, scores = torch.arange(len(at))[:, None], []
-        stream = cache["resid_pre" if model.cfg.attn_only else "resid_post", 0][rows, at + wrong.get("shift", 0)]
-        for block in model.blocks:
-            for head in range(model.cfg.n_heads):
-                v = block.ln1(stream) @ block.attn.W_V[head] + block.attn.b_V[head]
-                out = sign * (v @ block.attn.W_O[head]) + (block.attn.b_O if wrong.get("bias") else 0)
-                best = model.unembed(model.ln_final(out)).topk(k, largest=not wrong.get("smallest")).indices
-                scores.append((best == dataset.tokens[rows, at][..., None]).any(-1).to(out.dtype).mean())
-    return torch.stack(scores).reshape(model.cfg.n_layers, model.cfg.n_heads)
-
-
-def backwards(model: Any, clean: Any, corrupted: Any, *rest: Any) -> Any:
-    return path_scores(model, corrupted, clean, *rest)
-
-
-def roles_without_refusal(tables: Any, rules: Any) -> Any:
-    return {role: [] if set(rules[role]) - set(tables) else ref.head_roles(tables, rules)[role] for role in rules}
-
-
-def heads_as(change: Callable[[Any], Any]) -> Callable[..., Any]:
-    return lambda tables, rules: {role: change(heads) for role, heads in worked_roles(tables, rules).items()}
-
-
 SURPRISES: dict[str, list[tuple[str, Any]]] = {
     "run_over_direct_paths": [
         ("values are wrong", of_zeros),
@@ -165,30 +132,6 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
         ("values are wrong", sending(reduce=torch.max)),
         ("values are wrong", sending(then=lambda table, base: table.flip(0))),
     ],
-    "attention_between": [
-        ("values are wrong", looking(lambda q, k: (q, k + 1))),
-        ("values are wrong", looking(then=lambda found: found.flip(1))),
-        ("values are wrong", looking(then=lambda found: found / found.sum(0))),
-        ("in another order", looking(then=lambda found: found.permute(2, 0, 1))),
-    ],
-    "name_copying_scores": [
-        ("wrong", partial(copying, smallest=True)),
-        ("wrong", partial(copying, bias=True)),
-        ("wrong", partial(copying, shift=1)),
-        ("wrong", lambda *given: copied(*given).flip(1)),
-    ],
-    "signal_effects": [
-        ("values are wrong", partial(signals, score=backwards)),
-        ("values are wrong", partial(signals, token=("abc",), both=("names",))),
-        ("expected a dictionary", afterwards(lambda e: {"names": e["token"], "order": e["position"]})),
-    ],
-    "head_roles": [
-        ("should raise ValueError", roles_without_refusal),
-        ("wrong", partial(worked_roles, order=abs)),
-        ("wrong", heads_as(lambda heads: heads[:1])),
-        ("pair of ints", heads_as(lambda heads: [tuple(torch.tensor(at)) for at in heads])),
-        ("wrong", heads_as(lambda heads: [list(at) for at in heads])),
-    ],
 }
 
 ALSO_RIGHT = {name: [getattr(other, name)] for name in SURPRISES}
@@ -197,10 +140,8 @@ ALSO_RIGHT = {name: [getattr(other, name)] for name in SURPRISES}
 STILL_RIGHT = {
     "activation.clone() -> activation",  # of this run, or of a cache that nobody else has
     "run_with_cache(model, tokens, names=names) -> run_with_cache(model, tokens)",  # keeps more
-    "run_with_cache(model, dataset.tokens, names=place) -> run_with_cache(model, dataset.tokens)",
     "name == 'final' -> name >= 'final'",  # the others begin with "blocks"
     "... if head is None else (slice(None), slice(None), head) -> (slice(None), slice(None), head)",  # an axis of 1
-    "first[at].item() -> first[at]",  # tensors can be sorted
 }
 ONLY_ON_GPU = "device"
 
@@ -225,22 +166,7 @@ CLEAN, CORRUPTED = torch.randint(31, (2, 3, 6), generator=torch.Generator().manu
 
 def random_model(make: Callable[..., nn.Module], **sizes: Any) -> nn.Module:
     cfg = {"d_vocab": 31, "n_ctx": 17, "n_layers": 3, "n_heads": 4, "d_model": 20, "d_head": 5, "d_mlp": 24}
-    model = make(TransformerConfig(**(cfg | sizes)))
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(0, 0.4, generator=generator)
-    return model
-
-
-@pytest.fixture(params=[ch02.Transformer, other_transformer.Transformer], ids=["reference", "other"])
-def make(request: pytest.FixtureRequest) -> Any:
-    """A `Transformer`, whoever wrote it."""
-    return request.param
-
-
-def metric(logits: torch.Tensor) -> torch.Tensor:
-    return logits[:, -1, 3] - logits[:, -1, 5]
+    return with_random_parameters(make(TransformerConfig(**(cfg | sizes))))
 
 
 @SOLUTIONS
@@ -325,13 +251,3 @@ def test_what_does_not_exist_is_refused_by_name(senders: Any, receivers: Any, wo
     model = random_model(ch02.Transformer)
     with pytest.raises(ValueError, match=words):
         ref.path_patch(model, CLEAN, CORRUPTED, senders, receivers, metric)
-
-
-def test_a_copying_head_built_by_hand_scores_1(make: Any) -> None:
-    """Head 1.0 says what it reads, 0.0 and 1.1 say something else, and 0.1 nothing at all."""
-    dataset: Any = type("Prompts", (), {})()
-    dataset.tokens = torch.tensor([[0, 1, 1, 2], [2, 1, 0, 0]])
-    dataset.positions = {"IO": torch.tensor([0, 1]), "S1": torch.tensor([2, 0])}
-    scores = ref.name_copying_scores(circuit(make), dataset, k=1)
-    assert scores[1, 0] == 1.0 and scores[0, 0] < 1.0
-    assert ref.name_copying_scores(circuit(make), dataset, sign=-1, k=1)[1, 0] == 0.0

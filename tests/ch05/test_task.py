@@ -14,10 +14,6 @@ from tests.ch05.conftest import source_run
 SECRETS = ("einsum(",)
 
 
-def without_refusal(logits: Any, dataset: Any, clean: float, corrupted: float) -> Any:
-    return (difference(logits, dataset) - corrupted) / (clean - corrupted if clean != corrupted else 1.0)
-
-
 def spoils_the_dataset(logits: Any, dataset: Any) -> Any:
     answer = difference(logits, dataset)
     dataset.io.add_(1)
@@ -40,7 +36,7 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
     "normalised_metric": [
         ("values are wrong", scaled(lambda x, a, b: (x - x.min()) / (x.max() - x.min() + 1e-6))),
         ("values are wrong", scaled(lambda x, a, b: (x - b) / (a + b))),
-        ("should raise ValueError", without_refusal),
+        ("should raise ValueError", scaled(lambda x, a, b: (x - b) / (a - b if a != b else 1.0))),
     ],
     "accumulated_residual": [
         ("values are wrong", stacked(lambda rows: rows.cumsum(0))),

@@ -127,8 +127,6 @@ def sweep(grid: Grid, then: Callable[..., Tensor] = lambda table, base: table, *
     """A sweep over a grid; `then` gets the table and the run's own score."""
 
     def table_of_patches(model: Any, tokens: Any, source_cache: Any, metric: Any, *which: str) -> Any:
-        if which and which[0] not in INPUTS:
-            raise ValueError
         patches, shape = grid(model.cfg, tokens.shape[1], *which)
         table = tried(model, tokens, source_cache, metric, patches, **wrong).reshape(shape)
         return then(table, tried(model, tokens, source_cache, metric, [("nowhere", ())]))

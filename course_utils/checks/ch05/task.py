@@ -80,13 +80,7 @@ def check_logit_difference(fn: Fn) -> None:
 
 def scaled(value: Callable[[Tensor, float, float], Tensor]) -> Fn:
     """A normalised_metric of the logit difference, clean and corrupted."""
-
-    def normalised_metric(logits: Any, dataset: Any, clean: float, corrupted: float) -> Any:
-        if clean == corrupted:
-            raise ValueError
-        return value(difference(logits, dataset), clean, corrupted)
-
-    return normalised_metric
+    return lambda logits, dataset, clean, corrupted: value(difference(logits, dataset), clean, corrupted)
 
 
 @known_mistakes(
