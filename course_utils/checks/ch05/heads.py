@@ -237,11 +237,14 @@ def check_signal_effects(fn: Fn) -> None:
     assert_signals(fn, case_of(*SIZES[1]), [(1, 3)], [FINAL])
 
 
+def labelled_prompts(case: Case) -> Prompts:
+    rows = torch.arange(case.n_batch, device=case.tokens.device)
+    return Prompts(case.tokens, (3 * rows + 2) % 11, (2 * rows + 5) % 11)
+
+
 def assert_signals(fn: Fn, case: Case, senders: list[Head], receivers: list[Receiver]) -> None:
     """One model."""
-    name = "signal_effects"
-    rows = torch.arange(case.n_batch, device=case.tokens.device)
-    dataset = Prompts(case.tokens, (3 * rows + 2) % 11, (2 * rows + 5) % 11)
+    name, dataset = "signal_effects", labelled_prompts(case)
     words = f"from {senders} to {', '.join(map(str, receivers))} {case.words}"
     with leaves_no_trace(name, case), during(words):
         actual = fn(case.model, dataset, senders, receivers)
@@ -251,7 +254,7 @@ def assert_signals(fn: Fn, case: Case, senders: list[Head], receivers: list[Rece
             f'{name}: expected a dictionary with "token", "position" and "both", got {got}.\n'
             "  Next: one entry for each of the three signals."
         )
-    right = worked_out(words, case, lambda case: signals(case.model, dataset, senders, receivers))
+    right = worked_out(words, case, lambda case: signals(case.model, labelled_prompts(case), senders, receivers))
     for signal in right:
         compare(f'{name}, "{signal}", {words}', actual[signal], right[signal], "batch")
         no_graph(name, actual[signal])
