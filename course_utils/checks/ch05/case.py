@@ -1,6 +1,6 @@
 """Two batches of prompts for a toy transformer, and what patches from one into the other really do: the oracle."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -12,8 +12,6 @@ from course_utils.checks.modules import noise
 from course_utils.checks.outcomes import CheckFailed
 from course_utils.checks.standins.toy_transformer import ToyTransformer
 from course_utils.hooks import ActivationCache, hook_points
-
-Edits = Mapping[str, Sequence[tuple[Any, ...]]]  # which parts of which activations
 
 
 class Case:
@@ -57,24 +55,18 @@ class Case:
         last, first = ((logits[:, pos] * self.weights).sum(-1) for pos in (-1, 0))
         return torch.sin(last) + first.tanh() + self.weights[:, 0]
 
-    def logits(self, edits: Edits, backwards: bool = False) -> Tensor:
-        """The logits with these parts of these activations taken from the source run; or the other way round."""
-        tokens, source = (self.source_tokens, self.seen) if backwards else (self.tokens, self.source)
+    def logits(self, place: str, index: tuple[Any, ...]) -> Tensor:
+        """The logits with this part of this activation taken from the source run."""
 
         def see(name: str, activation: Tensor) -> Tensor:
-            if name in edits:
+            if name == place:
+                part = (slice(None), *index)
                 activation = activation.clone()
-                for index in edits[name]:
-                    place = (slice(None), *index)
-                    activation[place] = source[name][place]
+                activation[part] = self.source[name][part]
             return activation
 
         with torch.no_grad():
-            return self.model.compute(tokens, see)
-
-    def scores(self, edits: Edits, backwards: bool = False) -> Tensor:
-        """The metric of each prompt."""
-        return self.metric(self.logits(edits, backwards))
+            return self.model.compute(self.tokens, see)
 
 
 @cache

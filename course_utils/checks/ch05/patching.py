@@ -173,7 +173,7 @@ def means(case: Case, patches: Sequence[Patch], shape: tuple[int, ...]) -> Tenso
     """The definition: for each patch a run of its own, and the mean of the metric; worked out once for a case."""
 
     def work(case: Case) -> Tensor:
-        return torch.stack([case.scores({name: [index]}).mean() for name, index in patches]).reshape(shape)
+        return torch.stack([case.metric(case.logits(name, index)).mean() for name, index in patches]).reshape(shape)
 
     return worked_out(str(patches), case, work)
 
@@ -210,7 +210,7 @@ def assert_one_patch(name: str, fn: Fn, case: Case, place: str, index: tuple[Any
     call = f"{place}, {index}".replace("slice(None, None, None)", "slice(None)")
     with leaves_no_trace(name, case), during(f"patching {call}"):
         actual = fn(case.model, case.tokens, case.cache(), place, index)
-    right = worked_out(call, case, lambda case: case.logits({place: [index]}))
+    right = worked_out(call, case, lambda case: case.logits(place, index))
     compare(f"{name}({call}) {case.words}", actual, right, "batch pos d_vocab")
     no_graph(name, actual)
 
@@ -441,10 +441,10 @@ def check_run_from(fn: Fn) -> None:
     name = "run_from"
     for sizes in SIZES:
         case = case_of(*sizes)
+        right = case.model.compute(case.source_tokens, lambda place, activation: activation)
         for layer, stream in enumerate(depths(case.cache())):
             with leaves_no_trace(name, case), torch.no_grad(), during(f"with layer={layer}"):
                 actual = fn(case.model, stream, layer)
-            right = case.logits({}, backwards=True)
             compare(f"{name} with layer={layer} {case.words}", actual, right, "batch pos d_vocab")
 
 
