@@ -84,7 +84,7 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
         ("values are wrong", sending(lambda rows, model, cache: rows | {"embed": cache["pos_embed"]})),
         ("values are wrong", sending(lambda rows, model, cache: rows | {"1.0": rows["1.1"], "1.1": rows["1.0"]})),
         ("values are wrong", sending(scaled)),
-        ("in place", in_place),
+        ("it changed `cache[", in_place),
     ],
     "edge_attribution": [
         ("gradients of the model's parameters", by_backward),

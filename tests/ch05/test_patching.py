@@ -54,7 +54,7 @@ GRIDS = {
 }
 SURPRISES: dict[str, list[tuple[str, Any]]] = {
     "run_patched": [
-        ("in place", patching.patching(into_the_source)),
+        ("it changed `cache['blocks.1.hook_resid_pre']` in place", patching.patching(into_the_source)),
         ("a hook is left behind", leaving_a_hook(ref.run_patched)),
         ("hooks of others", clearing_hooks(ref.run_patched)),
         ("gradients are recorded", with_a_graph(ref.run_patched)),
@@ -79,7 +79,7 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
 }
 for exercise, grid in GRIDS.items():
     SURPRISES[exercise] = [
-        ("in place", sweep(grid, put=into_the_source)),
+        ("it changed `source_cache[", sweep(grid, put=into_the_source)),
         ("a hook is left behind", leaving_a_hook(getattr(ref, exercise))),
         ("wrong", sweep(grid, put=zero)),
         ("wrong", sweep(grid, reduce=torch.median)),

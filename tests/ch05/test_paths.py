@@ -113,7 +113,7 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
         ("a hook is left behind", leaving_a_hook(ref.run_over_direct_paths)),
         ("gradients are recorded", with_a_graph(ref.run_over_direct_paths)),
         ("it changed `fixed`", empties_fixed),
-        ("in place", writes_into_fixed),
+        ("it changed `fixed[", writes_into_fixed),
     ],
     "path_patch": [
         ("should raise ValueError", path_scores),

@@ -41,7 +41,7 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
     "accumulated_residual": [
         ("values are wrong", stacked(lambda rows: rows.cumsum(0))),
         ("values are wrong", stacked(lambda rows: rows.roll(1, 0))),
-        ("in place", writes_into_the_cache),
+        ("it changed `cache[", writes_into_the_cache),
     ],
     "logit_lens": [
         ("values are wrong", lens(then=lambda values: values - values[:1])),
