@@ -71,7 +71,6 @@ ALSO_RIGHT = {name: [getattr(other, name)] for name in SURPRISES}
 
 # Changes after which the reference still does what its statement says.
 STILL_RIGHT = {
-    "0 -> -1",  # of the one gradient that torch.autograd.grad returns
     "run_with_cache(model, source, names=name) -> run_with_cache(model, source)",
     "tqdm(range(steps), mininterval=1, desc=name) -> range(steps)",  # progress
     "tqdm(range(steps), mininterval=1, desc=name) -> tqdm(range(steps), mininterval=1)",

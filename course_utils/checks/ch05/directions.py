@@ -267,4 +267,5 @@ def search_of(number: int, place: str) -> tuple[Any, ...]:
 @cache
 def known_directions(number: int, place: str, n_directions: int, steps: int, lr: float) -> Tensor:
     """The expected directions, worked out once."""
-    return searched(*search_of(number, place), steps, lr, n_directions)
+    search: Fn = searched
+    return search(*search_of(number, place), steps, lr, n_directions)

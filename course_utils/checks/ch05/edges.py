@@ -229,6 +229,11 @@ def slopes(model: Any, tokens: Tensor, metric: Callable[[Tensor], Tensor], moved
     return torch.stack(torch.autograd.grad(metric(logits).mean(), list(added.values())))
 
 
+def from_the_start(steps: int) -> list[float]:
+    """How far on the way to the corrupted embeddings the gradient is taken."""
+    return [step / steps for step in range(steps)]
+
+
 def table_of_edges(
     model: Any,
     clean: Any,
@@ -236,7 +241,7 @@ def table_of_edges(
     metric: Any,
     steps: int = 1,
     *,
-    shares: Callable[[int], list[float]] = lambda steps: [step / steps for step in range(steps)],
+    shares: Callable[[int], list[float]] = from_the_start,
     difference: Callable[[Tensor, Tensor], Tensor] = lambda own, other: other - own,
     then: Callable[[Tensor, Any, int], Tensor] = lambda table, model, steps: table,
     masked: bool = True,
@@ -295,7 +300,9 @@ def several(shares: Callable[[int], list[float]]) -> Fn:
         "the gradient is that of the corrupted run.": attributing(shares=lambda steps: [1.0]),
         "senders have scores for receivers that read before they write.": attributing(masked=False),
         "the metric is summed over the prompts; take its mean.": (
-            lambda model, clean, *rest, steps=1: table_of_edges(model, clean, *rest, steps=steps) * len(clean)
+            lambda model, clean, corrupted, metric, steps=1: (
+                table_of_edges(model, clean, corrupted, metric, steps) * len(clean)
+            )
         ),
     },
     {

@@ -286,7 +286,8 @@ def worked_roles(
             for at in product(range(len(first)), range(first.shape[1]))
             if enough(meets(tables[name][at].item(), least) for name, least in conditions.items())
         ]
-        roles[role] = sorted(heads, key=lambda at, first=first: order(first[at].item()))
+        places = {at: order(first[at].item()) for at in heads}
+        roles[role] = sorted(heads, key=places.__getitem__)
     return roles
 
 

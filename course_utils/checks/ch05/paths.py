@@ -73,12 +73,9 @@ def check_run_over_direct_paths(fn: Fn) -> None:
     for sizes in SIZES:
         case = case_of(*sizes)
         everything = fix(case.model, *texts(case), [(0, 1), (1, 0)], True)
-        for fixed, receivers in [
-            (everything, [Q]),
-            (everything, [V, K]),
-            ({z(0): everything[z(0)]}, [V]),
-            (everything, [FINAL]),
-        ]:
+        one_layer = {z(0): everything[z(0)]}
+        ends: list[list[Receiver]] = [[Q], [V, K], [V], [FINAL]]
+        for fixed, receivers in zip([everything, everything, one_layer, everything], ends, strict=True):
             words = f"to {', '.join(map(str, receivers))}, {len(fixed)} places fixed,"
             with leaves_no_trace(name, case), during(words):
                 actual = fn(case.model, case.tokens, fixed, receivers)
@@ -96,15 +93,16 @@ def path_patching(
     senders: Callable[[Any], Any] = lambda senders: senders,
     freeze: Callable[[bool], bool] = lambda freeze_mlps: freeze_mlps,
     swapped: bool = False,
+    then: Callable[[Tensor], Tensor] = lambda score: score,
     **wrong: Any,
 ) -> Fn:
-    """A path_patch between other heads or texts, or with a switch of `path_scores` turned."""
+    """A path_patch between other heads or texts, changed afterwards, or with a switch of `path_scores` turned."""
 
     def path_patch(
         model: Any, clean: Any, corrupted: Any, start: Any, end: Any, metric: Any, freeze_mlps: bool = True
     ) -> Any:
         runs = (corrupted, clean) if swapped else (clean, corrupted)
-        return path_scores(model, *runs, senders(start), receivers(end), metric, freeze(freeze_mlps), **wrong)
+        return then(path_scores(model, *runs, senders(start), receivers(end), metric, freeze(freeze_mlps), **wrong))
 
     return path_patch
 
@@ -128,13 +126,11 @@ def by_every_way(model: Any, clean: Any, corrupted: Any, senders: Any, *rest: An
         "only the last position is sent, or receives; take all of them.": path_patching(**LAST_POSITION),
         "all heads of a receiver's layer receive.": path_patching(**WHOLE_LAYER),
         "everything is held in the last run too, so the receivers can do nothing.": path_patching(held=True),
-        "it is the mean over the prompts; give one number for each.": (
-            lambda *given, freeze_mlps=True: path_scores(*given, freeze_mlps=freeze_mlps).mean()
-        ),
+        "it is the mean over the prompts; give one number for each.": path_patching(then=torch.mean),
         "the MLPs are not frozen, and should be.": path_patching(freeze=lambda freeze_mlps: False),
         "the MLPs are frozen, and should not be.": path_patching(freeze=lambda freeze_mlps: True),
-        "the MLPs are not frozen unless asked for; freeze_mlps=True is the default.": (
-            lambda *given, freeze_mlps=False: path_scores(*given, freeze_mlps=freeze_mlps)
+        "the MLPs are not frozen unless asked for; freeze_mlps=True is the default.": partial(
+            path_scores, freeze_mlps=False
         ),
     },
     other_inputs(path_patching),
@@ -199,8 +195,12 @@ def refuses(name: str, run: Callable[[Case, list[Head], list[Receiver]], Any]) -
             )
 
 
+def one_by_one(heads: list[Head], fit: int) -> list[list[Head]]:
+    return [[head] for head in heads]
+
+
 def sending(
-    groups: Callable[[list[Head], int], list[list[Head]]] = lambda heads, fit: [[head] for head in heads],
+    groups: Callable[[list[Head], int], list[list[Head]]] = one_by_one,
     then: Callable[[Tensor, Tensor], Tensor] = lambda table, base: table,
     reduce: Callable[[Tensor], Tensor] = torch.mean,
     **wrong: Any,

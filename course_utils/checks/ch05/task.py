@@ -279,6 +279,5 @@ def check_head_attribution(fn: Fn) -> None:
     name = "head_attribution"
     for sizes in SIZES:
         case, cache, directions = run(sizes)
-        w, scale = case.model.ln_final.w, cache["ln_final.hook_scale"]
-        right = onto(table_of_heads(cache, lambda part, w=w, scale=scale: centred(part) / scale * w), directions)
+        right = attributing()(cache, case.model, directions)
         compare(f"{name} {case.words}", fn(cache, case.model, directions), right, "layer head batch pos")
