@@ -10,25 +10,20 @@ from torch import Tensor, nn
 
 from course_utils.checks.outcomes import CheckFailed, Evidence
 
-Mistakes = Mapping[str, Tensor | Callable[[], Tensor]]
-
 
 def compare(
     name: str,
     actual: object,
     expected: Tensor,
     axes: str,
-    mistakes: Mistakes | None = None,
     rtol: float = 1e-4,
     atol: float = 1e-5,
     inputs: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Raise CheckFailed unless `actual` is the tensor `expected`, in shape, dtype, device and values.
 
-    `axes` names the axes, such as "batch pos d_model". `mistakes` maps a hint, the rest of the sentence "This is what
-    you get if ...", to the answer which that mistake gives, or to a function that works it out: it is printed only
-    where the whole answer equals it. `inputs` are tensors of the same shape whose value at the wrong place is worth
-    knowing, by name.
+    `axes` names the axes, such as "batch pos d_model". `inputs` are tensors of the same shape, by name, whose value at
+    the wrong place is worth knowing.
     """
     words, evidence = axes.split(), Evidence(name, actual)
     if actual is None:
@@ -38,19 +33,16 @@ def compare(
             f"{name}: expected a Tensor, got a {type(actual).__name__}.\n  Next: return the tensor itself."
         )
     if actual.shape != expected.shape:
-        causes = _causes(actual, mistakes)
         message, advice = _shape_message(name, actual, expected, words)
-        raise CheckFailed(message, evidence=evidence, advice="\n".join(causes) or advice)
+        raise CheckFailed(message, evidence=evidence, advice=advice)
     compare_kind(name, actual, expected)
     actual, expected = actual.detach(), expected.detach()
     if not expected.is_floating_point():
         rtol = atol = 0.0
     wrong = ~torch.isclose(actual.double(), expected.double(), rtol=rtol, atol=atol)
     if wrong.any():
-        causes = _causes(actual, mistakes)
         message = _value_message(name, actual, expected, wrong, words, inputs or {})
-        advice = "\n".join(causes) or _advice(actual, expected, wrong, words)
-        raise CheckFailed(message, evidence=evidence, advice=advice)
+        raise CheckFailed(message, evidence=evidence, advice=_advice(actual, expected, wrong, words))
 
 
 def compare_kind(name: str, actual: Tensor, expected: Tensor) -> None:
@@ -62,18 +54,6 @@ def compare_kind(name: str, actual: Tensor, expected: Tensor) -> None:
                 f"{name}: expected {what} {want}, got {got}.\n"
                 f"  Next: look for a tensor or a conversion with a {what} of its own; it should follow the input's."
             )
-
-
-def _causes(actual: Tensor, mistakes: Mistakes | None) -> list[str]:
-    """A line for each known mistake whose whole answer this is."""
-    answers = {hint: answer if isinstance(answer, Tensor) else answer() for hint, answer in (mistakes or {}).items()}
-    return [f"  This is what you get if {hint}" for hint, answer in answers.items() if _same(actual, answer)]
-
-
-def _same(actual: Tensor, other: Tensor) -> bool:
-    return actual.shape == other.shape and torch.allclose(
-        actual.double(), other.detach().double(), rtol=1e-4, atol=1e-5, equal_nan=True
-    )
 
 
 def _shape_message(name: str, actual: Tensor, expected: Tensor, words: list[str]) -> tuple[str, str]:

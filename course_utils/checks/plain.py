@@ -8,15 +8,13 @@ from typing import Any
 
 from course_utils.checks.outcomes import CheckFailed, Evidence
 
-PlainMistakes = Mapping[str, Any]  # hint -> the answer which that mistake gives, or a function that works it out
 LONGEST = 90  # characters of a value that a message shows
 
 
-def agree(name: str, call: str, actual: object, expected: object, mistakes: PlainMistakes | None = None) -> None:
+def agree(name: str, call: str, actual: object, expected: object) -> None:
     """Raise CheckFailed unless `actual` has the type and the value of `expected`; `call` says what was called.
 
-    A mistake's hint, the rest of the sentence "This is what you get if ...", is printed only where the whole answer is
-    what that mistake gives. Dictionaries may come in any kind and order.
+    Dictionaries may come in any kind and order.
     """
     if actual is None:
         raise CheckFailed(f"{name}: returned None.\n  Next: end the function with `return ...`.")
@@ -28,15 +26,10 @@ def agree(name: str, call: str, actual: object, expected: object, mistakes: Plai
     place = _difference(actual, expected)
     if place is None:
         return
-    causes = [
-        f"  This is what you get if {hint}"
-        for hint, answer in (mistakes or {}).items()
-        if _same(actual, answer() if callable(answer) else answer)
-    ]
     raise CheckFailed(
         f"{name}: wrong answer.\n  {call}\n  {place}",
         evidence=Evidence(f"{name} {call}", actual),
-        advice="\n".join(causes) or "  Next: work this case out by hand, and print what each of your steps gives.",
+        advice="  Next: work this case out by hand, and print what each of your steps gives.",
     )
 
 
@@ -88,10 +81,6 @@ KINDS: tuple[tuple[type, str], ...] = (
 
 def _kind(value: object) -> str:
     return next((words for kind, words in KINDS if isinstance(value, kind)), f"a {type(value).__name__}")
-
-
-def _same(first: object, second: object) -> bool:
-    return _kind(first) == _kind(second) and _difference(first, second) is None
 
 
 def _equal(actual: object, expected: object) -> bool:

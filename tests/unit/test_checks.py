@@ -23,6 +23,7 @@ from course_utils.checks import (
 )
 from course_utils.checks import running as running_module
 from course_utils.checks.guarding import may_change
+from course_utils.checks.mistakes import known_mistakes
 
 INF = torch.inf
 
@@ -352,16 +353,44 @@ def test_nan_is_explained() -> None:
     assert "got nan" in compared(EXPECTED / 0 * 0) and "not a number" in compared(EXPECTED / 0 * 0)
 
 
+def doubling(edit: Any) -> Any:
+    """A check of doubling, which knows two mistakes; and an answer, edited, as a learner would hand it in."""
+
+    @known_mistakes({"it is tripled.": lambda x: x * 3, "an axis is lost.": lambda x: x.sum(0)})
+    def check_doubled(fn: Any) -> None:
+        compare("doubled", fn(EXPECTED), EXPECTED * 2, AXES)
+
+    return message_of(lambda: run_check(check_doubled, lambda x: edit(x)))
+
+
 def test_a_cause_is_claimed_only_if_the_whole_answer_is_that_of_the_mistake() -> None:
-    known = {"it is doubled.": lambda: EXPECTED * 2, "it is negated.": -EXPECTED}
-    assert compared(EXPECTED * 2, mistakes=known).splitlines()[-1] == "  This is what you get if it is doubled."
-    nearly = EXPECTED * 2
+    assert doubling(lambda x: x + x + x).splitlines()[-1] == "  This is what you get if it is tripled."
+    nearly = EXPECTED * 3
     nearly[1, 2, 4] += 1
-    assert "This is what you get" not in compared(nearly, mistakes=known)
+    message = doubling(lambda x: nearly)
+    assert "This is what you get" not in message and "Next: " in message
 
 
 def test_a_mistake_may_have_another_shape() -> None:
-    assert "if an axis is lost." in compared(EXPECTED.sum(0), mistakes={"an axis is lost.": EXPECTED.sum(0)})
+    assert "if an axis is lost." in doubling(lambda x: x[0] + x[1])
+
+
+def test_the_first_of_two_mistakes_that_give_the_same_is_named() -> None:
+    @known_mistakes({"it is negated.": lambda x: -x}, {"the sign is lost.": lambda x: 0 - x})
+    def check_doubled(fn: Any) -> None:
+        compare("doubled", fn(EXPECTED), EXPECTED * 2, AXES)
+
+    assert "it is negated." in message_of(lambda: run_check(check_doubled, lambda x: -1 * x))
+    with pytest.raises(ValueError, match=r"written twice: it is negated\."):
+        known_mistakes({"it is negated.": None}, {"it is negated.": None})
+
+
+def test_a_mistake_that_cannot_be_made_is_passed_over() -> None:
+    @known_mistakes({"it crashes.": lambda x: 1 / 0, "it is negated.": lambda x: -x})
+    def check_doubled(fn: Any) -> None:
+        compare("doubled", fn(EXPECTED), EXPECTED * 2, AXES)
+
+    assert "it is negated." in message_of(lambda: run_check(check_doubled, lambda x: -1 * x))
 
 
 def test_scalars_and_integers_are_shown_plainly() -> None:

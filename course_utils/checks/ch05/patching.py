@@ -1,17 +1,21 @@
-"""Checks of chapter 05, activation and attribution patching, on a toy transformer whose patches are known."""
+"""Checks of chapter 05, activation patching, on a toy transformer whose patches are known."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import permutations
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from course_utils.checks.ch05.case import Case, Work, case_of, leaves_no_trace, worked_out
+from course_utils.checks.ch05.case import Case, case_of, leaves_no_trace, worked_out
+from course_utils.checks.ch05.task import depths
 from course_utils.checks.comparing import compare
+from course_utils.checks.mistakes import known_mistakes
 from course_utils.checks.outcomes import CheckFailed
 from course_utils.checks.plain import must_raise
 from course_utils.checks.translating import during
+from course_utils.hooks import hook_points, hooks, run_with_cache, run_with_hooks
 
 Fn = Callable[..., Any]
 Patch = tuple[str, tuple[Any, ...]]
@@ -25,391 +29,423 @@ def no_graph(name: str, actual: object) -> None:
         raise CheckFailed(f"{name}: gradients are recorded.\n  Next: run the model under `torch.no_grad()`.")
 
 
-def means(case: Case, patches: Sequence[Patch], shape: tuple[int, ...]) -> Tensor:
-    """The definition: for each patch a run of its own, and the mean of the metric."""
-    return torch.stack([case.scores({name: [index]}).mean() for name, index in patches]).reshape(shape)
+# -------------------------------------------------------------------------------------------- patches as people do them
 
 
-def reshaped_means(case: Case, shape: tuple[int, ...], patches: list[Patch]) -> Tensor:
-    """The same, with what is most often known first."""
-    return means(case, patches, shape)
+def put(activation: Tensor, source: Tensor, index: tuple[Any, ...]) -> Tensor:
+    """The activation with one part taken from the source."""
+    out, place = activation.clone(), (ALL, *index)
+    out[place] = source[place]
+    return out
 
 
-def known_means(case: Case, patches: Sequence[Patch], shape: tuple[int, ...]) -> Tensor:
-    """The same, worked out once for a case."""
-    return worked_out(str(patches), case.sizes, Work(lambda case: means(case, patches, shape))).clone()
+def patched(
+    model: Any, tokens: Tensor, source_cache: Any, patches: Sequence[Patch], put: Callable[..., Tensor] = put
+) -> Tensor:
+    """The logits with these patches; what a model does not have is passed by."""
+
+    def at(index: tuple[Any, ...]) -> Callable[..., Tensor]:
+        return lambda activation, hook: put(activation, source_cache[hook.name], index)
+
+    points = hook_points(model)
+    with torch.no_grad():
+        return run_with_hooks(model, tokens, hooks=[(name, at(index)) for name, index in patches if name in points])
 
 
-Wrong = dict[str, Callable[[], Tensor]]
+def patching(put: Callable[..., Tensor] = put, index: Callable[[Any], Any] = lambda index: index) -> Fn:
+    """A run_patched in which something else is put there, or elsewhere."""
+    return lambda model, tokens, cache, name, place: patched(model, tokens, cache, [(name, index(place))], put)
 
 
-def sweep_mistakes(case: Case, patches: Sequence[Patch], shape: tuple[int, ...]) -> Wrong:
-    """What common mistakes give, for any sweep; worked out only when an answer is wrong."""
+def source_tokens(model: Any, source_cache: Any) -> Tensor:
+    """The source's text, told from its embeddings."""
+    return (source_cache["hook_embed"][:, :, None] - model.embed.W_E).abs().sum(-1).argmin(-1)
 
-    def each(score: Callable[[str, tuple[Any, ...]], Tensor]) -> Tensor:
-        return torch.stack([score(name, index) for name, index in patches]).reshape(shape)
 
-    def piled_up() -> Tensor:
-        edits: dict[str, list[tuple[Any, ...]]] = {}
-        values = []
-        for name, index in patches:
-            edits.setdefault(name, []).append(index)
-            values.append(case.scores(edits).mean())
-        return torch.stack(values).reshape(shape)
+def other_way(answer: Fn) -> Fn:
+    """The answer with clean and corrupted swapped: on the source's text, patched from the other run."""
 
-    def base() -> Tensor:
-        return case.scores({}).mean()
+    def swapped(model: Any, tokens: Any, source_cache: Any, *rest: Any) -> Any:
+        with torch.no_grad():
+            _, own = run_with_cache(model, tokens)
+        return answer(model, source_tokens(model, source_cache), own, *rest)
 
+    return swapped
+
+
+def nothing(activation: Tensor, source: Tensor, index: Any) -> Tensor:
+    return activation
+
+
+def everything(activation: Tensor, source: Tensor, index: Any) -> Tensor:
+    return source.clone()
+
+
+def of_first_prompt(activation: Tensor, source: Tensor, index: Any) -> Tensor:
+    return put(activation, source[:1].expand_as(source), index)
+
+
+def without_batch_axis(activation: Tensor, source: Tensor, index: Any) -> Tensor:
+    out = activation.clone()
+    out[index] = source[index]
+    return out
+
+
+Runs = Callable[[Sequence[Patch]], Sequence[Sequence[Patch]]]
+
+
+def alone(patches: Sequence[Patch]) -> list[list[Patch]]:
+    """A run for each patch."""
+    return [[patch] for patch in patches]
+
+
+def each(change: Callable[[str, tuple[Any, ...]], tuple[str, Any]]) -> Runs:
+    """A run for each patch, but for another one than was asked for."""
+    return lambda patches: [[change(name, index)] for name, index in patches]
+
+
+def tried(
+    model: Any,
+    tokens: Any,
+    source_cache: Any,
+    metric: Any,
+    patches: Sequence[Patch],
+    runs: Runs = alone,
+    put: Callable[..., Tensor] = put,
+    reduce: Callable[[Tensor], Tensor] = torch.mean,
+) -> Tensor:
+    """What the metric says of each run, one after the other."""
+    scores = [metric(patched(model, tokens, source_cache, edits, put)) for edits in runs(patches)]
+    return torch.stack([reduce(score) for score in scores])
+
+
+Grid = Callable[..., tuple[list[Patch], tuple[int, ...]]]  # (cfg, n_pos, which) -> the patches of a table, its shape
+INPUTS = ("q", "k", "v", "pattern", "z")
+
+
+def sweep(grid: Grid, then: Callable[..., Tensor] = lambda table, base: table, **wrong: Any) -> Fn:
+    """A sweep over a grid; `then` gets the table and the run's own score."""
+
+    def table_of_patches(model: Any, tokens: Any, source_cache: Any, metric: Any, *which: str) -> Any:
+        patches, shape = grid(model.cfg, tokens.shape[1], *which)
+        table = tried(model, tokens, source_cache, metric, patches, **wrong).reshape(shape)
+        return then(table, tried(model, tokens, source_cache, metric, [("nowhere", ())]))
+
+    return table_of_patches
+
+
+def sweep_mistakes(swept: Callable[..., Fn]) -> dict[str, Fn]:
+    """What people get wrong in any sweep; `swept` makes one with a switch turned."""
     return {
-        "nothing is patched: every entry is the run's own.": lambda: base().expand(shape),
-        "clean and corrupted are swapped: it runs on the source's text and patches from the other.": lambda: each(
-            lambda name, index: case.scores({name: [index]}, backwards=True).mean()
+        "nothing is patched: every entry is the run's own.": swept(put=nothing),
+        "clean and corrupted are swapped: it runs on the source's text and patches from the other.": other_way(swept()),
+        "everything is patched at once, not only the part that the entry is about.": swept(put=everything),
+        "earlier patches are still there: each run has its own patch only.": swept(
+            runs=lambda patches: [patches[: i + 1] for i in range(len(patches))]
         ),
-        "everything is patched at once, not only the part that the entry is about.": lambda: each(
-            lambda name, index: case.scores({name: [(...,)]}).mean()
+        "the metric is summed over the prompts; take its mean.": swept(reduce=torch.sum),
+        "it is the first prompt's metric; take the mean over all.": swept(reduce=lambda scores: scores[0]),
+        "it is how much the patch changed the metric; the statement asks for the metric itself.": swept(
+            then=lambda table, base: table - base
         ),
-        "earlier patches are still there: each run has its own patch only.": piled_up,
-        "the metric is summed over the prompts; take its mean.": lambda: means(case, patches, shape) * case.n_batch,
-        "it is the first prompt's metric; take the mean over all.": lambda: each(
-            lambda name, index: case.scores({name: [index]})[0]
-        ),
-        "it is how much the patch changed the metric; the statement asks for the metric itself.": lambda: (
-            means(case, patches, shape) - base()
-        ),
-        "the first prompt's activation is patched into all prompts.": lambda: each(
-            lambda name, index: first_into_all(case, name, index)
-        ),
+        "the first prompt's activation is patched into all prompts.": swept(put=of_first_prompt),
     }
 
 
-def first_into_all(case: Case, name: str, index: tuple[Any, ...]) -> Tensor:
-    """A patch whose values are those of the first prompt."""
-    kept = case.source
-    case.source = {key: value[:1].expand_as(value) for key, value in kept.items()}
-    try:
-        return case.scores({name: [index]}).mean()
-    finally:
-        case.source = kept
+def flipped(axis: int) -> Callable[..., Tensor]:
+    return lambda table, base: table.flip(axis)
 
 
-def assert_sweep(
-    name: str,
-    fn: Fn,
-    axes: str,
-    entries: Callable[[Case], tuple[list[Patch], tuple[int, ...]]],
-    more: Callable[[Case, Callable[[list[Patch]], Tensor]], Wrong],
-    arguments: tuple[Any, ...] = (),
-    words: str = "",
-) -> None:
-    """A table of patches: values, and that nothing else happens."""
-    for sizes in SIZES:
-        case = case_of(*sizes)
-        patches, shape = entries(case)
-        label = f"{name} {words}{case.words}"
-        source_cache = case.cache()
-        with leaves_no_trace(name, case, source_cache), during(f"{words}{case.words}"):
-            actual = fn(case.model, case.tokens, source_cache, case.metric, *arguments)
-        right = known_means(case, patches, shape)
-        mistakes = sweep_mistakes(case, patches, shape) | more(case, partial(reshaped_means, case, shape))
-        compare(label, actual, right, axes, mistakes)
-        no_graph(name, actual)
+def one_on(table: Tensor, base: Tensor) -> Tensor:
+    """Moved by one position."""
+    return table.roll(1, -1)
 
 
-def renamed(patches: Sequence[Patch], old: str, new: str) -> list[Patch]:
-    """The same patches at another hook point."""
-    return [(name.replace(old, new), index) for name, index in patches]
-
-
-def in_layers(patches: Sequence[Patch], order: Callable[[int], int]) -> list[Patch]:
-    """The same patches in other layers."""
-    moved = []
-    for name, index in patches:
-        blocks, layer, rest = name.split(".", 2)
-        moved.append((f"{blocks}.{order(int(layer))}.{rest}", index))
-    return moved
+def mixed_up(table: Tensor, base: Tensor) -> Tensor:
+    """The last two axes exchanged, and then given their old sizes."""
+    return table.mT.reshape(table.shape)
 
 
 # ----------------------------------------------------------------------------------------------------------- one patch
 
 
+def means(case: Case, patches: Sequence[Patch], shape: tuple[int, ...]) -> Tensor:
+    """The definition: for each patch a run of its own, and the mean of the metric; worked out once for a case."""
+
+    def work(case: Case) -> Tensor:
+        return torch.stack([case.metric(case.logits(name, index)).mean() for name, index in patches]).reshape(shape)
+
+    return worked_out(str(patches), case, work)
+
+
+@known_mistakes(
+    {
+        "nothing is patched.": patching(nothing),
+        "clean and corrupted are swapped: it runs on the source's text.": other_way(patching()),
+        "the whole activation is patched, not only the part that `index` names.": patching(everything),
+        "`index` is off by one.": patching(
+            index=lambda index: (index[0] - 1, *index[1:]) if isinstance(index[0], int) else index
+        ),
+        "`index` is taken for the prompt: the batch axis comes before it.": patching(without_batch_axis),
+    }
+)
 def check_run_patched(fn: Fn) -> None:
     """Streams, heads, and patterns, one patch each."""
     name = "run_patched"
     for sizes in SIZES:
         case = case_of(*sizes)
         last = case.n_pos - 1
-        patches: list[Patch] = [
+        for place, index in [
             ("blocks.1.hook_resid_pre", (2,)),
             ("blocks.0.attn.hook_z", (ALL, 1)),
             ("blocks.1.attn.hook_z", (last, 0)),
             ("blocks.1.attn.hook_pattern", (1,)),
             ("hook_embed", (ALL,)),
-        ]
-        for place, index in patches:
+        ]:
             assert_one_patch(name, fn, case, place, index)
 
 
 def assert_one_patch(name: str, fn: Fn, case: Case, place: str, index: tuple[Any, ...]) -> None:
     """One patch: the logits, and that nothing else happens."""
-    axes = "batch pos d_vocab"
     call = f"{place}, {index}".replace("slice(None, None, None)", "slice(None)")
-    source_cache = case.cache()
-    with leaves_no_trace(name, case, source_cache), during(f"patching {call}"):
-        actual = fn(case.model, case.tokens, source_cache, place, index)
-    right = worked_out(call, case.sizes, Work(lambda case: case.logits({place: [index]})))
-    mistakes: Wrong = {
-        "nothing is patched.": lambda: case.logits({}),
-        "clean and corrupted are swapped: it runs on the source's text.": (lambda: case.logits({place: [index]}, True)),
-    }
-    if index != (ALL,):
-        mistakes["the whole activation is patched, not only the part that `index` names."] = lambda: case.logits(
-            {place: [(...,)]}
-        )
-    if isinstance(index[0], int):
-        mistakes["`index` is off by one."] = lambda: case.logits({place: [(index[0] - 1, *index[1:])]})
-        mistakes["`index` is taken for the prompt: the batch axis comes before it."] = lambda: prompt_patched(
-            case, place, index
-        )
-    compare(f"{name}({call})", actual, right, axes, mistakes)
+    with leaves_no_trace(name, case), during(f"patching {call}"):
+        actual = fn(case.model, case.tokens, case.cache(), place, index)
+    right = worked_out(call, case, lambda case: case.logits(place, index))
+    compare(f"{name}({call}) {case.words}", actual, right, "batch pos d_vocab")
     no_graph(name, actual)
-
-
-def prompt_patched(case: Case, place: str, index: tuple[Any, ...]) -> Tensor:
-    """What comes out where `activation[index]` is patched, without the batch axis in front."""
-
-    def see(name: str, activation: Tensor) -> Tensor:
-        if name == place:
-            activation = activation.clone()
-            if index[0] < len(activation):
-                activation[index] = case.source[name][index]
-        return activation
-
-    with torch.no_grad():
-        return case.model.compute(case.tokens, see)
 
 
 # -------------------------------------------------------------------------------------------------------------- sweeps
 
 
-def streams(case: Case) -> tuple[list[Patch], tuple[int, ...]]:
-    names = [f"blocks.{layer}.hook_resid_pre" for layer in range(case.n_layers)]
-    names.append(f"blocks.{case.n_layers - 1}.hook_resid_post")
-    return [(name, (pos,)) for name in names for pos in range(case.n_pos)], (case.n_layers + 1, case.n_pos)
+def assert_sweep(name: str, fn: Fn, axes: str, grid: Grid, *which: str) -> None:
+    """A table of patches: values, and that nothing else happens."""
+    words = "".join(f'with which="{value}" ' for value in which)
+    for sizes in SIZES:
+        case = case_of(*sizes)
+        with leaves_no_trace(name, case), during(f"{words}{case.words}"):
+            actual = fn(case.model, case.tokens, case.cache(), case.metric, *which)
+        right = means(case, *grid(case.model.cfg, case.n_pos, *which))
+        compare(f"{name} {words}{case.words}", actual, right, axes)
+        no_graph(name, actual)
 
 
+def streams(cfg: Any, n_pos: int, place: str = "resid_pre") -> tuple[list[Patch], tuple[int, ...]]:
+    names = [f"blocks.{layer}.hook_{place}" for layer in range(cfg.n_layers)]
+    names.append(f"blocks.{cfg.n_layers - 1}.hook_resid_post")
+    return [(name, (pos,)) for name in names for pos in range(n_pos)], (cfg.n_layers + 1, n_pos)
+
+
+def first_row_for_all(patches: Sequence[Patch]) -> list[list[Patch]]:
+    return [[(patches[0][0], index)] for _, index in patches]
+
+
+@known_mistakes(
+    sweep_mistakes(partial(sweep, streams)),
+    {
+        "`resid_post` or `resid_mid` is patched (which comes to the same), not `resid_pre`.": sweep(
+            partial(streams, place="resid_post")
+        ),
+        "every row is that of depth 0.": sweep(streams, runs=first_row_for_all),
+        "the rows are in reverse order.": sweep(streams, flipped(0)),
+        "the positions are off by one.": sweep(streams, one_on),
+        "depth and position are mixed up: a transpose became a reshape.": sweep(streams, mixed_up),
+    },
+)
 def check_patch_residual_stream(fn: Fn) -> None:
     """Every depth and position."""
-
-    def more(case: Case, of: Callable[[list[Patch]], Tensor]) -> Wrong:
-        n = case.n_layers
-        posts = [("blocks.0.hook_resid_pre", (pos,)) for pos in range(case.n_pos)]
-        shifted = [f"blocks.{min(depth, n - 1)}.hook_resid_post" for depth in range(n + 1)]
-        mistakes: Wrong = {
-            "`resid_post` or `resid_mid` is patched (which comes to the same), not `resid_pre`.": lambda: of(
-                [(name, (pos,)) for name in shifted for pos in range(case.n_pos)]
-            ),
-            "every row is that of depth 0.": lambda: of(posts * (n + 1)),
-            "the rows are in reverse order.": lambda: of(streams(case)[0]).flip(0),
-            "the positions are off by one.": lambda: of(streams(case)[0]).roll(1, 1),
-            "depth and position are mixed up: a transpose became a reshape.": lambda: of(streams(case)[0]).T.reshape(
-                n + 1, case.n_pos
-            ),
-        }
-        return mistakes
-
-    assert_sweep("patch_residual_stream", fn, "depth pos", streams, more)
+    assert_sweep("patch_residual_stream", fn, "depth pos", streams)
 
 
-def outputs(case: Case) -> tuple[list[Patch], tuple[int, ...]]:
+def outputs(cfg: Any, n_pos: int) -> tuple[list[Patch], tuple[int, ...]]:
     # in a model without MLPs a patch of nothing: a part of the source's text that is not there
-    n_components = 1 if case.model.cfg.attn_only else 2
-    patches: list[Patch] = [
-        (f"blocks.{layer}.hook_{place}", (pos,))
-        for place in ("attn_out", "mlp_out")[:n_components]
-        for layer in range(case.n_layers)
-        for pos in range(case.n_pos)
+    names = [
+        "nowhere" if cfg.attn_only and place == "mlp_out" else f"blocks.{layer}.hook_{place}"
+        for place in ("attn_out", "mlp_out")
+        for layer in range(cfg.n_layers)
     ]
-    if n_components == 1:
-        patches += [("nowhere", ())] * len(patches)
-    return patches, (2, case.n_layers, case.n_pos)
+    patches: list[Patch] = [(name, (pos,)) for name in names for pos in range(n_pos)]
+    return patches, (2, cfg.n_layers, n_pos)
 
 
+def to_stream(name: str, index: Any) -> Patch:
+    return name.replace("attn_out", "resid_pre").replace("mlp_out", "resid_mid"), index
+
+
+def zeros_for_missing_mlps(model: Any, *arguments: Any) -> Tensor:
+    table = sweep(outputs)(model, *arguments)
+    if model.cfg.attn_only:
+        table[1] = 0
+    return table
+
+
+@known_mistakes(
+    sweep_mistakes(partial(sweep, outputs)),
+    {
+        "the streams are patched, not what the components write.": sweep(outputs, runs=each(to_stream)),
+        "the positions are off by one.": sweep(outputs, one_on),
+        "the layers are in reverse order.": sweep(outputs, flipped(1)),
+        "attention and MLPs are swapped: component 0 is attention.": sweep(outputs, flipped(0)),
+        "a model without MLPs gets zeros; nothing exchanged is the run as it is.": zeros_for_missing_mlps,
+    },
+)
 def check_patch_components(fn: Fn) -> None:
     """Attention and MLP at every layer and position; and a model without MLPs."""
-
-    def more(case: Case, of: Callable[[list[Patch]], Tensor]) -> Wrong:
-        patches, _ = outputs(case)
-        mistakes: Wrong = {
-            "the streams are patched, not what the components write.": lambda: of(
-                renamed(renamed(patches, "attn_out", "resid_pre"), "mlp_out", "resid_mid")
-            ),
-            "the positions are off by one.": lambda: of(patches).roll(1, 2),
-            "the layers are in reverse order.": lambda: of(patches).flip(1),
-        }
-        if case.model.cfg.attn_only:
-            mistakes["a model without MLPs gets zeros; nothing exchanged is the run as it is."] = lambda: torch.stack(
-                [of(patches)[0], torch.zeros_like(of(patches)[0])]
-            )
-        else:
-            mistakes["attention and MLPs are swapped: component 0 is attention."] = lambda: of(patches).flip(0)
-        return mistakes
-
-    assert_sweep("patch_components", fn, "component layer pos", outputs, more)
+    assert_sweep("patch_components", fn, "component layer pos", outputs)
 
 
-def heads(case: Case, place: str = "z") -> tuple[list[Patch], tuple[int, ...]]:
+def heads(cfg: Any, n_pos: int, place: str = "z") -> tuple[list[Patch], tuple[int, ...]]:
     patches: list[Patch] = [
         (f"blocks.{layer}.attn.hook_{place}", (head,) if place == "pattern" else (ALL, head))
-        for layer in range(case.n_layers)
-        for head in range(case.n_heads)
+        for layer in range(cfg.n_layers)
+        for head in range(cfg.n_heads)
     ]
-    return patches, (case.n_layers, case.n_heads)
+    return patches, (cfg.n_layers, cfg.n_heads)
 
 
-def head_mistakes(case: Case, of: Callable[[list[Patch]], Tensor], place: str) -> Wrong:
-    patches, shape = heads(case, place)
-    positions = [(name, (index[-1],) if place != "pattern" else (ALL, index[-1])) for name, index in patches]
-    mistakes: Wrong = {
-        "layers and heads are mixed up: a transpose became a reshape.": lambda: of(patches).T.reshape(shape),
-        "the layers are in reverse order.": lambda: of(patches).flip(0),
-        "every layer has the numbers of the first.": lambda: of(in_layers(patches, lambda layer: 0)),
-    }
-    if place == "pattern":
-        mistakes["the head is looked for on the wrong axis: a pattern is [batch head query key]."] = lambda: of(
-            positions
-        )
-        mistakes["the pattern is transposed: queries and keys are swapped."] = lambda: transposed(case, patches, shape)
-    else:
-        mistakes["position and head are mixed up: a head's number is used as a position."] = lambda: of(positions)
-        mistakes["only the last position is patched; take all of them."] = lambda: of(
-            [(name, (-1, index[-1])) for name, index in patches]
-        )
-    return mistakes
+def number_as_position(name: str, index: Any) -> Patch:
+    return name, index[-1:]
 
 
-def transposed(case: Case, patches: Sequence[Patch], shape: tuple[int, ...]) -> Tensor:
-    """What comes out where the source's patterns are patched in with query and key exchanged."""
-    kept = case.source
-    case.source = {key: value.mT if "pattern" in key else value for key, value in kept.items()}
-    try:
-        return means(case, patches, shape)
-    finally:
-        case.source = kept
+def at_last_position(name: str, index: Any) -> Patch:
+    return name, (-1, index[-1])
 
 
-def patched_at(of: Callable[[list[Patch]], Tensor], case: Case, place: str) -> Tensor:
-    """The table of heads with another of their activations patched."""
-    return of(heads(case, place)[0])
+def in_first_layer(name: str, index: Any) -> Patch:
+    return ".".join(["blocks", "0", *name.split(".")[2:]]), index
 
 
+HEAD_MISTAKES: dict[str, Fn] = {
+    "layers and heads are mixed up: a transpose became a reshape.": sweep(heads, mixed_up),
+    "the layers are in reverse order.": sweep(heads, flipped(0)),
+    "every layer has the numbers of the first.": sweep(heads, runs=each(in_first_layer)),
+    "position and head are mixed up: a head's number is used as a position.": sweep(
+        heads, runs=each(number_as_position)
+    ),
+    "only the last position is patched; take all of them.": sweep(heads, runs=each(at_last_position)),
+}
+
+
+@known_mistakes(
+    sweep_mistakes(partial(sweep, heads)),
+    HEAD_MISTAKES,
+    {
+        f"hook_{place} is patched; the statement asks for z.": sweep(partial(heads, place=place))
+        for place in ("v", "q", "pattern")
+    },
+)
 def check_patch_heads(fn: Fn) -> None:
     """Every head."""
-
-    def more(case: Case, of: Callable[[list[Patch]], Tensor]) -> Wrong:
-        others: Wrong = {
-            f"hook_{place} is patched; the statement asks for z.": partial(patched_at, of, case, place)
-            for place in ("v", "q", "pattern")
-        }
-        return head_mistakes(case, of, "z") | others
-
-    assert_sweep("patch_heads", fn, "layer head", heads, more)
+    assert_sweep("patch_heads", fn, "layer head", heads)
 
 
-def places(case: Case) -> tuple[list[Patch], tuple[int, ...]]:
+def places(cfg: Any, n_pos: int) -> tuple[list[Patch], tuple[int, ...]]:
     patches: list[Patch] = [
         (f"blocks.{layer}.attn.hook_z", (pos, head))
-        for layer in range(case.n_layers)
-        for head in range(case.n_heads)
-        for pos in range(case.n_pos)
+        for layer in range(cfg.n_layers)
+        for head in range(cfg.n_heads)
+        for pos in range(n_pos)
     ]
-    return patches, (case.n_layers, case.n_heads, case.n_pos)
+    return patches, (cfg.n_layers, cfg.n_heads, n_pos)
 
 
+@known_mistakes(
+    sweep_mistakes(partial(sweep, places)),
+    {
+        "all positions are patched at once.": sweep(places, runs=each(lambda name, index: (name, (ALL, index[1])))),
+        "all heads of a layer are patched at once.": sweep(places, runs=each(lambda name, index: (name, index[:1]))),
+        "heads and positions are mixed up: a transpose became a reshape.": sweep(places, mixed_up),
+        "the positions are off by one.": sweep(places, one_on),
+        "the layers are in reverse order.": sweep(places, flipped(0)),
+    },
+)
 def check_patch_heads_by_position(fn: Fn) -> None:
     """Every head at every position."""
-
-    def more(case: Case, of: Callable[[list[Patch]], Tensor]) -> Wrong:
-        patches, shape = places(case)
-        return {
-            "all positions are patched at once.": lambda: of([(name, (ALL, index[1])) for name, index in patches]),
-            "all heads of a layer are patched at once.": lambda: of([(name, (index[0],)) for name, index in patches]),
-            "heads and positions are mixed up: a transpose became a reshape.": lambda: of(patches).mT.reshape(shape),
-            "the positions are off by one.": lambda: of(patches).roll(1, 2),
-            "the layers are in reverse order.": lambda: of(patches).flip(0),
-        }
-
-    assert_sweep("patch_heads_by_position", fn, "layer head pos", places, more)
+    assert_sweep("patch_heads_by_position", fn, "layer head pos", places)
 
 
+def instead(asked: str, other: str) -> Fn:
+    """A patch_head_inputs that takes one of the five for another."""
+
+    def patch_head_inputs(model: Any, tokens: Any, source_cache: Any, metric: Any, which: str) -> Any:
+        patches, shape = heads(model.cfg, tokens.shape[1], other if which == asked else which)
+        return batched()(model, tokens, source_cache, metric, patches).reshape(shape)
+
+    return patch_head_inputs
+
+
+def with_patterns_transposed(model: Any, tokens: Any, source_cache: Any, metric: Any, which: str) -> Tensor:
+    turned = {name: value.mT if "pattern" in name else value for name, value in source_cache.items()}
+    return sweep(heads)(model, tokens, turned, metric, which)
+
+
+def on_the_positions_axis(name: str, index: Any) -> Patch:
+    return name, (ALL, index[-1]) if "pattern" in name else index
+
+
+@known_mistakes(
+    sweep_mistakes(partial(sweep, heads)),
+    HEAD_MISTAKES,
+    {
+        "the head is looked for on the wrong axis: a pattern is [batch head query key].": sweep(
+            heads, runs=each(on_the_positions_axis)
+        ),
+        "the pattern is transposed: queries and keys are swapped.": with_patterns_transposed,
+    },
+    {
+        f'it patches "{other}" where `which` is "{asked}".': instead(asked, other)
+        for asked, other in permutations(INPUTS, 2)
+    },
+)
 def check_patch_head_inputs(fn: Fn) -> None:
     """Each of the five, and a sixth that there is not."""
     name = "patch_head_inputs"
-    for which in ("q", "k", "v", "pattern", "z"):
-
-        def more(case: Case, of: Callable[[list[Patch]], Tensor], which: str = which) -> Wrong:
-            others: Wrong = {
-                f'it patches "{place}" here.': partial(patched_at, of, case, place)
-                for place in ("q", "k", "v", "pattern", "z")
-                if place != which
-            }
-            return head_mistakes(case, of, which) | others
-
-        def entries(case: Case, which: str = which) -> tuple[list[Patch], tuple[int, ...]]:
-            return heads(case, which)
-
-        assert_sweep(name, fn, "layer head", entries, more, (which,), f'with which="{which}" ')
+    for which in INPUTS:
+        assert_sweep(name, fn, "layer head", heads, which)
     case = case_of(*SIZES[1])
     for wrong in ("x", "attn_scores"):
-        must_raise(
-            name,
-            ValueError,
-            f'which="{wrong}"',
-            partial(fn, case.model, case.tokens, case.cache(), case.metric, wrong),
-        )
+        run = partial(fn, case.model, case.tokens, case.cache(), case.metric, wrong)
+        must_raise(name, ValueError, f'which="{wrong}"', run)
 
 
+def going_on(
+    blocks: Callable[[list[Any], int], list[Any]] = lambda blocks, layer: blocks[layer:],
+    norm: Callable[[Any, Tensor], Tensor] = lambda norm, resid: norm(resid),
+) -> Fn:
+    """A run_from through other blocks, or with another end."""
+
+    def run_from(model: Any, resid: Any, layer: int) -> Any:
+        for block in blocks(list(model.blocks), layer):
+            resid = block(resid)
+        return model.unembed(norm(model.ln_final, resid))
+
+    return run_from
+
+
+@known_mistakes(
+    {
+        "the final LayerNorm is left out.": going_on(norm=lambda norm, resid: resid),
+        "all layers are run: those before `layer` are in `resid` already.": going_on(lambda blocks, layer: blocks),
+        "all layers are run where `layer` is n_layers: there is none left to run.": going_on(
+            lambda blocks, layer: blocks[layer - len(blocks) :]
+        ),
+        "the layer itself is left out: `resid` is the stream *before* it.": going_on(
+            lambda blocks, layer: blocks[layer + 1 :]
+        ),
+        "only that one layer is run, not those after it.": going_on(lambda blocks, layer: blocks[layer : layer + 1]),
+        "the layers are run in reverse order.": going_on(lambda blocks, layer: blocks[layer:][::-1]),
+    }
+)
 def check_run_from(fn: Fn) -> None:
-    """From every depth, with and without a patch further on."""
+    """From every depth."""
     name = "run_from"
     for sizes in SIZES:
         case = case_of(*sizes)
-        last = f"blocks.{case.n_layers - 1}.hook_resid_post"
-        streams = [case.source[f"blocks.{layer}.hook_resid_pre"] for layer in range(case.n_layers)] + [
-            case.source[last]
-        ]
-        for layer, stream in enumerate(streams):
-            resid, label = stream.clone(), f"{name} with layer={layer} {case.words}"
-            with leaves_no_trace(name, case, case.cache()), torch.no_grad(), during(f"with layer={layer}"):
-                actual = fn(case.model, resid, layer)
-            if not torch.equal(resid, stream):
-                raise CheckFailed(f"{label}: it changed `resid` in place.\n  Next: make a new tensor.")
-            right = case.logits({}, backwards=True)
-            compare(label, actual, right, "batch pos d_vocab", from_mistakes(case, stream, layer))
-
-
-def from_mistakes(case: Case, stream: Tensor, layer: int) -> Wrong:
-    """What common mistakes give from this stream on."""
-    model = case.model
-
-    def through(layers: Sequence[int], norm: bool = True) -> Tensor:
-        with torch.no_grad():
-            resid = stream
-            for number in layers:
-                resid = model.blocks[number].compute(resid, lambda place, activation: activation)
-            return (model.ln_final(resid) if norm else resid) @ model.unembed.W_U + model.unembed.b_U
-
-    rest = range(layer, case.n_layers)
-    mistakes: Wrong = {"the final LayerNorm is left out.": lambda: through(rest, norm=False)}
-    if layer > 0:
-        mistakes["all layers are run: those before `layer` are in `resid` already."] = lambda: through(
-            range(case.n_layers)
-        )
-    if layer < case.n_layers:
-        mistakes["the layer itself is left out: `resid` is the stream *before* it."] = lambda: through(rest[1:])
-    if len(rest) > 1:
-        mistakes["only that one layer is run, not those after it."] = lambda: through(rest[:1])
-        mistakes["the layers are run in reverse order."] = lambda: through(rest[::-1])
-    return mistakes
+        right = case.model.compute(case.source_tokens, lambda place, activation: activation)
+        for layer, stream in enumerate(depths(case.cache())):
+            with leaves_no_trace(name, case), torch.no_grad(), during(f"with layer={layer}"):
+                actual = fn(case.model, stream, layer)
+            compare(f"{name} with layer={layer} {case.words}", actual, right, "batch pos d_vocab")
 
 
 MIXED: list[Patch] = [
@@ -425,6 +461,71 @@ MIXED: list[Patch] = [
 WITH_EMBEDDINGS: list[Patch] = [MIXED[1], ("hook_embed", (1,)), MIXED[4], ("hook_embed", (ALL,)), MIXED[2]]
 
 
+def batched(**wrong: Any) -> Fn:
+    """A batched_sweep as frugal as the check asks for, with switches for what people get wrong.
+
+    `wrong` may hold: `sort`, what the patches are sorted by; `as_sorted`, the answers stay in that order; `together`,
+    each patch acts on all copies; `layer`, where a run with a patch starts; `streams`, of which run; `repeat`, how the
+    prompts are copied.
+    """
+
+    def batched_sweep(model: Any, tokens: Any, source_cache: Any, metric: Any, patches: Any, max_rows: int = 64) -> Any:
+        n_batch, n_layers = len(tokens), model.cfg.n_layers
+        fit = max(1, max_rows // n_batch)
+        repeat = wrong.get("repeat", lambda tensor, times: torch.cat([tensor] * times))
+        with torch.no_grad():
+            own = run_with_cache(model, tokens)[1]
+        resid = depths(wrong.get("streams", lambda own, source: own)(own, source_cache))
+        sort = wrong.get("sort", lambda name, number: first(name, n_layers))
+        order = sorted(range(len(patches)), key=lambda number: sort(patches[number][0], number))
+        values: list[Tensor] = []
+        for start in range(0, len(order), fit):
+            group = [patches[number] for number in order[start : start + fit]]
+
+            def act(activation: Any, hook: Any, group: Any = group) -> Any:
+                copies = list(activation.clone().split(n_batch))
+                for number, (name, index) in enumerate(group):
+                    for at in range(len(group)) if wrong.get("together") else [number]:
+                        if name == hook.name:
+                            copies[at] = put(copies[at], source_cache[name], index)
+                return torch.cat(copies)
+
+            layer = min(wrong.get("layer", first)(name, n_layers) for name, _ in group)
+            with torch.no_grad(), hooks(model, {name: act for name, _ in group}):
+                if layer < 0:
+                    logits = model(repeat(tokens, len(group)))
+                else:
+                    logits = going_on()(model, repeat(resid[layer], len(group)), layer)
+            values += [metric(copy).mean() for copy in logits.split(n_batch)]
+        return torch.stack(values if wrong.get("as_sorted") else [values[order.index(i)] for i in range(len(order))])
+
+    return batched_sweep
+
+
+def listed(then: Callable[..., Tensor] = lambda table, base: table, **wrong: Any) -> Fn:
+    """A sweep over the patches of a list, one run after the other."""
+
+    def batched_sweep(model: Any, tokens: Any, source_cache: Any, metric: Any, patches: Any, max_rows: int = 64) -> Any:
+        grid = (list(patches), (len(patches),))
+        return sweep(lambda cfg, n_pos: grid, then, **wrong)(model, tokens, source_cache, metric)
+
+    return batched_sweep
+
+
+ON_ALL = "each patch acts on all copies of the prompts, not only on its own"
+
+
+@known_mistakes(
+    {
+        "the answers come in the order of the layers, not in that of the patches.": batched(as_sorted=True),
+        "the answers come in the order of the hook points, not in that of the patches.": batched(
+            sort=lambda name, number: name, as_sorted=True
+        ),
+        f"{ON_ALL}.": batched(together=True),
+        f"{ON_ALL}; nor are the patches sorted.": batched(together=True, sort=lambda name, number: number),
+    },
+    sweep_mistakes(listed),
+)
 def check_batched_sweep(fn: Fn) -> None:
     """Patches of all kinds in no order, in few and in many forwards; then memory, forwards, and layers."""
     for sizes in SIZES:
@@ -438,36 +539,13 @@ def assert_batched(fn: Fn, case: Case, patches: list[Patch], max_rows: int) -> N
     name, n_batch, n_layers, n_patches = "batched_sweep", case.n_batch, case.n_layers, len(patches)
     per_run = max(1, max_rows // n_batch)
     label = f"{name} with max_rows={max_rows} {case.words}"
-    source_cache = case.cache()
-    with leaves_no_trace(name, case, source_cache), during(f"with max_rows={max_rows}"):
-        actual = fn(case.model, case.tokens, source_cache, case.metric, patches, max_rows)
-    right = known_means(case, patches, (n_patches,))
+    with leaves_no_trace(name, case), during(f"with max_rows={max_rows}"):
+        actual = fn(case.model, case.tokens, case.cache(), case.metric, patches, max_rows)
+    right = means(case, patches, (n_patches,))
     firsts = [first(place, n_layers) for place, _ in patches]
     in_order = sorted(range(n_patches), key=firsts.__getitem__)
     starts = range(0, n_patches, per_run)
-
-    def together(order: Sequence[int]) -> Tensor:
-        """Every patch of a group acts on all copies; the answers go where their patches stood."""
-        values = torch.empty_like(right)
-        for start in starts:
-            edits: dict[str, list[tuple[Any, ...]]] = {}
-            for place, index in (patches[i] for i in order[start : start + per_run]):
-                edits.setdefault(place, []).append(index)
-            values[list(order[start : start + per_run])] = case.scores(edits).mean()
-        return values
-
-    mistakes: Wrong = {
-        "the answers come in the order of the layers, not in that of the patches.": lambda: right[in_order],
-        "the answers come in the order of the hook points, not in that of the patches.": lambda: right[
-            sorted(range(n_patches), key=lambda i: patches[i][0])
-        ],
-    }
-    if per_run > 1:
-        hint = "each patch acts on all copies of the prompts, not only on its own"
-        mistakes[f"{hint}."] = lambda: together(in_order)
-        mistakes[f"{hint}; nor are the patches sorted."] = lambda: together(range(n_patches))
-    mistakes |= sweep_mistakes(case, patches, (n_patches,))
-    compare(label, actual, right, "patch", mistakes, rtol=1e-5, atol=1e-5)
+    compare(label, actual, right, "patch", rtol=1e-5, atol=1e-5)
     no_graph(name, actual)
     model = case.model
     if model.most_rows > max(max_rows, n_batch):
@@ -499,147 +577,3 @@ def first(place: str, n_layers: int) -> int:
     """The layer in which this hook point stands; -1 ahead of all, n_layers behind."""
     owner, _, rest = place.partition(".")
     return {"hook_embed": -1, "ln_final": n_layers}[owner] if owner != "blocks" else int(rest.partition(".")[0])
-
-
-# ------------------------------------------------------------------------------------------------ attribution patching
-
-WATCHED = ["blocks.0.attn.hook_z", "blocks.1.hook_resid_pre", "blocks.1.attn.hook_pattern", "blocks.0.hook_attn_out"]
-AXES = {
-    "hook_z": "batch pos head d_head",
-    "hook_resid_pre": "batch pos d_model",
-    "hook_pattern": "batch head query key",
-    "hook_attn_out": "batch pos d_model",
-}
-
-
-def gradients(case: Case, tokens: Tensor, embed: Tensor | None = None) -> dict[str, Tensor]:
-    """How the metric, summed over the prompts, changes with something added at each of these places."""
-    added: dict[str, Tensor] = {}
-
-    def see(name: str, activation: Tensor) -> Tensor:
-        if name == "hook_embed" and embed is not None:
-            return embed
-        if name in WATCHED:
-            added[name] = torch.zeros_like(activation, requires_grad=True)
-            return activation + added[name]
-        return activation
-
-    total = case.metric(case.model.compute(tokens, see)).sum()
-    return dict(zip(added, torch.autograd.grad(total, list(added.values())), strict=True))
-
-
-Named = dict[str, Tensor]
-
-
-def compare_by_name(label: str, actual: Any, right: Named, wrong: dict[str, Callable[[], Named]]) -> None:
-    """A dictionary of tensors, one for each hook point asked for."""
-    if not isinstance(actual, dict) or set(actual) != set(right):
-        got = f"one with {', '.join(map(str, actual)) or 'nothing'}" if isinstance(actual, dict) else repr(actual)[:40]
-        raise CheckFailed(
-            f"{label}: expected a dictionary with a tensor for each name, got {got}.\n"
-            "  Next: return {name: ..., for each of `names`}."
-        )
-    for place in right:
-        mistakes: Wrong = {
-            hint: partial(lambda place, answers: answers()[place], place, answers) for hint, answers in wrong.items()
-        }
-        axes = AXES[place.split(".")[-1]]
-        compare(f"{label}, at {place}", actual[place], right[place], axes, mistakes, rtol=1e-3, atol=5e-5)
-        if actual[place].requires_grad:
-            raise CheckFailed(
-                f"{label}: what it returns still has its graph.\n  Next: detach it; nobody differentiates it again."
-            )
-
-
-def check_attribution_patching(fn: Fn) -> None:
-    """Gradient times difference at four kinds of places; parameters and cache stay as they are."""
-    name = "attribution_patching"
-    for sizes in SIZES:
-        case = case_of(*sizes)
-        assert_estimates(name, fn, case)
-
-
-def assert_estimates(name: str, fn: Fn, case: Case) -> None:
-    """One case of attribution patching."""
-    source_cache = case.cache()
-    with leaves_no_trace(name, case, source_cache), during(case.words):
-        actual = fn(case.model, case.tokens, source_cache, case.metric, WATCHED)
-    slopes = worked_out("slopes", case.sizes, Work(lambda case: gradients(case, case.tokens)))
-    ways = {place: case.source[place] - case.seen[place] for place in WATCHED}
-    right = {place: slopes[place] * ways[place] for place in WATCHED}
-
-    def for_all(answer: Callable[[str], Tensor]) -> Callable[[], Named]:
-        return lambda: {place: answer(place) for place in WATCHED}
-
-    def there(place: str) -> Tensor:
-        return gradients(case, case.source_tokens)[place]
-
-    wrong = {
-        "the sign is wrong: the difference is the source minus the run's own.": for_all(lambda p: -right[p]),
-        "the gradient is multiplied by the source's activation, not by the difference.": for_all(
-            lambda p: slopes[p] * case.source[p]
-        ),
-        "the gradient is multiplied by the run's own activation: that is not a patch.": for_all(
-            lambda p: slopes[p] * case.seen[p]
-        ),
-        "it is the gradient alone.": for_all(lambda p: slopes[p]),
-        "it is the difference alone.": for_all(lambda p: ways[p]),
-        "the gradient is that of the source's run; take it in the run on `tokens`.": for_all(
-            lambda p: there(p) * ways[p]
-        ),
-        "the roles are swapped: a run on the source's text, patched from the other.": for_all(
-            lambda p: -there(p) * ways[p]
-        ),
-    }
-    if case.n_batch > 1:
-        wrong["the metric was averaged before the backward: each prompt has its own."] = for_all(
-            lambda p: right[p] / case.n_batch
-        )
-    compare_by_name(f"{name} {case.words}", actual, right, wrong)
-    if case.model.runs > 2:
-        raise CheckFailed(
-            f"{name}: it ran the model {case.model.runs} times.\n"
-            "  Next: one forward, one backward; the cache holds the source."
-        )
-
-
-def check_integrated_attribution(fn: Fn) -> None:
-    """One, two and five steps on the way from one run's embeddings to the other's."""
-    name = "integrated_attribution"
-    for sizes, steps in [(SIZES[0], 2), (SIZES[1], 1), (SIZES[0], 5)]:
-        case = case_of(*sizes)
-        assert_integrated(name, fn, case, steps)
-
-
-def assert_integrated(name: str, fn: Fn, case: Case, steps: int) -> None:
-    """One case of attribution along the way."""
-    label = f"{name} with steps={steps} {case.words}"
-    source_cache = case.cache()
-    with leaves_no_trace(name, case, source_cache), during(f"with steps={steps}"):
-        actual = fn(case.model, case.tokens, source_cache, case.metric, WATCHED, steps)
-    ways = {place: case.source[place] - case.seen[place] for place in WATCHED}
-    start, far = case.seen["hook_embed"], case.source["hook_embed"] - case.seen["hook_embed"]
-
-    def along(shares: Sequence[float]) -> Named:
-        found = [gradients(case, case.tokens, start + share * far) for share in shares]
-        return {p: sum(g[p] for g in found) / len(found) * ways[p] for p in WATCHED}
-
-    middles = [(step + 0.5) / steps for step in range(steps)]
-    right = worked_out(f"along {steps}", case.sizes, Work(lambda case: along(middles)))
-    wrong: dict[str, Callable[[], Named]] = {
-        "there is only the gradient at the start: that is attribution_patching.": lambda: along([0.0]),
-        "the steps are taken at their beginnings; take their middles.": lambda: along(
-            [step / steps for step in range(steps)]
-        ),
-        "the steps are taken at their ends; take their middles.": lambda: along(
-            [(step + 1) / steps for step in range(steps)]
-        ),
-        "the sign is wrong: the difference is the source minus the run's own.": lambda: {
-            place: -right[place] for place in WATCHED
-        },
-    }
-    if steps > 1:
-        wrong["the gradients are summed over the steps; take their mean."] = lambda: {
-            place: right[place] * steps for place in WATCHED
-        }
-    compare_by_name(label, actual, right, wrong)

@@ -1,17 +1,17 @@
-"""The oracle of path patching: spelled out on the toy model of `patching`, with switches for what people get wrong."""
+"""The oracle of path patching: spelled out on a toy transformer, with switches for what people get wrong."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from course_utils.checks.ch05.case import Case
+from course_utils.checks.ch05.patching import put
+from course_utils.checks.standins.toy_transformer import ToyTransformer
 
 Head = tuple[int, int]
 Receiver = tuple[str, int | None]
-Held = Mapping[str, Tensor]
-
+FINAL: Receiver = ("final", None)
 ALL = slice(None)
 
 
@@ -19,21 +19,24 @@ def z(layer: int) -> str:
     return f"blocks.{layer}.attn.hook_z"
 
 
-def last_of(case: Case) -> str:
-    """Where the final stream is seen."""
-    return f"blocks.{case.n_layers - 1}.hook_resid_post"
-
-
-def over_paths(case: Case, fixed: Held, receivers: Sequence[Receiver], **wrong: Any) -> Tensor:
+def over_paths(
+    model: ToyTransformer,
+    tokens: Tensor,
+    fixed: Mapping[str, Tensor],
+    receivers: Sequence[Receiver],
+    *,
+    part: Callable[[int | None], tuple[Any, ...]] = lambda head: (ALL,) if head is None else (ALL, head),
+    put: Callable[[Tensor, Tensor, Any], Tensor] = put,
+    held: bool = False,
+    final: str = "hook_resid_post",
+) -> Tensor:
     """The logits of a run whose receivers get what they would get if `fixed` stood where it says.
 
-    `wrong` may hold: `tokens`, to run on others; `pos`, the only positions patched; `all_heads`, whole layers receive;
-    `still`, what stays fixed in the second run too; `by_position`, a receiver's number is taken for a position;
-    `final`, another place for the final stream.
+    The switches: `part` says which part of an activation is a head's, `put` how it is patched; with `held`, `fixed`
+    stands in the second run too; `final` is where the last layer is read.
     """
-    tokens = wrong.get("tokens", case.tokens)
-    final = wrong.get("final", last_of(case))
-    places = [(final if name == "final" else name, head) for name, head in receivers]
+    last = f"blocks.{len(model.blocks) - 1}.{final}"
+    places = [(last if name == "final" else name, head) for name, head in receivers]
     noted: dict[str, Tensor] = {}
 
     def first(name: str, activation: Tensor) -> Tensor:
@@ -41,52 +44,62 @@ def over_paths(case: Case, fixed: Held, receivers: Sequence[Receiver], **wrong: 
         return noted[name]
 
     def second(name: str, activation: Tensor) -> Tensor:
-        if name in wrong.get("still", {}):
-            activation = fixed[name]
+        if held:
+            activation = fixed.get(name, activation)
         for place, head in places:
             if place == name:
-                activation = activation.clone()
-                index: tuple[Any, ...] = (ALL, wrong.get("pos", ALL))
-                if head is not None and wrong.get("by_position"):
-                    index = (ALL, head)
-                elif head is not None and not wrong.get("all_heads"):
-                    index = (*index, head)
-                activation[index] = noted[name][index]
+                activation = put(activation, noted[name], part(head))
         return activation
 
     with torch.no_grad():
-        case.model.compute(tokens, first)
-        return case.model.compute(tokens, second)
+        model.compute(tokens, first)
+        return model.compute(tokens, second)
 
 
-def fix(case: Case, senders: Sequence[Head], freeze_mlps: bool, **wrong: Any) -> dict[str, Tensor]:
+def fix(
+    model: ToyTransformer,
+    clean: Tensor,
+    corrupted: Tensor,
+    senders: Sequence[Head],
+    freeze_mlps: bool,
+    *,
+    whole_layers: bool = False,
+    loose: bool = False,
+    others: bool = False,
+) -> dict[str, Tensor]:
     """What stands still in the first run: all z, the senders' from the source; and the MLPs where they are frozen.
 
-    `wrong` may hold: `backwards`, the two runs change places; `pos`, the only positions sent; `whole_layers`;
-    `loose`, heads that send nothing are not held; `others`, they are held, but at what they are in the source's run.
+    The switches: `whole_layers` send; `loose`, heads that send nothing are not held; `others`, they are held, but at
+    what they are in the source's run.
     """
-    own, source = (case.source, case.seen) if wrong.get("backwards") else (case.seen, case.source)
+    own, source = model.seen(clean), model.seen(corrupted)
     fixed = {}
-    for layer in range(case.n_layers):
+    for layer, block in enumerate(model.blocks):
         numbers = [head for at, head in senders if at == layer]
-        if numbers or not wrong.get("loose"):
-            base, sent = (source, own) if wrong.get("others") else (own, source)
-            fixed[z(layer)] = base[z(layer)].clone()
-            for head in range(case.n_heads) if numbers and wrong.get("whole_layers") else numbers:
-                index = (ALL, wrong.get("pos", ALL), head)
-                fixed[z(layer)][index] = (source if wrong.get("others") else sent)[z(layer)][index]
-        if freeze_mlps and not case.model.cfg.attn_only:
+        if numbers or not loose:
+            fixed[z(layer)] = (source if others else own)[z(layer)].clone()
+            for head in range(model.cfg.n_heads) if numbers and whole_layers else numbers:
+                fixed[z(layer)][:, :, head] = source[z(layer)][:, :, head]
+        if freeze_mlps and hasattr(block, "mlp"):
             name = f"blocks.{layer}.hook_mlp_out"
             fixed[name] = own[name]
     return fixed
 
 
 def path_scores(
-    case: Case, senders: Sequence[Head], receivers: Sequence[Receiver], freeze_mlps: bool = True, **wrong: Any
+    model: ToyTransformer,
+    clean: Tensor,
+    corrupted: Tensor,
+    senders: Sequence[Head],
+    receivers: Sequence[Receiver],
+    metric: Callable[[Tensor], Tensor],
+    freeze_mlps: bool = True,
+    fixing: Mapping[str, bool] | None = None,
+    **wrong: Any,
 ) -> Tensor:
-    """The metric of each prompt, with the senders' news on direct paths only."""
-    fixed = fix(case, senders, freeze_mlps, **wrong.pop("fix", {}))
-    return case.metric(over_paths(case, fixed, receivers, **wrong))
+    """The metric of each prompt, with the senders' news on direct paths only; `fixing` holds switches of `fix`."""
+    fixed = fix(model, clean, corrupted, senders, freeze_mlps, **(fixing or {}))
+    return metric(over_paths(model, clean, fixed, receivers, **wrong))
 
 
 class Prompts:
