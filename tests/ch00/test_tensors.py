@@ -262,7 +262,7 @@ SURPRISES |= {
         ("values are wrong", lambda x, t: x.softmax(-1) * (1 - F.one_hot(t, x.shape[-1])) / t.numel()),
     ],
     "gradient_by_backward": [
-        ("`at` itself records gradients afterwards", on_itself),
+        ("it changed `at.requires_grad` to True", on_itself),
         ("that was changed", put_back),
         ("cut the history before", copied),
         ("the answer records gradients itself", with_history),

@@ -88,7 +88,7 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
     ],
     "edge_attribution": [
         ("gradients of the model's parameters", by_backward),
-        (".requires_grad` from True to False", frozen),
+        (".requires_grad` to False", frozen),
         ("values are wrong", attributing(masked=False, then=shared)),
         ("values are wrong", attributing(difference=last_position)),
         ("values are wrong", attributing(then=lambda table, model, steps: table - table.mean())),
