@@ -17,11 +17,16 @@ from course_utils.checks.keeping import keep
 from course_utils.checks.outcomes import CheckFailed
 from course_utils.checks.whose import is_library_module
 
+GLOBAL_RANDOM = "torch's global random numbers"
+
 Check = TypeVar("Check", bound=Callable[[Any], None])
 
 
 def may_change(*arguments: str) -> Callable[[Check], Check]:
-    """Say which arguments an exercise is asked to change; `self` stands for a module's own parameters."""
+    """Say which arguments an exercise is asked to change, such as "model" or "model.grad", or GLOBAL_RANDOM.
+
+    `self` stands for a module's own parameters.
+    """
 
     def attach(check: Check) -> Check:
         check.may_change = frozenset(arguments)  # type: ignore[attr-defined]
@@ -72,9 +77,14 @@ def _watching(
         given = {labels[i] if i < len(labels) else f"argument {i + 1}": value for i, value in enumerate(args)} | kwargs
         if not isinstance(given.get("self"), nn.Module) or function.__name__ != "forward":
             given.pop("self", None)  # most methods are there to change their object; a module's forward is not
-        renamed = bool(allowed) and allowed.isdisjoint(given)  # then nobody can tell which of them may be changed
-        before = {label: keep(value, label) for label, value in given.items() if label not in allowed and not renamed}
-        world = _world()
+        named = {label.split(".")[0] for label in allowed - {GLOBAL_RANDOM}}
+        renamed = bool(named) and named.isdisjoint(given)  # then nobody can tell which of them may be changed
+        before = {
+            label: keep(value, label, grads=f"{label}.grad" not in allowed)
+            for label, value in given.items()
+            if label not in allowed and not renamed
+        }
+        world, random = _world(), torch.get_rng_state()
         running.append(name)
         try:
             answer = function(*args, **kwargs)
@@ -90,6 +100,11 @@ def _watching(
                     f"{name}: after the call {what} is {now}; it was {was} before.\n"
                     "  Next: put back what you change, or use a `with` block, which does it for you."
                 )
+        if GLOBAL_RANDOM not in allowed and not torch.equal(random, torch.get_rng_state()):
+            raise CheckFailed(
+                f"{name}: it drew from torch's global random numbers, so that a result depends on what ran before.\n"
+                "  Next: hand `generator=` to what draws, or leave chance out."
+            )
         return answer
 
     return call

@@ -23,9 +23,12 @@ class Kept:
 
 
 class KeptTensor(Kept):
-    def __init__(self, tensor: Tensor, label: str) -> None:
+    def __init__(self, tensor: Tensor, label: str, with_grad: bool = True) -> None:
         super().__init__(label)
         self.tensor, self.before, self.needs = tensor, tensor.detach().clone(), tensor.requires_grad
+        self.with_grad = with_grad and tensor.is_leaf
+        self.grad = tensor.grad if self.with_grad else None
+        self.grad_before = None if self.grad is None else self.grad.detach().clone()
 
     def put_back(self) -> str | None:
         tensor, label = self.tensor, self.label
@@ -33,32 +36,41 @@ class KeptTensor(Kept):
             tensor.requires_grad_(self.needs)
             changed = f"it changed `{label}.requires_grad` to {not self.needs}."
             return f"{changed}\n  Next: leave it, or work on `{label}.detach()`."
-        if tensor.dtype == self.before.dtype and identical(tensor.detach(), self.before):
+        if tensor.dtype != self.before.dtype or not identical(tensor.detach(), self.before):
+            tensor.data = self.before.clone()
+            return f"it changed `{label}` in place.\n" + IN_PLACE.format(label)
+        grad = tensor.grad if self.with_grad else None
+        if grad is self.grad and (grad is None or self.grad_before is None or identical(grad, self.grad_before)):
             return None
-        tensor.data = self.before.clone()
-        return f"it changed `{label}` in place.\n" + IN_PLACE.format(label)
+        tensor.grad = self.grad_before
+        return (
+            f"it changed `{label}.grad`.\n  Next: torch.autograd.grad(...) returns gradients and leaves `.grad` alone."
+        )
 
 
 class KeptEntries(Kept):
     """The entries of a list, a dictionary, a dataclass or a module, each kept itself."""
 
-    def __init__(self, entries: Mapping[str, Any], label: str, undo: Callable[[], str | None]) -> None:
+    def __init__(
+        self, entries: Mapping[str, Any], label: str, undo: Callable[[], str | None], grads: bool = True
+    ) -> None:
         super().__init__(label)
         self.undo = undo  # of what happened to the container: entries more, fewer, others
-        self.kept = [kept for name, entry in entries.items() if (kept := keep(entry, name))]
+        self.kept = [kept for name, entry in entries.items() if (kept := keep(entry, name, grads))]
 
     def put_back(self) -> str | None:
         changes = [self.undo(), *(kept.put_back() for kept in self.kept)]
         return next(filter(None, changes), None)
 
 
-def keep(value: Any, label: str) -> Kept | None:
-    """Remember a value; None for one that cannot be changed, or that is none of ours."""
+def keep(value: Any, label: str, grads: bool = True) -> Kept | None:
+    """Remember a value, with the `.grad` of its tensors if `grads`; None for one that nobody can change."""
     if isinstance(value, Tensor):
-        return KeptTensor(value, label)
+        return KeptTensor(value, label, grads)
     if isinstance(value, nn.Module):
         entries = {f"{label}.{name}": tensor for name, tensor in [*value.named_parameters(), *value.named_buffers()]}
-        return KeptEntries(entries, label, _undo_modes(value, label))
+        undo_modes, undo_hooks = _undo_modes(value, label), _undo_hooks(value, label)
+        return KeptEntries(entries, label, lambda: next(filter(None, [undo_modes(), undo_hooks()]), None), grads)
     if isinstance(value, list):
         return KeptEntries({f"{label}[{i}]": entry for i, entry in enumerate(value)}, label, _undo_list(value, label))
     if isinstance(value, tuple):
@@ -125,3 +137,30 @@ def _undo_modes(module: nn.Module, label: str) -> Callable[[], str | None]:
         return f"it left `{label}` in {now} mode.\n  Next: put it back, also where an error comes up."
 
     return undo
+
+
+def _undo_hooks(module: nn.Module, label: str) -> Callable[[], str | None]:
+    places = {name: _hooks_of(part) for name, part in module.named_modules()}
+    before = {name: [dict(hooks) for hooks in found] for name, found in places.items()}
+
+    def undo() -> str | None:
+        told = None
+        for name, found in places.items():
+            for hooks, was in zip(found, before[name], strict=True):
+                if dict(hooks) != was:
+                    place = f"`{name}` of `{label}`" if name else f"`{label}`"
+                    more = len(hooks) > len(was)
+                    told = told or (
+                        f"it left a hook at {place}" if more else f"it took away hooks of others at {place}"
+                    )
+                    hooks.clear()
+                    hooks.update(was)
+        return told and f"{told}.\n  Next: use run_with_hooks, or `with hooks(model, ...):`, which undo just their own."
+
+    return undo
+
+
+def _hooks_of(part: nn.Module) -> list[dict[int, Any]]:
+    """Where a module keeps its hooks: torch's three kinds, and those of a hook point."""
+    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_fns")
+    return [vars(part)[name] for name in names if name in vars(part)]

@@ -153,7 +153,7 @@ def torchrun(n: int, *arguments: str | Path) -> subprocess.CompletedProcess[str]
 
 @pytest.mark.slow
 def test_two_processes_train_like_one(tokenizer, tmp_path: Path) -> None:
-    run = torchrun(2, ROOT / "tests/recipe_in_processes.py", tmp_path)
+    run = torchrun(2, ROOT / "tests/models/recipe_in_processes.py", tmp_path)
     assert run.returncode == 0, run.stderr[-3000:]
     result = torch.load(tmp_path / "result.pt", weights_only=True)
     recipe = tiny_recipe(len(tokenizer))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from course_utils.checks.comparing import compare
+from course_utils.checks.guarding import GLOBAL_RANDOM, may_change
 from course_utils.checks.mistakes import known_mistakes
 from course_utils.checks.modules import noise
 from course_utils.checks.outcomes import CheckFailed
@@ -148,6 +149,7 @@ def counting(**changes: Any) -> Callable[[TransformerConfig, int], int]:
     return flops_per_token
 
 
+@may_change(GLOBAL_RANDOM)  # it may make a model, and count
 @known_mistakes(
     {
         "a multiply-add is counted as one operation; it is two.": counting(passes=3),
@@ -268,6 +270,7 @@ def without(kind: str) -> Callable[..., dict[str, int]]:
     return remembering(left_out=lambda cfg, n_ctx: count_parameters(cfg)[kind])
 
 
+@may_change(GLOBAL_RANDOM)  # it may make a model, and count
 @known_mistakes(
     {
         "every number has four bytes, whatever `dtype` is.": remembering(size=4),

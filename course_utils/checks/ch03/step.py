@@ -278,6 +278,7 @@ def accumulating(
     return accumulate_gradients
 
 
+@may_change("model.grad")
 @known_mistakes(
     {
         "the micro-batches' losses are added up, each a mean; weigh them by their share of the rows.": accumulating(
