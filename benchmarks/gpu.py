@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from course_utils.checks import find_checks, run_check
 
+from course_utils.checks import find_checks, run_check
 from course_utils.pretrained import shipped_tokenizer
 from solutions.ch02_transformer import Transformer, init_weights
 from solutions.ch03_training import fit
