@@ -6,9 +6,11 @@ right answers in another style pass. Small changes of the reference are refused.
 an exercise that is not written yet is skipped, and a wrong answer fails.
 """
 
+import contextlib
 import functools
 import importlib
 import json
+import random
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -226,6 +228,27 @@ def test_small_changes_of_the_reference_are_refused(chapter: str, symbol: str) -
     path = file_of(chapter, "solutions", "ch{}_*.py")
     let_off = getattr(own, "ONLY_ON_GPU", None)
     assert survivors(path, symbol, CHECKS[chapter][symbol], let_off) <= own.STILL_RIGHT
+
+
+def test_wrong_answers_in_any_order_cost_no_right_one(request: pytest.FixtureRequest) -> None:
+    """Whatever wrong answers spoil, one after the other in one process, right ones pass afterwards.
+
+    An eighth of them, in a random order; with `--all-mutants` all.
+    """
+    wrong = [
+        (CHECKS[chapter][symbol], answer)
+        for chapter, symbol in EXERCISES
+        for answer in [
+            *mistakes_of(CHECKS[chapter][symbol]).values(),
+            *(answer for _, answer in section(chapter, symbol).SURPRISES[symbol]),
+        ]
+    ]
+    random.Random(0).shuffle(wrong)
+    for check, answer in wrong[:: 1 if request.config.getoption("--all-mutants") else 8]:
+        with contextlib.suppress(CheckFailed):  # a few are wrong once only
+            run_once(check, answer)
+    for chapter, symbol in EXERCISES:
+        run_once(CHECKS[chapter][symbol], reference(chapter, symbol))
 
 
 def test_no_known_mistake_is_lost(request: pytest.FixtureRequest) -> None:

@@ -96,9 +96,7 @@ def _advice(actual: Tensor, expected: Tensor, wrong: Tensor, words: list[str]) -
     if actual.is_floating_point() and actual.isnan().any() and not expected.isnan().any():
         lines.append("  Next: find the step that gives NaN (not a number), such as 0/0 or inf - inf.")
     else:
-        lines.append(
-            "  Next: make a small input of your own, work out one value by hand, and print what each step gives."
-        )
+        lines.append("  Next: work this one value out by hand, and print what each of your steps gives for it.")
     return "\n".join(lines)
 
 
@@ -111,15 +109,40 @@ def _pattern_of_wrong(actual: Tensor, expected: Tensor, wrong: Tensor, words: li
             return f"All of the wrong values are at {word}={hit.int().argmax()}."
         if len(hit) > 2 and hit[1:].all() and not hit[0]:
             return f"None of them is at {word}=0."
-    if wrong.all() and wrong.numel() > 2 and actual.is_floating_point() and actual.isfinite().all():
-        if not actual.any():
-            return "Every value is 0."
-        ratio, shift = actual / expected, actual - expected
-        if expected.isfinite().all() and expected.all() and torch.allclose(ratio, ratio.flatten()[0], rtol=1e-3):
-            return f"Every value is {_shown(ratio.flatten()[0])} times the right one."
-        if expected.isfinite().all() and torch.allclose(shift, shift.flatten()[0], rtol=1e-3):
-            return f"Every value is off by the same {_shown(shift.flatten()[0])}."
+        if len(hit) > 2 and hit[:-1].all() and not hit[-1]:
+            return f"None of them is at {word}={len(hit) - 1}, the last."
+    if not (wrong.numel() > 2 and actual.is_floating_point() and actual.isfinite().all()):
+        return None
+    return _relation(actual, expected, words) if expected.isfinite().all() else None
+
+
+def _relation(actual: Tensor, expected: Tensor, words: list[str]) -> str | None:
+    """How the whole answer comes from the right one, where it does so simply."""
+    if not actual.any():
+        return "Every value is 0."
+    ratio, shift = actual / expected, actual - expected
+    if expected.all() and torch.allclose(ratio, ratio.flatten()[0], rtol=1e-3):
+        return f"Every value is {_shown(ratio.flatten()[0])} times the right one."
+    if torch.allclose(shift, shift.flatten()[0], rtol=1e-3):
+        return f"Every value is off by the same {_shown(shift.flatten()[0])}."
+    for axis, word in enumerate(words):
+        for other in range(axis + 1, len(words)):
+            if expected.shape[axis] == expected.shape[other] and _near(actual, expected.transpose(axis, other)):
+                return f"These are the right values with {word} and {words[other]} swapped."
+        if expected.shape[axis] > 1 and _near(actual, expected.flip(axis)):
+            return f"These are the right values, but {word} runs backwards."
+        for step in (1, -1):
+            if expected.shape[axis] > 2 and _near(actual, expected.roll(step, axis)):
+                return f"These are the right values, moved by one along {word}."
+        if expected.shape[axis] > 1 and _near(actual, expected.select(axis, 0).unsqueeze(axis).expand_as(expected)):
+            return f"The values at {word}=0 stand at every {word}."
+        if expected.shape[axis] > 2 and _near(actual.sum(axis), expected.sum(axis)):
+            return f"The sums over {word} are right; the values are not."
     return None
+
+
+def _near(first: Tensor, second: Tensor) -> bool:
+    return torch.allclose(first.double(), second.double(), rtol=1e-4, atol=1e-5)
 
 
 def identical(first: Tensor, second: Tensor) -> bool:

@@ -344,6 +344,13 @@ def test_patterns_of_all_wrong_values() -> None:
         lambda: compare("thing", 2 * EXPECTED + 2, EXPECTED + 1, AXES)
     )
     assert "Every value is off by the same 0.25." in compared(EXPECTED + 0.25)
+    assert "moved by one along head." in compared(EXPECTED.roll(1, 1))
+    assert "but key runs backwards." in compared(EXPECTED.flip(2))
+    assert "The values at batch=0 stand at every batch." in compared(EXPECTED[:1].expand_as(EXPECTED))
+    square = EXPECTED[0, :, :3]
+    swapped = message_of(lambda: compare("thing", square.T, square, "query key"))
+    assert "These are the right values with query and key swapped." in swapped
+    assert "The sums over key are right; the values are not." in compared(EXPECTED[..., [1, 2, 4, 0, 3]])
     wrong = EXPECTED + torch.randn(EXPECTED.shape).abs() + 1
     wrong[..., 0] = EXPECTED[..., 0]
     assert "None of them is at key=0." in compared(wrong)
