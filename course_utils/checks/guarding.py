@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from course_utils.checks.keeping import keep
-from course_utils.checks.outcomes import CheckFailed
+from course_utils.checks.outcomes import CheckFailed, Stop
 from course_utils.checks.whose import is_library_module
 
 GLOBAL_RANDOM = "torch's global random numbers"
@@ -86,12 +86,20 @@ def _watching(
         }
         world, random = _world(), torch.get_rng_state()
         running.append(name)
+        call.first = getattr(call, "first", (args, kwargs))  # type: ignore[attr-defined]
+        stopped = None
         try:
             answer = function(*args, **kwargs)
+        except Stop as stop:
+            stopped = stop
         finally:
             running.pop()
             # Put back even when it failed: what one answer spoils must not count against the next.
             changes = [change for kept in before.values() if kept and (change := kept.put_back())]
+        if stopped:
+            if changes:
+                raise LeftBehind(f"{name}: after an error half-way, {changes[0]}") from None
+            raise stopped
         if changes:
             raise CheckFailed(f"{name}: {changes[0]}")
         for what, was, now in zip(world, world.values(), _world().values(), strict=True):
@@ -108,6 +116,42 @@ def _watching(
         return answer
 
     return call
+
+
+class LeftBehind(CheckFailed):
+    """Something is not as it was before a run that broke off."""
+
+
+def interrupt(answer: Any) -> None:
+    """Make the first call once more, with a model or a metric that raises: what is left behind then, the guard says."""
+    if isinstance(answer, type) or not hasattr(answer, "first"):
+        return
+    args, kwargs = answer.first
+    for value in [*args, *kwargs.values()]:
+        if isinstance(value, nn.Module):
+            handle = value.register_forward_hook(_raise_stop)
+            try:
+                _call_again(answer, args, kwargs)
+            finally:
+                handle.remove()
+    if "metric" in kwargs:
+        _call_again(answer, args, kwargs | {"metric": _raise_stop})
+    elif "metric" in (labels := list(inspect.signature(answer).parameters)[: len(args)]):
+        place = labels.index("metric")
+        _call_again(answer, (*args[:place], _raise_stop, *args[place + 1 :]), kwargs)
+
+
+def _call_again(answer: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    try:
+        answer(*args, **kwargs)
+    except LeftBehind:
+        raise
+    except Exception:  # it broke off, as it should; or its first inputs can be used once only
+        return
+
+
+def _raise_stop(*given: Any, **options: Any) -> Any:
+    raise Stop
 
 
 def _world() -> dict[str, Any]:

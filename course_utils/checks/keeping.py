@@ -148,14 +148,17 @@ def _undo_hooks(module: nn.Module, label: str) -> Callable[[], str | None]:
         for name, found in places.items():
             for hooks, was in zip(found, before[name], strict=True):
                 if dict(hooks) != was:
-                    place = f"`{name}` of `{label}`" if name else f"`{label}`"
-                    more = len(hooks) > len(was)
+                    at = f"at `{name or label}`"
+                    left = len(hooks) > len(was)
                     told = told or (
-                        f"it left a hook at {place}" if more else f"it took away hooks of others at {place}"
+                        f"a hook is left behind {at}" if left else f"hooks that others had attached {at} are gone"
                     )
                     hooks.clear()
                     hooks.update(was)
-        return told and f"{told}.\n  Next: use run_with_hooks, or `with hooks(model, ...):`, which undo just their own."
+        return (
+            told
+            and f"{told}.\n  Next: use run_with_hooks, or `with hooks(model, ...):`; they take away just their own."
+        )
 
     return undo
 

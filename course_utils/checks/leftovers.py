@@ -5,12 +5,8 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from course_utils.checks.outcomes import CheckFailed
+from course_utils.checks.outcomes import CheckFailed, Stop
 from course_utils.hooks import hook_points
-
-
-class Stop(Exception):
-    """What ends a run half-way in a check, to see what is left behind."""
 
 
 def assert_stops(name: str, run: Callable[[], object], when: str) -> None:

@@ -38,3 +38,7 @@ class NotWritten(NotImplementedError):
 
     def _render_traceback_(self) -> list[str]:
         return str(self).splitlines()
+
+
+class Stop(Exception):
+    """What a check raises in the middle of a learner's run, to see what is left behind."""

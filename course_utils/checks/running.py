@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from course_utils.checks.finding import CheckFn, exercise_name, find_checks
-from course_utils.checks.guarding import guarded
+from course_utils.checks.guarding import guarded, interrupt
 from course_utils.checks.mistakes import cause
 from course_utils.checks.outcomes import CheckFailed, NotWritten
 from course_utils.checks.translating import translated
@@ -54,6 +54,7 @@ def run_once(check_fn: CheckFn, obj: object) -> None:
         with torch.random.fork_rng(devices=[]), torch.enable_grad(), guarded(check_fn, name, obj) as answer:
             torch.default_generator.manual_seed(0)  # not torch.manual_seed, which would reach into every GPU
             check_fn(answer)
+            interrupt(answer)
     except (CheckFailed, NotWritten):
         raise
     except Exception as error:

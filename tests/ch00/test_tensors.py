@@ -263,8 +263,8 @@ SURPRISES |= {
     ],
     "gradient_by_backward": [
         ("it changed `at.requires_grad` to True", on_itself),
-        ("that was changed", put_back),
-        ("cut the history before", copied),
+        ("it changed `at.grad`", put_back),
+        ("it changed `at.grad`", copied),
         ("the answer records gradients itself", with_history),
         ("values are wrong", by_differences),
         ("values are wrong", lambda fn, at: F.normalize(ref.gradient_by_backward(fn, at), dim=-1)),

@@ -40,7 +40,7 @@ def edited(edit: Any) -> Any:
 SURPRISES: dict[str, list[tuple[str, Any]]] = {
     "reverse_increment_dataset": [
         ("in another order", edited(lambda rows: rows.flip(0))),
-        ("first at row 0", edited(lambda rows: rows[torch.randperm(len(rows))])),
+        ("it drew from torch's global random numbers", edited(lambda rows: rows[torch.randperm(len(rows))])),
         ("values are wrong", circuit.dataset(step=2)),
         ("values are wrong", edited(lambda rows: torch.cat([rows[:, :9], rows[:, 9:].roll(1, 1)], dim=1))),
         ("values are wrong", edited(lambda rows: torch.cat([rows[:-1], rows[:1]]))),  # one row twice

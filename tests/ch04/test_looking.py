@@ -141,7 +141,7 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
     "repeated_tokens": [
         ("the second half is not the first one again", drawn_anew),
         ("all rows are the same", repeating(lambda b, n, v, g: draw(1, n, v, g).expand(b, n))),
-        ("it drew from torch's global generator", repeating(lambda b, n, v, g: torch.randint(v, (b, n)))),
+        ("it drew from torch's global random numbers", repeating(lambda b, n, v, g: torch.randint(v, (b, n)))),
         (
             "the second batch from one generator is the first again",
             repeating(lambda b, n, v, g: draw(b, n, v, g.manual_seed(g.initial_seed()))),

@@ -105,10 +105,12 @@ def batched_sweep(model, tokens, source_cache, metric, patches, max_rows=64):
     points, streams, found = hook_points(model), [], {}
     handles = [block.register_forward_pre_hook(lambda _, inputs: streams.append(inputs[0])) for block in model.blocks]
     handles.append(model.ln_final.register_forward_pre_hook(lambda _, inputs: streams.append(inputs[0])))
-    with torch.no_grad():
-        model(tokens)
-    for handle in handles:
-        handle.remove()
+    try:
+        with torch.no_grad():
+            model(tokens)
+    finally:
+        for handle in handles:
+            handle.remove()
     waiting = {}
     for number, (name, _) in enumerate(patches):
         layer = next((i for i in range(len(streams) - 1) if name.startswith(f"blocks.{i}.")), None)

@@ -58,7 +58,7 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
         ("others may hold", in_place),
     ],
     "align_direction": [
-        ("gradients of the model's parameters", by_backward),
+        ("it changed `model.embed.W_E.grad`", by_backward),
         ("dot products", lambda *given, **options: 2 * searched(*given, **options)),
         ("has a graph", with_a_graph(searched)),
         ("values are wrong", lambda *given, **options: searched(*given[:-1], torch.Generator(), **options)),

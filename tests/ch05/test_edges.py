@@ -87,7 +87,7 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
         ("it changed `cache[", in_place),
     ],
     "edge_attribution": [
-        ("gradients of the model's parameters", by_backward),
+        ("it changed `model.embed.W_E.grad`", by_backward),
         (".requires_grad` to False", frozen),
         ("values are wrong", attributing(masked=False, then=shared)),
         ("values are wrong", attributing(difference=last_position)),

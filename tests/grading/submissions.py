@@ -166,9 +166,10 @@ def _as_people_write() -> list[Case]:
                 self.hook_scale, self.hook_normalized = HookPoint(), HookPoint()
 
         def forward(self, resid):
-            centred = resid - resid.mean(-1, keepdim=True)
-            scale = self.hook_scale((centred.pow(2).mean(-1, keepdim=True) + self.eps).sqrt())
-            return self.hook_normalized(centred / scale) * self.w + self.b
+            wide = resid if resid.dtype == torch.float64 else resid.float()
+            centred = wide - wide.mean(-1, keepdim=True)
+            scale = self.hook_scale((centred.pow(2).mean(-1, keepdim=True) + self.eps).sqrt().to(resid.dtype))
+            return self.hook_normalized((centred / scale).to(resid.dtype)) * self.w + self.b
 
         LayerNorm.forward = forward"""
 

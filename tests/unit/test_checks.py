@@ -346,7 +346,7 @@ def test_patterns_of_all_wrong_values() -> None:
     assert "Every value is off by the same 0.25." in compared(EXPECTED + 0.25)
     assert "moved by one along head." in compared(EXPECTED.roll(1, 1))
     assert "but key runs backwards." in compared(EXPECTED.flip(2))
-    assert "The values at batch=0 stand at every batch." in compared(EXPECTED[:1].expand_as(EXPECTED))
+    assert "The values at key=0 stand at every key." in compared(EXPECTED[..., :1].expand_as(EXPECTED))
     square = EXPECTED[0, :, :3]
     swapped = message_of(lambda: compare("thing", square.T, square, "query key"))
     assert "These are the right values with query and key swapped." in swapped
