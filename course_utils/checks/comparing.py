@@ -91,8 +91,8 @@ def _value_message(
 
 def _advice(actual: Tensor, expected: Tensor, wrong: Tensor, words: list[str]) -> str:
     """What helps while no cause is known."""
-    pattern = _pattern_of_wrong(actual, expected, wrong, words)
-    lines = [f"  {pattern}"] if pattern else []
+    facts = [_where_wrong(wrong, words), _relation(actual, expected, words)]
+    lines = [f"  {fact}" for fact in facts if fact]
     if actual.is_floating_point() and actual.isnan().any() and not expected.isnan().any():
         lines.append("  Next: find the step that gives NaN (not a number), such as 0/0 or inf - inf.")
     else:
@@ -100,8 +100,8 @@ def _advice(actual: Tensor, expected: Tensor, wrong: Tensor, words: list[str]) -
     return "\n".join(lines)
 
 
-def _pattern_of_wrong(actual: Tensor, expected: Tensor, wrong: Tensor, words: list[str]) -> str | None:
-    """A fact about all wrong values at once, where there is a simple one."""
+def _where_wrong(wrong: Tensor, words: list[str]) -> str | None:
+    """Where all the wrong values are, or are not, where that is simply said."""
     for axis, word in enumerate(words):
         others = [other for other in range(wrong.dim()) if other != axis]
         hit = wrong.sum(dim=others).bool() if others else wrong
@@ -111,13 +111,17 @@ def _pattern_of_wrong(actual: Tensor, expected: Tensor, wrong: Tensor, words: li
             return f"None of them is at {word}=0."
         if len(hit) > 2 and hit[:-1].all() and not hit[-1]:
             return f"None of them is at {word}={len(hit) - 1}, the last."
-    if not (wrong.numel() > 2 and actual.is_floating_point() and actual.isfinite().all()):
-        return None
-    return _relation(actual, expected, words) if expected.isfinite().all() else None
+    return None
 
 
 def _relation(actual: Tensor, expected: Tensor, words: list[str]) -> str | None:
     """How the whole answer comes from the right one, where it does so simply."""
+    if (
+        not actual.is_floating_point()
+        or actual.numel() < 3
+        or not (actual.isfinite().all() and expected.isfinite().all())
+    ):
+        return None
     if not actual.any():
         return "Every value is 0."
     ratio, shift = actual / expected, actual - expected
