@@ -29,7 +29,7 @@ def with_its_graph(model: Any, tokens: Any, source_cache: Any, metric: Any, name
 
 SURPRISES: dict[str, list[tuple[str, Any]]] = {
     "attribution_patching": [
-        ("it left a gradient in the model's", by_backward),
+        ("gradients of the model's parameters", by_backward),
         ("still has its graph", with_its_graph),
         ("values are wrong", estimating(lambda slope, source, own: slope * (source - own).abs())),
         ("wrong shape", estimating(lambda slope, source, own: (slope * (source - own)).sum(-1))),
