@@ -52,7 +52,6 @@ STILL_RIGHT = {
     "zip(names, gradients, strict=True) -> zip(names, gradients)",
     "run_with_cache(model, tokens, names=names) -> run_with_cache(model, tokens)",  # keeps more
     "run_with_cache(model, tokens, names=[*names, 'hook_embed']) -> run_with_cache(model, tokens)",
-    "(source_cache[name] - own[name]).detach() -> source_cache[name] - own[name]",  # the source may have a graph
 }
 ONLY_ON_GPU = "device"
 

@@ -23,7 +23,7 @@ def compare(
 ) -> None:
     """As always; but what comes in double precision must have been worked out in it all the way."""
     comparing.compare(name, actual, expected, axes, rtol, atol, **options)
-    if expected.dtype == torch.float64 and not torch.allclose(actual, expected, 1e-9, 1e-10):  # type: ignore[arg-type]
+    if expected.dtype == torch.float64 and not torch.allclose(actual, expected, 1e-9, 1e-10):
         raise CheckFailed(
             f"{name}: the inputs are in double precision (float64), but the answer is only as exact as float32.\n"
             "  Next: look for .float(), torch.float32, or a tensor made without dtype=, on the way to it."

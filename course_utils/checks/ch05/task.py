@@ -38,7 +38,8 @@ def logits_for(n_batch: int, n_pos: int, scale: float = 3.0) -> Tensor:
 
 def extreme_logits(dataset: Any) -> Tensor:
     """Far apart, in double precision; and nobody's names are impossible."""
-    logits = logits_for(*dataset.tokens.shape, scale=500.0).double()
+    n_batch, n_pos = dataset.tokens.shape
+    logits = logits_for(n_batch, n_pos, scale=500.0).double()
     for row, token in enumerate(((dataset.io + 1) % 13).tolist()):
         if token not in (int(dataset.io[row]), int(dataset.s[row])):
             logits[row, :, token] = -torch.inf
