@@ -50,7 +50,7 @@ def normalised_metric(
 def accumulated_residual(cache: Any) -> Float[Tensor, "depth batch pos d_model"]:
     """Stack the residual stream as it stands before each layer and after the last: n_layers + 1 tensors.
 
-    Row `layer` is that layer's `resid_pre`; the last row is the last layer's `resid_post`.
+    Row `layer` is that layer's `resid_pre`; the last row is the last layer's `resid_post`. The cache may hold no more.
     """
     return torch.cat([cache.stack("resid_pre"), cache["resid_post", -1][None]])
 
@@ -305,7 +305,8 @@ def integrated_attribution(
 
     Run the model `steps` times on `tokens` with another `embed`: a step of the way from its own to that of
     `source_cache`, at the middle of each of `steps` equal parts (0.25 and 0.75 for two). The mean of the gradients at
-    these points takes the place of the one gradient; the difference is that of the two runs, as before.
+    these points takes the place of the one gradient; the difference is that of the two runs, as before, and
+    what is returned has no graph.
     Source: Sundararajan et al. 2017; Hanna et al. 2024.
     """
     with torch.no_grad():
@@ -701,7 +702,7 @@ def greedy_circuit(
     how much each would change the score. Then it takes heads out, `share` of those there are (rounded down, but at
     least one), one after the other, as if their changes added up: always the one that leaves the sum of the score and
     of all changes so far nearest to the score of the whole model. The next round measures anew. Return the circuits
-    before the first round and after each: every head first, the empty circuit last, heads in the order of `every_head`.
+    before the first round and after each: every head first, the empty circuit last.
     With `share=0` heads go one at a time, which assumes nothing and takes a number of runs that grows with the square
     of the number of heads; with a share it grows in proportion.
     """

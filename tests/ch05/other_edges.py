@@ -107,7 +107,7 @@ def run_with_edges(model, clean, corrupted, edges):
 
 
 def interchange_intervention(model, base, source, name, positions, directions):
-    if (directions @ directions.T - torch.eye(len(directions)).to(directions)).abs().max() > 1e-3:
+    if (directions @ directions.T - torch.eye(len(directions)).to(directions)).abs().max() > 1e-4:
         raise ValueError("crooked")
     kept = []
     with torch.no_grad():

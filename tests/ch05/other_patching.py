@@ -189,7 +189,7 @@ def slopes(model, tokens, metric, names, embed=None):
 
 def attribution_patching(model, tokens, source_cache, metric, names):
     own, gradients = slopes(model, tokens, metric, names)
-    return {name: (source_cache[name] - own[name]) * gradients[name] for name in names}
+    return {name: (source_cache[name].detach() - own[name]) * gradients[name] for name in names}
 
 
 def integrated_attribution(model, tokens, source_cache, metric, names, steps=8):
@@ -199,4 +199,4 @@ def integrated_attribution(model, tokens, source_cache, metric, names, steps=8):
         embed = torch.lerp(own["hook_embed"], source_cache["hook_embed"], share)
         _, gradients = slopes(model, tokens, metric, names, embed)
         sums = {name: sums[name] + gradients[name] / steps for name in names}
-    return {name: sums[name] * (source_cache[name] - own[name]) for name in names}
+    return {name: sums[name] * (source_cache[name].detach() - own[name]) for name in names}

@@ -159,7 +159,7 @@ def head_roles(tables, rules):
     for role, conditions in rules.items():
         missing = [name for name in conditions if name not in tables]
         if missing:
-            raise ValueError(missing)
+            raise ValueError(role, missing)
         strength = tables[next(iter(conditions))].abs()
         order = strength.flatten().argsort(descending=True, stable=True).tolist()
         roles[role] = []

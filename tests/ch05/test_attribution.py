@@ -10,6 +10,7 @@ import solutions.ch05_patching as ref
 from course_utils.checks.ch05.attribution import estimating, stepping
 from course_utils.hooks import ActivationCache, run_with_cache
 from tests.ch05 import other_patching as other
+from tests.ch05 import subtle, unusual
 from tests.ch05.conftest import TOKENS, metric
 
 SECRETS = ("einsum(", ".repeat(", "autograd.grad(metric")
@@ -41,7 +42,8 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
     ],
 }
 
-ALSO_RIGHT = {name: [getattr(other, name)] for name in SURPRISES}
+SURPRISES = {name: [*listed, *subtle.OF.get(name, ())] for name, listed in SURPRISES.items()}
+ALSO_RIGHT: dict[str, list[Any]] = {name: [getattr(other, name), *unusual.OF.get(name, ())] for name in SURPRISES}
 
 # Changes after which the reference still does what its statement says.
 STILL_RIGHT = {
@@ -50,7 +52,6 @@ STILL_RIGHT = {
     "zip(names, gradients, strict=True) -> zip(names, gradients)",
     "run_with_cache(model, tokens, names=names) -> run_with_cache(model, tokens)",  # keeps more
     "run_with_cache(model, tokens, names=[*names, 'hook_embed']) -> run_with_cache(model, tokens)",
-    "(source_cache[name] - own[name]).detach() -> source_cache[name] - own[name]",  # the source may have a graph
 }
 ONLY_ON_GPU = "device"
 

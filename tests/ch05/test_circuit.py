@@ -18,6 +18,7 @@ from course_utils.checks.ch05.circuit import (
 )
 from course_utils.hooks import hooks, run_with_cache, run_with_hooks
 from tests.ch05 import other_circuit as other
+from tests.ch05 import subtle, unusual
 from tests.ch05.spoiling import leaving_a_hook, with_a_graph
 
 SECRETS = ("torch.where(", "bincount", "argsort", "einsum(")
@@ -101,7 +102,8 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
     ],
 }
 
-ALSO_RIGHT = {name: [getattr(other, name)] for name in SURPRISES}
+SURPRISES = {name: [*listed, *subtle.OF.get(name, ())] for name, listed in SURPRISES.items()}
+ALSO_RIGHT: dict[str, list[Any]] = {name: [getattr(other, name), *unusual.OF.get(name, ())] for name in SURPRISES}
 
 # Changes after which the reference still does what its statement says.
 CHUNKS = "zip(tokens.split(max_rows), templates.to(tokens.device).split(max_rows), strict=True)"

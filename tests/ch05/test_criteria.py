@@ -13,6 +13,7 @@ from course_utils.checks import CheckFailed, run_check
 from course_utils.checks.ch05.criteria import check_greedy_circuit, minimal, ratio, searching, two_sides
 from course_utils.config import TransformerConfig
 from tests.ch05 import other_circuit as other
+from tests.ch05 import subtle, unusual
 
 SECRETS = ("torch.where(", "bincount", "argsort", "einsum(")
 
@@ -64,7 +65,8 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
     ],
 }
 
-ALSO_RIGHT = {name: [getattr(other, name)] for name in SURPRISES}
+SURPRISES = {name: [*listed, *subtle.OF.get(name, ())] for name, listed in SURPRISES.items()}
+ALSO_RIGHT: dict[str, list[Any]] = {name: [getattr(other, name), *unusual.OF.get(name, ())] for name in SURPRISES}
 
 # Changes after which the reference still does what its statement says.
 STILL_RIGHT = {

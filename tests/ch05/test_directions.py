@@ -9,6 +9,7 @@ import solutions.ch05_patching as ref
 from course_utils.checks.ch05.directions import exchanging, searched, searching
 from course_utils.hooks import run_with_cache, run_with_hooks
 from tests.ch05 import other_edges as other
+from tests.ch05 import subtle, unusual
 from tests.ch05.spoiling import leaving_a_hook, with_a_graph
 from tests.ch05.test_edges import model_of, two_texts
 
@@ -67,7 +68,8 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
     ],
 }
 
-ALSO_RIGHT = {name: [getattr(other, name)] for name in SURPRISES}
+SURPRISES = {name: [*listed, *subtle.OF.get(name, ())] for name, listed in SURPRISES.items()}
+ALSO_RIGHT: dict[str, list[Any]] = {name: [getattr(other, name), *unusual.OF.get(name, ())] for name in SURPRISES}
 
 # Changes after which the reference still does what its statement says.
 STILL_RIGHT = {

@@ -15,6 +15,7 @@ from course_utils.config import TransformerConfig
 from course_utils.hooks import run_with_cache
 from tests.ch02 import other_transformer
 from tests.ch05 import other_edges as other
+from tests.ch05 import subtle, unusual
 from tests.ch05.spoiling import clearing_hooks, leaving_a_hook, with_a_graph
 
 SECRETS = ("einsum", "qr(", "possible_edges")
@@ -107,7 +108,8 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
     ],
 }
 
-ALSO_RIGHT = {name: [getattr(other, name)] for name in SURPRISES}
+SURPRISES = {name: [*listed, *subtle.OF.get(name, ())] for name, listed in SURPRISES.items()}
+ALSO_RIGHT: dict[str, list[Any]] = {name: [getattr(other, name), *unusual.OF.get(name, ())] for name in SURPRISES}
 
 # Changes after which the reference still does what its statement says.
 STILL_RIGHT = {

@@ -11,6 +11,7 @@ from course_utils.checks.ch05.heads import afterwards, copied, looking, signals,
 from course_utils.checks.ch05.path_loops import path_scores
 from course_utils.hooks import run_with_cache
 from tests.ch05 import other_paths as other
+from tests.ch05 import subtle, unusual
 from tests.ch05.test_paths import circuit
 
 SECRETS = ("einsum(", ".repeat(", "run_with_cache(")
@@ -71,7 +72,8 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
     ],
 }
 
-ALSO_RIGHT = {name: [getattr(other, name)] for name in SURPRISES}
+SURPRISES = {name: [*listed, *subtle.OF.get(name, ())] for name, listed in SURPRISES.items()}
+ALSO_RIGHT: dict[str, list[Any]] = {name: [getattr(other, name), *unusual.OF.get(name, ())] for name in SURPRISES}
 
 # Changes after which the reference still does what its statement says.
 STILL_RIGHT = {

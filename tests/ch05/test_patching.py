@@ -14,6 +14,7 @@ from course_utils.checks.ch05 import patching
 from course_utils.checks.ch05.patching import batched, first, going_on, put, streams, sweep
 from course_utils.hooks import run_with_cache
 from tests.ch05 import other_patching as other
+from tests.ch05 import subtle, unusual
 from tests.ch05.conftest import TOKENS, metric, source_run
 from tests.ch05.spoiling import added, clearing_hooks, leaving_a_hook, mean_of_prompts, with_a_graph, zero
 
@@ -86,7 +87,8 @@ for exercise, grid in GRIDS.items():
         ("gradients are recorded", with_a_graph(getattr(ref, exercise))),
     ]
 
-ALSO_RIGHT = {name: [getattr(other, name)] for name in SURPRISES}
+SURPRISES = {name: [*listed, *subtle.OF.get(name, ())] for name, listed in SURPRISES.items()}
+ALSO_RIGHT: dict[str, list[Any]] = {name: [getattr(other, name), *unusual.OF.get(name, ())] for name in SURPRISES}
 
 # Changes after which the reference still does what its statement says.
 STILL_RIGHT = {

@@ -19,6 +19,7 @@ from course_utils.checks.ch05.paths import (
 from course_utils.config import TransformerConfig
 from course_utils.hooks import run_with_cache, run_with_hooks
 from tests.ch05 import other_paths as other
+from tests.ch05 import subtle, unusual
 from tests.ch05.conftest import metric, with_random_parameters
 from tests.ch05.spoiling import added, leaving_a_hook, mean_of_prompts, with_a_graph
 
@@ -134,7 +135,8 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
     ],
 }
 
-ALSO_RIGHT = {name: [getattr(other, name)] for name in SURPRISES}
+SURPRISES = {name: [*listed, *subtle.OF.get(name, ())] for name, listed in SURPRISES.items()}
+ALSO_RIGHT: dict[str, list[Any]] = {name: [getattr(other, name), *unusual.OF.get(name, ())] for name in SURPRISES}
 
 # Changes after which the reference still does what its statement says.
 STILL_RIGHT = {

@@ -9,6 +9,7 @@ from torch import nn
 import solutions.ch05_patching as ref
 from course_utils.checks.ch05.task import attributing, difference, lens, scaled, stacked
 from tests.ch05 import other_patching as other
+from tests.ch05 import subtle, unusual
 from tests.ch05.conftest import source_run
 
 SECRETS = ("einsum(",)
@@ -54,7 +55,8 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
     ],
 }
 
-ALSO_RIGHT: dict[str, list[Any]] = {name: [getattr(other, name)] for name in SURPRISES}
+SURPRISES = {name: [*listed, *subtle.OF.get(name, ())] for name, listed in SURPRISES.items()}
+ALSO_RIGHT: dict[str, list[Any]] = {name: [getattr(other, name), *unusual.OF.get(name, ())] for name in SURPRISES}
 
 STILL_RIGHT: set[str] = set()
 ONLY_ON_GPU = "device"

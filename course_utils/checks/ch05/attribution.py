@@ -7,16 +7,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from course_utils.checks.ch05.case import Case, case_of, leaves_no_trace, worked_out
+from course_utils.checks.ch05.case import Case, case_of, compare, leaves_no_trace, worked_out
 from course_utils.checks.ch05.patching import SIZES, Fn, other_way, source_tokens
-from course_utils.checks.comparing import compare
 from course_utils.checks.mistakes import known_mistakes
 from course_utils.checks.outcomes import CheckFailed
 from course_utils.checks.translating import during
 from course_utils.hooks import hooks, run_with_cache
 
-WATCHED = ["blocks.0.attn.hook_z", "blocks.1.hook_resid_pre", "blocks.1.attn.hook_pattern", "blocks.0.hook_attn_out"]
+WATCHED = [
+    "hook_embed",
+    "blocks.0.attn.hook_z",
+    "blocks.1.hook_resid_pre",
+    "blocks.1.attn.hook_pattern",
+    "blocks.0.hook_attn_out",
+]
 AXES = {
+    "hook_embed": "batch pos d_model",
     "hook_z": "batch pos head d_head",
     "hook_resid_pre": "batch pos d_model",
     "hook_pattern": "batch head query key",
@@ -30,7 +36,7 @@ def gradients(case: Case, tokens: Tensor, embed: Tensor | None = None) -> dict[s
 
     def see(name: str, activation: Tensor) -> Tensor:
         if name == "hook_embed" and embed is not None:
-            return embed
+            activation = embed
         if name in WATCHED:
             added[name] = torch.zeros_like(activation, requires_grad=True)
             return activation + added[name]
@@ -154,12 +160,13 @@ def stepping(share: Callable[[int, int], float] = lambda step, steps: (step + 0.
     }
 )
 def check_integrated_attribution(fn: Fn) -> None:
-    """One, two and five steps on the way from one run's embeddings to the other's."""
+    """One, two, five, and as many steps as by default, on the way from one run's embeddings to the other's."""
     name = "integrated_attribution"
-    for sizes, steps in [(SIZES[0], 2), (SIZES[1], 1), (SIZES[0], 5)]:
+    for sizes, steps in [(SIZES[0], 2), (SIZES[1], 1), (SIZES[0], 5), (SIZES[1], 8)]:
         case = case_of(*sizes)
         with leaves_no_trace(name, case), during(f"with steps={steps}"):
-            actual = fn(case.model, case.tokens, case.cache(), case.metric, WATCHED, steps)
+            given = () if steps == 8 else (steps,)
+            actual = fn(case.model, case.tokens, case.cache(), case.metric, WATCHED, *given)
         right = worked_out(f"along {steps}", case, partial(along_the_way, steps=steps))
         compare_by_name(f"{name} with steps={steps} {case.words}", actual, right)
 

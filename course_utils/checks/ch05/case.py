@@ -8,16 +8,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from course_utils.checks import comparing
 from course_utils.checks.modules import noise
 from course_utils.checks.outcomes import CheckFailed
 from course_utils.checks.standins.toy_transformer import ToyTransformer
 from course_utils.hooks import ActivationCache, hook_points
 
+ONE = (1, 1, 1, 1)  # one layer, one head, one prompt, one position: nothing to squeeze
+DEEP = (11, 1, 1, 1)  # so deep that layers have numbers of two digits
+
+
+def compare(
+    name: str, actual: object, expected: Tensor, axes: str, rtol: float = 1e-4, atol: float = 1e-5, **options: Any
+) -> None:
+    """As always; but what comes in double precision must have been worked out in it all the way."""
+    comparing.compare(name, actual, expected, axes, rtol, atol, **options)
+    if expected.dtype == torch.float64 and not torch.allclose(actual, expected, 1e-9, 1e-10):
+        raise CheckFailed(
+            f"{name}: the inputs are in double precision (float64), but the answer is only as exact as float32.\n"
+            "  Next: look for .float(), torch.float32, or a tensor made without dtype=, on the way to it."
+        )
+
+
+def counted(number: int, what: str) -> str:
+    """One head, two heads."""
+    return f"{number} {what}{'s' * (number != 1)}"
+
 
 class Case:
     """Two batches of prompts for a toy model, a metric, and what patches from one into the other really do.
 
-    With `moved` all of it is in double precision, and on a GPU where there is one: answers have to follow.
+    With `moved` all of it is in double precision, and on a GPU where there is one: answers have to follow. The source
+    run then has a graph, as a run without `torch.no_grad()` leaves it.
     """
 
     def __init__(
@@ -34,14 +56,18 @@ class Case:
         self.weights = noise(n_batch, 11, seed=seed + 77).to(**target)
         self.n_batch, self.n_pos, self.n_layers, self.n_heads = n_batch, n_pos, n_layers, n_heads
         self.asking = ""  # which exercise is being checked
+        self.moved = moved
         self.sizes = (n_layers, n_heads, n_batch, n_pos, attn_only, moved)
-        self.words = f"on {n_batch} prompts of {n_pos} tokens, {n_layers} layers of {n_heads} heads" + (
-            ", no MLPs" if attn_only else ""
+        self.words = (
+            f"on {counted(n_batch, 'prompt')} of {counted(n_pos, 'token')}, "
+            f"{counted(n_layers, 'layer')} of {counted(n_heads, 'head')}{', no MLPs' * attn_only}"
         )
 
     def cache(self) -> ActivationCache:
         """The source run, as a learner gets it."""
-        return ActivationCache(self.source, self.n_layers)
+        graph = torch.ones((), dtype=self.weights.dtype, device=self.weights.device, requires_grad=self.moved)
+        source = {name: activation * graph for name, activation in self.source.items()}
+        return ActivationCache(source, self.n_layers)
 
     def metric(self, logits: Tensor) -> Tensor:
         """One number per prompt, with weights of its own for each, and not linear."""
@@ -110,22 +136,30 @@ def hooks_stay(name: str, model: Any) -> Iterator[None]:
 
 
 @contextmanager
+def gradients_stay(name: str, model: Any) -> Iterator[None]:
+    """The parameters' gradients are what they were: somebody else's."""
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    yield
+    for place, parameter in model.named_parameters():
+        if parameter.grad is None or not (parameter.grad == 1).all():
+            raise CheckFailed(
+                f"{name}: it touched the gradients of the model's parameters, as at `{place}`.\n"
+                "  Next: torch.autograd.grad(output, inputs) returns gradients and stores none."
+            )
+
+
+@contextmanager
 def leaves_no_trace(name: str, case: Case) -> Iterator[None]:
     """The tokens (which a dataset holds), the parameters' gradients and everybody's hooks must be there as before."""
     model = case.model
     model.runs, model.rows, model.most_rows, case.asking = 0, 0, 0, name
     tokens = case.tokens.clone()
     try:
-        with hooks_stay(name, model):
+        with gradients_stay(name, model), hooks_stay(name, model):
             yield
         if not torch.equal(case.tokens, tokens):
             raise CheckFailed(f"{name}: it changed `tokens` in place.\n  Next: make a new tensor.")
-        for key, parameter in model.named_parameters():
-            if parameter.grad is not None:
-                raise CheckFailed(
-                    f"{name}: it left a gradient in the model's `{key}`.\n"
-                    "  Next: torch.autograd.grad(output, inputs) returns gradients and stores none."
-                )
     except BaseException:
         case_of.cache_clear()  # whatever was spoiled, nobody else shall see it
         raise

@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from course_utils.checks.ch05.case import Case, case_of, leaves_no_trace
+from course_utils.checks.ch05.case import DEEP, Case, case_of, compare, counted, leaves_no_trace
 from course_utils.checks.ch05.patching import no_graph
 from course_utils.checks.ch05.task import differences
-from course_utils.checks.comparing import compare
 from course_utils.checks.mistakes import known_mistakes
 from course_utils.checks.modules import noise
 from course_utils.checks.outcomes import CheckFailed
@@ -80,25 +79,24 @@ def scores_of(
 
 
 class Task:
-    """A toy model, prompts with two names each, and means."""
+    """A toy model, prompts with two names each, and means; on average the right name wins, unless asked for."""
 
-    def __init__(self, sizes: tuple[Any, ...]) -> None:
+    def __init__(self, sizes: tuple[Any, ...], wrong_name_wins: bool = False) -> None:
         self.case = case = case_of(*sizes)
         self.model = case.model
         generator = torch.Generator().manual_seed(case.n_layers)
         rows = torch.arange(case.n_batch)
         io = torch.randint(11, (case.n_batch,), generator=generator)
         s = (io + 1 + torch.randint(10, (case.n_batch,), generator=generator)) % 11
-        # the wrong name never wins on average: where F(M) was negative, the two would change places
         end = case.n_pos - 1 - rows % 2
-        self.means = {
+        self.means = {  # not in the order of the layers
             name: noise(*z.shape, seed=i + 40, scale=0.7).to(z)
-            for i, (name, z) in enumerate(case.seen.items())
+            for i, (name, z) in reversed(list(enumerate(case.seen.items())))
             if name.endswith("hook_z")
         }
         self.heads = every_head(self.model)
         self.dataset = SimpleNamespace(tokens=case.tokens, io=io, s=s, positions={"END": end})
-        if self.scores([self.heads])[0] < 0:
+        if (self.scores([self.heads])[0] < 0) != wrong_name_wins:
             self.dataset.io, self.dataset.s = s, io
         device = case.tokens.device
         self.dataset.io, self.dataset.s = self.dataset.io.to(device), self.dataset.s.to(device)
@@ -132,7 +130,7 @@ def frugal(name: str, task: Task, n: int, max_rows: int, per_run: int) -> None:
 
 # --------------------------------------------------------------------------------------------------------- the means
 
-LABELS = [(SIZES[0], [1, 0, 1, 1]), (SIZES[1], [2, 0, 2, 1, 0]), (SIZES[1], [0, 1, 0, 0, 1])]
+LABELS = [(SIZES[0], [1, 0, 1, 1]), (SIZES[1], [2, 0, 2, 1, 0]), (SIZES[1], [0, 1, 0, 0, 1]), (DEEP, [0])]
 
 
 def of_templates(z: Tensor, labels: Tensor) -> Tensor:
@@ -231,6 +229,13 @@ def assert_means(name: str, fn: Fn, case: Case, labels: Tensor, max_rows: int) -
 # --------------------------------------------------------------------------------------- one circuit, many circuits
 
 CIRCUITS: list[list[Head]] = [[(1, 1), (1, 0)], [(0, 0)], [], [(1, 1), (0, 0), (1, 0)]]
+DEEP_CIRCUITS: list[list[Head]] = [[(1, 0), (9, 0)], [(10, 0)]]
+
+
+def of_all_kinds(circuits: Sequence[Circuit]) -> list[Circuit]:
+    """Sets, tuples and lists in turn: a circuit is any collection."""
+    kinds: tuple[Callable[[Circuit], Circuit], ...] = (set, tuple, frozenset, list)
+    return [kinds[i % 4](circuit) for i, circuit in enumerate(circuits)]
 
 
 def keeping(kept: Callable[[set[Head], Head], bool]) -> Fn:
@@ -289,13 +294,13 @@ def kept_from_the_usual_run(model: Any, dataset: Any, circuit: Any, means: Any) 
 def check_mean_ablate_except(fn: Fn) -> None:
     """Circuits as lists, sets and tuples; the empty one; and the one that is the whole model."""
     name = "mean_ablate_except"
-    for sizes in SIZES:
+    for sizes in [*SIZES, DEEP]:
         task = Task(sizes)
-        kinds: list[Callable[[list[Head]], Circuit]] = [list, set, tuple, frozenset]
-        for circuit, kind in zip([*CIRCUITS, task.heads], [*kinds, list], strict=True):
+        circuits = [*(DEEP_CIRCUITS if sizes == DEEP else CIRCUITS), task.heads]
+        for circuit, given in zip(circuits, of_all_kinds(circuits), strict=True):
             words = f"with circuit {'every head' if circuit is task.heads else circuit} {task.case.words}"
             with clean_run(name, task, words):
-                actual = fn(task.model, task.dataset, kind(circuit), task.means)
+                actual = fn(task.model, task.dataset, given, task.means)
             right = silenced(task.model, task.dataset, circuit, task.means)
             compare(f"{name} {words}", actual, right, "batch pos d_vocab")
             no_graph(name, actual)
@@ -350,11 +355,20 @@ def check_circuit_scores(fn: Fn) -> None:
     for sizes in SIZES:
         for max_rows in (2, 11, 64):  # the first has not even room for the prompts of one circuit
             task = Task(sizes)
-            circuits = [*CIRCUITS, task.heads]
-            words = f"with max_rows={max_rows} {task.case.words}"
-            with clean_run(name, task, words):
-                actual = fn(task.model, task.dataset, circuits, task.means, max_rows)
-            compare(f"{name} {words}", actual, task.scores(circuits), "circuit")
-            no_graph(name, actual)
-            per_run = max(1, max_rows // task.case.n_batch)
-            frugal(f"{name} {words}", task, len(circuits), max_rows, per_run)
+            assert_scores(name, fn, task, [*CIRCUITS, task.heads], max_rows)
+    assert_scores(name, fn, Task(SIZES[0]), CIRCUITS * 5, None)
+    assert_scores(name, fn, Task(DEEP), DEEP_CIRCUITS, 2)
+    assert_scores(name, fn, Task(DEEP), DEEP_CIRCUITS[:1], 2)
+
+
+def assert_scores(name: str, fn: Fn, task: Task, circuits: list[list[Head]], limit: int | None) -> None:
+    """Some circuits, in forwards of so many rows; without a limit, of as many as by default."""
+    max_rows = 64 if limit is None else limit
+    words = f"of {counted(len(circuits), 'circuit')} with max_rows={max_rows} {task.case.words}"
+    with clean_run(name, task, words):
+        given = () if limit is None else (limit,)
+        actual = fn(task.model, task.dataset, of_all_kinds(circuits), task.means, *given)
+    once = {str(circuit): task.scores([circuit])[0] for circuit in circuits}
+    compare(f"{name} {words}", actual, torch.stack([once[str(circuit)] for circuit in circuits]), "circuit")
+    no_graph(name, actual)
+    frugal(f"{name} {words}", task, len(circuits), max_rows, max(1, max_rows // task.case.n_batch))

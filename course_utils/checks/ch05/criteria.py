@@ -3,12 +3,13 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from course_utils.checks.ch05.case import Case, worked_out
+from course_utils.checks.ch05.case import Case, compare, worked_out
 from course_utils.checks.ch05.circuit import (
     CIRCUITS,
     SIZES,
@@ -19,10 +20,10 @@ from course_utils.checks.ch05.circuit import (
     clean_run,
     each_score,
     every_head,
+    of_all_kinds,
     scores_of,
     without,
 )
-from course_utils.checks.comparing import compare
 from course_utils.checks.mistakes import known_mistakes
 from course_utils.checks.outcomes import CheckFailed
 from course_utils.checks.plain import agree, must_raise
@@ -66,15 +67,15 @@ def mean_of_ratios(model: Any, dataset: Any, circuits: Any, means: Any) -> Any:
     }
 )
 def check_faithfulness(fn: Fn) -> None:
-    """A ratio of means, for several circuits at once, and for one."""
+    """A ratio of means, for several circuits at once, and for one; where the wrong name wins, too."""
     name = "faithfulness"
-    for sizes in SIZES:
+    for sizes, wrong_name_wins in [*product(SIZES, [False]), (SIZES[0], True)]:
         for n in (5, 1):
-            task = Task(sizes)
+            task = Task(sizes, wrong_name_wins)
             circuits = [*CIRCUITS, task.heads][:n]
-            words = f"of {n} circuits {task.case.words}"
+            words = f"of {n} circuits {task.case.words}{', whose wrong name wins' * wrong_name_wins}"
             with clean_run(name, task, words):
-                actual = fn(task.model, task.dataset, circuits, task.means)
+                actual = fn(task.model, task.dataset, of_all_kinds(circuits), task.means)
             right = task.scores(circuits) / task.scores([task.heads])
             compare(f"{name} {words}", actual, right, "circuit")
 
@@ -124,11 +125,11 @@ def check_completeness(fn: Fn) -> None:
     """Both sides for K of several sizes, the empty one among them; and a K that is not of the circuit."""
     name = "completeness"
     circuit = CIRCUITS[3]
-    for sizes in SIZES:
+    for sizes, kind in zip(SIZES, (tuple, set), strict=True):
         task = Task(sizes)
         words = f"of {circuit} with K in {KS} {task.case.words}"
         with clean_run(name, task, words):
-            actual = fn(task.model, task.dataset, circuit, KS, task.means)
+            actual = fn(task.model, task.dataset, kind(circuit), of_all_kinds(KS), task.means)
         right = torch.stack([task.scores([without(side, *k) for k in KS]) for side in (circuit, task.heads)])
         compare(f"{name} {words}", actual, right, "side removed")
     task = Task(SIZES[0])
@@ -192,11 +193,12 @@ def check_minimality(fn: Fn) -> None:
     """A score for each head, with K of several sizes; then what must be refused."""
     name = "minimality"
     circuit = CIRCUITS[3]
-    for sizes in SIZES:
+    for sizes, kind in zip(SIZES, (tuple, set), strict=True):
         task = Task(sizes)
         words = f"of {circuit} with removed={REMOVED} {task.case.words}"
         with clean_run(name, task, words):
-            actual = fn(task.model, task.dataset, circuit, REMOVED, task.means)
+            removed = dict(zip(REMOVED, of_all_kinds(list(REMOVED.values())), strict=True))
+            actual = fn(task.model, task.dataset, kind(circuit), removed, task.means)
         less = task.scores([without(circuit, *k) for k in REMOVED.values()])
         least = task.scores([without(circuit, *k, v) for v, k in REMOVED.items()])
         right = (least - less).abs() / task.scores([task.heads])
@@ -289,13 +291,14 @@ def searching(then: Callable[[list[list[Head]]], Any] = lambda rounds: rounds, *
     }
 )
 def check_greedy_circuit(fn: Fn) -> None:
-    """Every round of the search, heads one at a time and several at once; then memory."""
+    """Every round of the search, heads one at a time and several at once, and by default; then memory."""
     name = "greedy_circuit"
-    for sizes, share, max_rows in [(SIZES[1], 0.35, 64), (SIZES[0], 0.0, 64), (SIZES[0], 0.5, 9)]:
+    for sizes, share, max_rows in [(SIZES[1], 0.35, 64), (SIZES[0], 0.0, 64), (SIZES[0], 0.5, 9), (EIGHT, 0.25, 64)]:
         task = Task(sizes)
         call = f"greedy_circuit(..., share={share}, max_rows={max_rows}) {task.case.words}"
         with clean_run(name, task, f"with share={share}"), at_most(name, task.model, 150):
-            actual = fn(task.model, task.dataset, task.means, share, max_rows)
+            given = () if sizes == EIGHT else (share, max_rows)
+            actual = fn(task.model, task.dataset, task.means, *given)
         most_rows = task.model.most_rows
         right = worked_out(call, task.case, partial(searched, share=share))
         agree(name, call, as_lists(name, actual), right)
@@ -303,6 +306,9 @@ def check_greedy_circuit(fn: Fn) -> None:
             raise CheckFailed(
                 f"{name} with max_rows={max_rows}: one forward had {most_rows} rows.\n  Next: hand `max_rows` on."
             )
+
+
+EIGHT = (2, 4, 2, 3)  # heads enough for the default share to take out two
 
 
 def searched(case: Case, share: float) -> list[list[Head]]:
@@ -318,7 +324,7 @@ def at_most(name: str, model: Any, runs: int) -> Iterator[None]:
     def count(module: Any, inputs: Any) -> None:
         if model.runs - start > runs:
             raise CheckFailed(
-                f"{name}: it goes on and on: more than {runs} runs for a model of six heads.\n"
+                f"{name}: it goes on and on: more than {runs} runs for {len(every_head(model))} heads.\n"
                 "  Next: every round has to take out one head at least, and the search ends when none is left."
             )
 

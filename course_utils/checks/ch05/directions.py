@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from course_utils.checks.ch05.edges import LOGITS, Fn, case, case_of
-from course_utils.checks.comparing import compare
+from course_utils.checks import comparing
+from course_utils.checks.ch05.case import compare
+from course_utils.checks.ch05.edges import LOGITS, Case, Fn, case, case_of
 from course_utils.checks.mistakes import known_mistakes
 from course_utils.checks.modules import noise
 from course_utils.checks.outcomes import CheckFailed
@@ -157,7 +158,7 @@ def check_interchange_intervention(fn: Fn) -> None:
                     f"{name}: no gradient flows to `directions`.\n"
                     "  Next: only the run on `source` goes under torch.no_grad(); detach nothing in the other."
                 )
-            slopes = [torch.autograd.grad(known.metric(lo).sum(), directions)[0] for lo in (actual, right)]
+            slopes = [slope_among_orthonormal(known.metric(lo).sum(), directions) for lo in (actual, right)]
             words = f"{label}: the gradient of a metric"
             compare(words, slopes[0], slopes[1], "direction d_model", rtol=1e-3, atol=5e-5)
     refuses_crooked(name, fn)
@@ -166,24 +167,33 @@ def check_interchange_intervention(fn: Fn) -> None:
 PLACES = [(0, "blocks.1.hook_resid_pre", 1), (0, "blocks.0.hook_mlp_out", 3), (1, "blocks.2.hook_resid_post", 2)]
 
 
+def slope_among_orthonormal(value: Tensor, directions: Tensor) -> Tensor:
+    """The gradient for steps after which the directions are still orthonormal; what it is elsewhere nobody says."""
+    (slope,) = torch.autograd.grad(value, directions)
+    return slope - (slope @ directions.T + directions @ slope.T) / 2 @ directions
+
+
 def refuses_crooked(name: str, fn: Fn) -> None:
-    """Directions too long, too short, or not orthogonal."""
+    """Directions too long, too short, or not orthogonal, also by little; but not by rounding."""
     with case(0) as known:
         first, second = orthonormal(*noise(2, known.model.cfg.d_model, seed=8))
         where = torch.tensor([2, 0, 3, 1])
         for words, rows in {
             "a direction of length 2": [2 * first],
             "a direction of length 0.9": [0.9 * first],
+            "a direction of length 1.0002": [1.0002 * first],
             "two directions that are not orthogonal": [first, (first + second) / 2**0.5],
         }.items():
             call = partial(fn, known.model, known.clean, known.corrupted, "blocks.1.hook_resid_pre", where)
             with known.leaves_no_trace(name):
                 must_raise(name, ValueError, words, partial(call, torch.stack(rows)))
+        with known.leaves_no_trace(name), during("a direction of length 1.00002"):
+            call((1.00002 * first)[None])
 
 
 def softplus_mean(values: Tensor) -> Tensor:
     """What is minimised."""
-    return torch.log1p(values.exp()).mean()
+    return torch.logaddexp(values, torch.zeros_like(values)).mean()
 
 
 def searched(
@@ -236,36 +246,45 @@ def searching(steps: Callable[[int], int] = lambda steps: steps, backwards: bool
 def check_align_direction(fn: Fn) -> None:
     """The same search, step by step; what counts is the span of the directions."""
     name = "align_direction"
-    for number, place, n_directions, steps, lr in SEARCHES:
+    for number, place, options, size in SEARCHES:
         with case(number) as known:
-            given = search_of(number, place)
+            given = search_of(number, place, size)
             quiet = redirect_stderr(io.StringIO())  # progress bars
             with known.leaves_no_trace(name), quiet:
-                actual = fn(*given, steps=steps, lr=lr, n_directions=n_directions)
-            right = known_directions(number, place, n_directions, steps, lr)
-            label = f"{name} at {place}, {steps} steps"
-            compare(label, actual, right, "direction d_model", rtol=1e9, atol=1e9)  # shape, dtype and device
+                actual = fn(*given, **options)
+            right = known_directions(number, place, size, **options)
+            n_directions = options.get("n_directions", 1)
+            label = f"{name} at {place}, {options['steps']} steps{', a metric in the hundreds' * (size > 1)}"
+            comparing.compare(label, actual, right, "direction d_model", rtol=1e9, atol=1e9)  # shape, dtype and device
             if actual.requires_grad:
                 raise CheckFailed(f"{name}: what it returns has a graph.\n  Next: detach it.")
             products, identity = actual @ actual.T, torch.eye(n_directions).to(actual)
-            compare(f"{label}: the directions' dot products", products, identity, "direction direction")
+            comparing.compare(f"{label}: the directions' dot products", products, identity, "direction direction")
             words = f"{label}: the projection on the directions"
-            compare(words, actual.T @ actual, right.T @ right, "d_model d_model", rtol=1e-2, atol=2e-3)
+            comparing.compare(words, actual.T @ actual, right.T @ right, "d_model d_model", rtol=1e-2, atol=2e-3)
 
 
-SEARCHES = [(0, "blocks.1.hook_resid_pre", 1, 3, 0.2), (1, "blocks.1.hook_resid_post", 2, 4, 0.1)]
+SEARCHES: list[tuple[int, str, dict[str, Any], float]] = [  # with what the metric is multiplied
+    (0, "blocks.1.hook_resid_pre", {"steps": 3, "lr": 0.2, "n_directions": 1}, 1.0),
+    (1, "blocks.1.hook_resid_post", {"steps": 4, "lr": 0.1, "n_directions": 2}, 1.0),
+    (0, "blocks.0.hook_resid_post", {"steps": 2}, 1000.0),
+]
 
 
-def search_of(number: int, place: str) -> tuple[Any, ...]:
+def search_of(number: int, place: str, size: float) -> tuple[Any, ...]:
     """Model, base, source, place, positions, metric and generator of a search."""
     known = case_of(number)
     where = torch.tensor([2, 1, 3, 1][: len(known.clean)])
     generator = torch.Generator().manual_seed(11)
-    return known.model, known.clean, known.corrupted, place, where, known.metric, generator
+    return known.model, known.clean, known.corrupted, place, where, partial(enlarged, known, size), generator
+
+
+def enlarged(known: Case, size: float, logits: Tensor) -> Tensor:
+    return known.metric(logits) * size
 
 
 @cache
-def known_directions(number: int, place: str, n_directions: int, steps: int, lr: float) -> Tensor:
+def known_directions(number: int, place: str, size: float, **options: Any) -> Tensor:
     """The expected directions, worked out once."""
     search: Fn = searched
-    return search(*search_of(number, place), steps, lr, n_directions)
+    return search(*search_of(number, place, size), **options)

@@ -3,19 +3,21 @@
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import product
+from numbers import Integral
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from course_utils.checks import comparing
 from course_utils.checks.by_loops import layer_norm
-from course_utils.checks.ch05.case import Case, case_of, leaves_no_trace, worked_out
+from course_utils.checks.ch05.case import Case, case_of, compare, leaves_no_trace, worked_out
 from course_utils.checks.ch05.patching import no_graph
 from course_utils.checks.ch05.path_loops import FINAL, Head, Prompts, Receiver, path_scores
 from course_utils.checks.ch05.paths import SIZES, Fn, Q, V, by_every_way
 from course_utils.checks.ch05.task import differences
-from course_utils.checks.comparing import compare, follows_input, unchanged
+from course_utils.checks.comparing import follows_input, unchanged
 from course_utils.checks.mistakes import known_mistakes
 from course_utils.checks.modules import noise, weights_of
 from course_utils.checks.outcomes import CheckFailed
@@ -56,11 +58,14 @@ def looking(
     }
 )
 def check_attention_between(fn: Fn) -> None:
-    """Places that differ from prompt to prompt; two sizes."""
+    """Places that differ from prompt to prompt; few layers, many, and one of everything. The cache holds more."""
     name, axes = "attention_between", "layer head batch"
-    for n_layers, n_batch, n_heads, n_pos in [(2, 4, 3, 6), (3, 5, 2, 7)]:
+    for n_layers, n_batch, n_heads, n_pos in [(11, 2, 1, 5), (1, 1, 1, 3), (2, 4, 3, 6), (3, 5, 2, 7)]:
         patterns = noise(n_layers, n_batch, n_heads, n_pos, n_pos, seed=n_pos, scale=2.0).softmax(-1)
-        cache = ActivationCache({f"blocks.{layer}.attn.hook_pattern": p for layer, p in enumerate(patterns)})
+        places = {"scores": -patterns, "pattern": patterns}
+        cache = ActivationCache(
+            {f"blocks.{i}.attn.hook_{place}": p[i] for i in range(n_layers) for place, p in places.items()}
+        )
         rows = torch.arange(n_batch)
         queries, keys = n_pos - 2 + rows % 2, (rows * rows + 1) % (n_pos - 2)
         right = attention_by_loop(patterns, queries, keys)
@@ -148,11 +153,24 @@ def copied(
 def check_name_copying_scores(fn: Fn) -> None:
     """With MLPs and without; both signs, two values of k."""
     name, axes = "name_copying_scores", "layer head"
-    for attn_only, sign, k in [(False, 1, 5), (True, 1, 3), (False, -1, 3), (True, -1, 5)]:
-        sizes: dict[str, Any] = {"n_layers": 2, "n_heads": 3, "d_model": 8, "d_head": 4, "n_ctx": 7, "d_vocab": 13}
+    for attn_only, sign, k, n in [
+        (False, 1, 5, 2),
+        (True, 1, 3, 2),
+        (False, -1, 3, 2),
+        (False, 1, 3, 1),
+        (True, -1, 5, 2),
+    ]:
+        sizes: dict[str, Any] = {
+            "n_layers": n,
+            "n_heads": 2 * n - 1,
+            "d_model": 8,
+            "d_head": 4,
+            "n_ctx": 7,
+            "d_vocab": 13,
+        }
         model = SmallModel(TransformerConfig(**sizes, d_mlp=0 if attn_only else 6, attn_only=attn_only))
-        dataset = named_prompts(13, 10, 6)
-        words = f"with sign={sign}, k={k}, {'no MLPs' if attn_only else 'MLPs'}"
+        dataset = named_prompts(13, 10 if n > 1 else 1, 6)
+        words = f"with sign={sign}, k={k}, {'no MLPs' if attn_only else 'MLPs'}, {n} layer{'s' * (n > 1)}"
         with unchanged(name, tokens=dataset.tokens), during(words):
             actual = fn(model, dataset, sign, k)
         compare(f"{name} {words}", actual, copied(model, dataset, sign, k), axes)
@@ -161,7 +179,7 @@ def check_name_copying_scores(fn: Fn) -> None:
     double = model.double()
     with during("in float64"):
         actual = fn(double, dataset, 1, 3)
-    compare(f"{name} in float64", actual, copied(double, dataset, 1, 3), axes)
+    comparing.compare(f"{name} in float64", actual, copied(double, dataset, 1, 3), axes)  # shares may be rounded
 
 
 Effects = dict[str, Tensor]
@@ -329,12 +347,37 @@ def check_head_roles(fn: Fn) -> None:
     call = call_of(name, {key: value.tolist() for key, value in tables.items()}, rules)
     actual = fn(tables, rules)
     agree(name, call, actual, worked_roles(tables, rules))
-    kinds = {type(number).__name__ for heads in actual.values() for at in heads for number in at}
-    if kinds != {"int"}:
+    kinds = {type(n).__name__ for heads in actual.values() for at in heads for n in at if not isinstance(n, Integral)}
+    if kinds:
         raise CheckFailed(
-            f"{name}: a head is a pair of ints, but there are some of type {', '.join(sorted(kinds - {'int'}))}.\n"
+            f"{name}: a head is a pair of ints, but there are some of type {', '.join(sorted(kinds))}.\n"
             "  Next: `.tolist()` makes numbers of a tensor's entries."
         )
-    must_raise(
-        name, ValueError, 'a rule about "weight", which is in no table,', partial(fn, tables, {"x": {"weight": 0.5}})
-    )
+    if list(actual) != list(rules):
+        raise CheckFailed(
+            f"{name}: the roles come as {', '.join(actual)}, but the rules as {', '.join(rules)}.\n"
+            "  Next: a dictionary keeps the order in which it is filled: go through `rules`."
+        )
+    one = {"one": tables["direct"][:1, :1]}
+    agree(name, call_of(name, {"one": [[0.5]]}, {"x": {"one": 0.5}}), fn(one, {"x": {"one": 0.5}}), {"x": [(0, 0)]})
+    refuses_unmeasured(name, fn, tables)
+
+
+def refuses_unmeasured(name: str, fn: Fn, tables: dict[str, Tensor]) -> None:
+    """The error names what is missing, and who asks for it."""
+    said: list[str] = []
+
+    def run() -> Any:
+        try:
+            return fn(tables, {"scribe": {"weight": 0.5}})
+        except ValueError as error:
+            said.append(str(error))
+            raise
+
+    rule = 'a rule of "scribe" about "weight", which is in no table,'
+    must_raise(name, ValueError, rule, run)
+    if not all(word in said[0] for word in ("scribe", "weight")):
+        raise CheckFailed(
+            f"{name}: for {rule} the error says only {said[0]!r}.\n"
+            "  Next: put role and measurement into the message, so that people find the rule."
+        )

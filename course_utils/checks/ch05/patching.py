@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from course_utils.checks.ch05.case import Case, case_of, leaves_no_trace, worked_out
+from course_utils.checks.ch05.case import DEEP, ONE, Case, case_of, compare, leaves_no_trace, worked_out
 from course_utils.checks.ch05.task import depths
-from course_utils.checks.comparing import compare
 from course_utils.checks.mistakes import known_mistakes
 from course_utils.checks.outcomes import CheckFailed
 from course_utils.checks.plain import must_raise
@@ -173,9 +172,9 @@ def means(case: Case, patches: Sequence[Patch], shape: tuple[int, ...]) -> Tenso
     """The definition: for each patch a run of its own, and the mean of the metric; worked out once for a case."""
 
     def work(case: Case) -> Tensor:
-        return torch.stack([case.metric(case.logits(name, index)).mean() for name, index in patches]).reshape(shape)
+        return torch.stack([case.metric(case.logits(name, index)).mean() for name, index in patches])
 
-    return worked_out(str(patches), case, work)
+    return worked_out(str(patches), case, work).reshape(shape)
 
 
 @known_mistakes(
@@ -190,7 +189,7 @@ def means(case: Case, patches: Sequence[Patch], shape: tuple[int, ...]) -> Tenso
     }
 )
 def check_run_patched(fn: Fn) -> None:
-    """Streams, heads, and patterns, one patch each."""
+    """Streams, heads, and patterns, one patch each; then a layer whose number is how that of another begins."""
     name = "run_patched"
     for sizes in SIZES:
         case = case_of(*sizes)
@@ -200,9 +199,11 @@ def check_run_patched(fn: Fn) -> None:
             ("blocks.0.attn.hook_z", (ALL, 1)),
             ("blocks.1.attn.hook_z", (last, 0)),
             ("blocks.1.attn.hook_pattern", (1,)),
+            ("blocks.1.attn.hook_pattern", (1, last, slice(1, 3))),
             ("hook_embed", (ALL,)),
         ]:
             assert_one_patch(name, fn, case, place, index)
+    assert_one_patch(name, fn, case_of(*DEEP), "blocks.1.attn.hook_z", (ALL, 0))
 
 
 def assert_one_patch(name: str, fn: Fn, case: Case, place: str, index: tuple[Any, ...]) -> None:
@@ -219,9 +220,9 @@ def assert_one_patch(name: str, fn: Fn, case: Case, place: str, index: tuple[Any
 
 
 def assert_sweep(name: str, fn: Fn, axes: str, grid: Grid, *which: str) -> None:
-    """A table of patches: values, and that nothing else happens."""
+    """A table of patches, in models of all sizes: values, and that nothing else happens."""
     words = "".join(f'with which="{value}" ' for value in which)
-    for sizes in SIZES:
+    for sizes in [*SIZES, ONE] if which and which != ("z",) else [*SIZES, ONE, DEEP]:
         case = case_of(*sizes)
         with leaves_no_trace(name, case), during(f"{words}{case.words}"):
             actual = fn(case.model, case.tokens, case.cache(), case.metric, *which)
@@ -437,12 +438,12 @@ def going_on(
     }
 )
 def check_run_from(fn: Fn) -> None:
-    """From every depth."""
+    """From every depth, or the last four where there are many."""
     name = "run_from"
-    for sizes in SIZES:
+    for sizes in [*SIZES, ONE, DEEP]:
         case = case_of(*sizes)
         right = case.model.compute(case.source_tokens, lambda place, activation: activation)
-        for layer, stream in enumerate(depths(case.cache())):
+        for layer, stream in list(enumerate(depths(case.cache())))[-4:]:
             with leaves_no_trace(name, case), torch.no_grad(), during(f"with layer={layer}"):
                 actual = fn(case.model, stream, layer)
             compare(f"{name} with layer={layer} {case.words}", actual, right, "batch pos d_vocab")
@@ -458,6 +459,8 @@ MIXED: list[Patch] = [
     ("blocks.1.hook_resid_pre", (3,)),
     ("blocks.1.attn.hook_z", (ALL, 0)),
 ]
+# not in the order of the layers' numbers, nor in that of their first digits
+FAR_APART: list[Patch] = [(f"blocks.{layer}.hook_attn_out", (0,)) for layer in (10, 2, 1, 9)]
 WITH_EMBEDDINGS: list[Patch] = [MIXED[1], ("hook_embed", (1,)), MIXED[4], ("hook_embed", (ALL,)), MIXED[2]]
 
 
@@ -532,15 +535,20 @@ def check_batched_sweep(fn: Fn) -> None:
         for max_rows in (2, 9, 64):  # the first has not even room for the prompts of one patch
             assert_batched(fn, case_of(*sizes), MIXED, max_rows)
     assert_batched(fn, case_of(*SIZES[0]), WITH_EMBEDDINGS, 9)
+    assert_batched(fn, case_of(*SIZES[0]), MIXED * 3, None)
+    assert_batched(fn, case_of(*ONE), MIXED[2:3], 2)
+    assert_batched(fn, case_of(*DEEP), FAR_APART, 2)
 
 
-def assert_batched(fn: Fn, case: Case, patches: list[Patch], max_rows: int) -> None:
-    """One list of patches, cut into groups of so many rows."""
+def assert_batched(fn: Fn, case: Case, patches: list[Patch], limit: int | None) -> None:
+    """One list of patches, cut into groups of so many rows; without a limit, of as many as by default."""
+    max_rows = 64 if limit is None else limit
     name, n_batch, n_layers, n_patches = "batched_sweep", case.n_batch, case.n_layers, len(patches)
     per_run = max(1, max_rows // n_batch)
     label = f"{name} with max_rows={max_rows} {case.words}"
     with leaves_no_trace(name, case), during(f"with max_rows={max_rows}"):
-        actual = fn(case.model, case.tokens, case.cache(), case.metric, patches, max_rows)
+        given = () if limit is None else (limit,)
+        actual = fn(case.model, case.tokens, case.cache(), case.metric, patches, *given)
     right = means(case, patches, (n_patches,))
     firsts = [first(place, n_layers) for place, _ in patches]
     in_order = sorted(range(n_patches), key=firsts.__getitem__)

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from course_utils.checks.ch05.case import Case, case_of, leaves_no_trace, worked_out
+from course_utils.checks.ch05.case import Case, case_of, compare, leaves_no_trace, worked_out
 from course_utils.checks.ch05.patching import no_graph, patched
 from course_utils.checks.ch05.path_loops import ALL, FINAL, Head, Receiver, fix, over_paths, path_scores, z
-from course_utils.checks.comparing import compare
 from course_utils.checks.mistakes import known_mistakes
 from course_utils.checks.outcomes import CheckFailed
 from course_utils.checks.plain import must_raise
@@ -20,6 +19,9 @@ from course_utils.checks.translating import during
 Fn = Callable[..., Any]
 SIZES = [(3, 2, 4, 5), (3, 4, 2, 5, True, True)]  # layers, heads, batch, pos; the second without MLPs, in float64
 Q, K, V = ("blocks.2.attn.hook_q", 1), ("blocks.1.attn.hook_k", 1), ("blocks.2.attn.hook_v", 0)
+
+
+BOTH: list[Receiver] = [("blocks.2.attn.hook_v", head) for head in (1, 0)]
 
 
 def other_inputs(to: Callable[[Callable[..., Any]], Fn]) -> dict[str, Fn]:
@@ -68,14 +70,15 @@ def running(receivers: Callable[[Any], Any] = lambda receivers: receivers, **wro
     other_inputs(running),
 )
 def check_run_over_direct_paths(fn: Fn) -> None:
-    """Everything fixed, or one layer; one receiver, several, and the final stream."""
+    """Everything fixed, or one layer; one receiver, several (at one place, too), and the final stream."""
     name = "run_over_direct_paths"
     for sizes in SIZES:
         case = case_of(*sizes)
         everything = fix(case.model, *texts(case), [(0, 1), (1, 0)], True)
         one_layer = {z(0): everything[z(0)]}
-        ends: list[list[Receiver]] = [[Q], [V, K], [V], [FINAL]]
-        for fixed, receivers in zip([everything, everything, one_layer, everything], ends, strict=True):
+        ends: list[list[Receiver]] = [[Q], [V, K], [V], [FINAL], [Q, FINAL], BOTH]
+        for receivers in ends:
+            fixed = one_layer if receivers == [V] else everything
             words = f"to {', '.join(map(str, receivers))}, {len(fixed)} places fixed,"
             with leaves_no_trace(name, case), during(words):
                 actual = fn(case.model, case.tokens, fixed, receivers)
@@ -153,6 +156,7 @@ SCENES: list[tuple[list[Head], list[Receiver], bool]] = [
     ([(0, 0), (1, 1)], [V, K], True),
     ([(0, 0)], [FINAL], False),
     ([(1, 1)], [FINAL], True),
+    ([(0, 1), (0, 0)], BOTH, True),
     ([(2, 0), (1, 0)], [K], True),  # no path: they come too late
 ]
 
@@ -179,7 +183,7 @@ def refuses(name: str, run: Callable[[Case, list[Head], list[Receiver]], Any]) -
     bad: list[tuple[list[Head], list[Receiver]]] = [
         ([(0, 0)], [("blocks.1.attn.hook_z", 0)]),
         ([(0, 0)], [Q, ("blocks.3.attn.hook_q", 0)]),
-        ([(0, 0)], [("blocks.1.attn.hook_k", 2)]),
+        *(([(0, 0)], [("blocks.1.attn.hook_k", head)]) for head in (2, -1, None)),
         ([(0, 0)], [("final", 1)]),
     ]
     if name == "path_patch":
@@ -264,7 +268,9 @@ def check_path_patch_heads(fn: Fn) -> None:
     assert_table(name, fn, first, [V, K], True, 64)
     assert_table(name, fn, first, [FINAL], False, 2 * first.n_batch + 1)
     assert_table(name, fn, first, [Q], True, 1)  # not even room for the prompts
-    assert_table(name, fn, second, [V, Q], True, 5 * second.n_batch)
+    assert_table(name, fn, second, [*BOTH, Q], True, 5 * second.n_batch)
+    given = (first.model, *texts(first), [V, K], first.metric)
+    compare(f"{name} without freeze_mlps and max_rows", fn(*given), sending()(*given), "layer head")
     refuses(name, lambda case, senders, receivers: fn(case.model, *texts(case), receivers, case.metric))
 
 

@@ -1,6 +1,7 @@
 """Checks of chapter 05, the task and where its answer is written: metrics, and the stream read out as logits."""
 
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,11 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from course_utils.checks.ch05.case import Case
-from course_utils.checks.comparing import compare, follows_input, unchanged
+from course_utils.checks.ch05.case import DEEP, ONE, Case, compare
+from course_utils.checks.comparing import follows_input, unchanged
 from course_utils.checks.mistakes import known_mistakes
 from course_utils.checks.modules import noise
 from course_utils.checks.plain import must_raise
+from course_utils.checks.translating import during
 from course_utils.hooks import ActivationCache
 
 Fn = Callable[..., Any]
@@ -27,6 +29,21 @@ def prompts(n_batch: int, n_pos: int) -> SimpleNamespace:
     end = n_pos - 1 - (rows + 1) % 3
     names = {"IO": rows % 2, "S1": rows % 2 + 1, "S1+1": rows % 2 + 2, "S2": end - 1, "END": end}
     return SimpleNamespace(io=io, s=s, positions=names, tokens=torch.zeros(n_batch, n_pos, dtype=torch.long))
+
+
+def logits_for(n_batch: int, n_pos: int, scale: float = 3.0) -> Tensor:
+    """All different, and not contiguous."""
+    return noise(n_pos, n_batch, 13, seed=n_batch + 6, scale=scale).transpose(0, 1)
+
+
+def extreme_logits(dataset: Any) -> Tensor:
+    """Far apart, in double precision; and nobody's names are impossible."""
+    n_batch, n_pos = dataset.tokens.shape
+    logits = logits_for(n_batch, n_pos, scale=500.0).double()
+    for row, token in enumerate(((dataset.io + 1) % 13).tolist()):
+        if token not in (int(dataset.io[row]), int(dataset.s[row])):
+            logits[row, :, token] = -torch.inf
+    return logits
 
 
 def differences(logits: Tensor, dataset: Any) -> Tensor:
@@ -68,13 +85,16 @@ def difference(logits: Tensor, dataset: Any, place: Any = "END") -> Tensor:
     }
 )
 def check_logit_difference(fn: Fn) -> None:
-    """Three sizes of batch; every prompt has its own end."""
+    """Three sizes of batch; every prompt has its own end. Then logits far apart, some of them -inf."""
     name = "logit_difference"
     for n_batch, n_pos in SHAPES:
-        dataset, logits = prompts(n_batch, n_pos), noise(n_batch, n_pos, 13, seed=n_batch + 6, scale=3.0)
+        dataset, logits = prompts(n_batch, n_pos), logits_for(n_batch, n_pos)
         with unchanged(name, io=dataset.io, s=dataset.s, end=dataset.positions["END"]):
             actual = fn(logits, dataset)
         compare(f"{name} of {n_batch} prompts", actual, differences(logits, dataset), "batch")
+        extreme = extreme_logits(dataset)
+        words = f"{name} where other tokens' logits are -inf, and those of the names far apart"
+        compare(words, fn(extreme, dataset), differences(extreme, dataset), "batch")
     follows_input(name, lambda moved: fn(moved, dataset), (logits,), "batch", gradient=True)
 
 
@@ -103,31 +123,31 @@ def scaled(value: Callable[[Tensor, float, float], Tensor]) -> Fn:
 def check_normalised_metric(fn: Fn) -> None:
     """Values; then the two ends of the scale; then a scale without length."""
     name = "normalised_metric"
-    for (n_batch, n_pos), clean, corrupted in [(SHAPES[0], 3.25, -1.5), (SHAPES[1], -2.0, 4.5), (SHAPES[2], 1.5, 0.0)]:
-        dataset, logits = prompts(n_batch, n_pos), noise(n_batch, n_pos, 13, seed=n_batch + 6, scale=3.0)
+    scales = [(3.25, -1.5), (-2.0, 4.5), (0.0, 1.5), (1.5, 0.0), (0.003, 0.002)]  # the last two for the last shape
+    for (n_batch, n_pos), (clean, corrupted) in zip([*SHAPES, SHAPES[2], SHAPES[2]], scales, strict=True):
+        dataset, logits = prompts(n_batch, n_pos), logits_for(n_batch, n_pos)
         right = (differences(logits, dataset) - corrupted) / (clean - corrupted)
-        actual = fn(logits, dataset, clean, corrupted)
+        with during(f"with clean={clean}, corrupted={corrupted}"):
+            actual = fn(logits, dataset, clean, corrupted)
         compare(f"{name} with clean={clean}, corrupted={corrupted}", actual, right, "batch")
-    must_raise(name, ValueError, "clean=1.5, corrupted=1.5", lambda: fn(logits, dataset, 1.5, 1.5))
+    for same in (1.5, 0.0):
+        must_raise(name, ValueError, f"clean={same}, corrupted={same}", partial(fn, logits, dataset, same, same))
     follows_input(name, lambda moved: fn(moved, dataset, 1.5, 0.0), (logits,), "batch", gradient=True)
 
 
 # ----------------------------------------------------------------------------------------- where the answer is written
 
-SIZES = [(2, 3, 4, 5), (3, 2, 1, 4, True, True)]  # layers, heads, batch, pos; the second without MLPs, in float64
+# layers, heads, batch, pos; the second without MLPs, in float64
+SIZES: list[tuple[Any, ...]] = [(2, 3, 4, 5), (3, 2, 1, 4, True, True), ONE, DEEP]
 
 
 def run(sizes: tuple[Any, ...]) -> tuple[Case, ActivationCache, Tensor]:
-    """A toy model, what its places saw (each head's `result` too) as a cache, and directions."""
+    """A toy model, what its places saw as a cache (in the source's run), and directions."""
     case = Case(*sizes)
-    seen = dict(case.seen)
-    for layer, block in enumerate(case.model.blocks):
-        z, W_O = seen[f"blocks.{layer}.attn.hook_z"], block.attn.W_O.detach()
-        seen[f"blocks.{layer}.attn.hook_result"] = torch.einsum("bphd,hdm->bphm", z, W_O)
     W_U = case.model.unembed.W_U.detach()
     answers = torch.arange(case.n_batch)
     directions = (W_U[:, (3 * answers + 1) % 11] - W_U[:, (2 * answers + 5) % 11]).T.contiguous()
-    return case, ActivationCache(seen, case.n_layers), directions
+    return case, case.cache(), directions
 
 
 def depths(cache: ActivationCache) -> Tensor:
@@ -159,10 +179,11 @@ def stacked(change: Callable[[Tensor], Tensor]) -> Fn:
     }
 )
 def check_accumulated_residual(fn: Fn) -> None:
-    """With MLPs and without; two numbers of layers."""
+    """With MLPs and without; one layer, a few, and more than ten. The cache holds the streams alone."""
     name = "accumulated_residual"
     for sizes in SIZES:
         case, cache, _ = run(sizes)
+        cache = ActivationCache({place: resid for place, resid in cache.items() if "resid" in place})
         compare(f"{name} {case.words}", fn(cache), depths(cache), "depth batch pos d_model")
 
 
@@ -218,10 +239,13 @@ def check_logit_lens(fn: Fn) -> None:
         compare(f"{name} {case.words}", fn(cache, case.model, directions), right, "depth batch pos")
 
 
-def table_of_heads(cache: ActivationCache, through: Callable[[Tensor], Tensor]) -> Tensor:
+def table_of_heads(cache: ActivationCache, model: Any, through: Callable[[Tensor], Tensor]) -> Tensor:
     """What every head writes, on the axes [layer head batch pos d_model], after `through`."""
-    results = [cache[f"blocks.{layer}.attn.hook_result"] for layer in range(cache.n_layers)]
-    return torch.stack([torch.stack([through(part) for part in result.unbind(2)]) for result in results])
+    rows = []
+    for layer, block in enumerate(model.blocks):
+        zs = cache[f"blocks.{layer}.attn.hook_z"].unbind(2)
+        rows.append(torch.stack([through(z @ W) for z, W in zip(zs, block.attn.W_O, strict=True)]))
+    return torch.stack(rows)
 
 
 def centred(part: Tensor) -> Tensor:
@@ -236,7 +260,7 @@ def attributing(
     """A head_attribution in which `through(part, scale, LayerNorm)` is made of what a head writes."""
 
     def head_attribution(cache: Any, model: Any, directions: Any) -> Any:
-        table = table_of_heads(cache, lambda part: through(part, cache["ln_final.hook_scale"], model.ln_final))
+        table = table_of_heads(cache, model, lambda part: through(part, cache["ln_final.hook_scale"], model.ln_final))
         return then(onto(table, along(directions)))
 
     return head_attribution
@@ -245,7 +269,7 @@ def attributing(
 def with_shares_of_biases(cache: Any, model: Any, directions: Any) -> Any:
     """A head_attribution in which each head has its part of `b_O`."""
     biases = torch.stack([block.attn.b_O for block in model.blocks])[:, None, None, None]
-    spread = table_of_heads(cache, unchanging) + biases / len(model.blocks[0].attn.W_O)
+    spread = table_of_heads(cache, model, unchanging) + biases / len(model.blocks[0].attn.W_O)
     return onto(centred(spread) / cache["ln_final.hook_scale"] * model.ln_final.w, directions)
 
 
@@ -275,7 +299,7 @@ def with_shares_of_biases(cache: Any, model: Any, directions: Any) -> Any:
     }
 )
 def check_head_attribution(fn: Fn) -> None:
-    """Every head by a loop; two numbers of layers and heads."""
+    """Every head by a loop; one layer, a few, and more than ten."""
     name = "head_attribution"
     for sizes in SIZES:
         case, cache, directions = run(sizes)
