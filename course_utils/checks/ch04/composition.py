@@ -75,6 +75,17 @@ def check_composition_score(fn: Fn) -> None:
         actual = fn(first, second)
     expected = composed(factors[0] @ factors[1], factors[2] @ factors[3])
     compare(f"{name} of factored matrices", actual, expected, "")
+    for case, W_A, W_B in [
+        ("a factored matrix and a tensor", first, factors[2] @ factors[3]),
+        ("a tensor and a factored matrix", factors[0] @ factors[1], second),
+    ]:
+        with during(f"with {case}"):
+            actual = fn(W_A, W_B)
+        compare(f"{name} of {case}", actual, expected, "")
+    batch = [noise(3, 5, 2, seed=61), noise(3, 2, 7, seed=62)]
+    with during("with a batch of factored matrices"):
+        actual = fn(factored(fn, *batch), second)
+    compare(f"{name} of a factored batch", actual, composed(batch[0] @ batch[1], factors[2] @ factors[3]), "batch")
     follows_input(name, fn, (noise(5, 7), noise(7, 6)), "")
 
 
@@ -243,7 +254,7 @@ def check_random_composition_baseline(fn: Fn) -> None:
 
 
 def _check_layers(name: str, fn: Fn) -> None:
-    """What the first layer reads and what the last one writes is zero: such a pair has no score, 0 / 0."""
+    """Where a pair is of layers that are zero it has no score, 0 / 0: so it shows which layers are drawn, how often."""
     model = SmallModel(WITH_MLP)
     with torch.no_grad():
         model.blocks[0].attn.W_Q.zero_()
@@ -253,6 +264,16 @@ def _check_layers(name: str, fn: Fn) -> None:
         raise CheckFailed(
             f"{name}: it draws pairs in which the first head is in the last layer, or the second in layer 0.\n"
             "  Next: the second head is in a later layer than the first."
+        )
+    model = SmallModel(WITH_MLP)  # three layers; the middle one neither writes nor reads
+    with torch.no_grad():
+        model.blocks[1].attn.W_Q.zero_()
+        model.blocks[1].attn.W_V.zero_()
+        share = fn(model, "K", 150, torch.Generator().manual_seed(5)).isfinite().float().mean().item()
+    if abs(share - 1 / 4) > 0.16:  # four and a half standard errors
+        raise CheckFailed(
+            f"{name}: of 150 pairs in three layers, {share:.0%} were in the first and the last, expected about 25%.\n"
+            "  Next: draw a layer but the last, then any later one, both with equal chances."
         )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from course_utils.checks.ch04.hooks import DOUBLE
 from course_utils.checks.comparing import compare, compare_kind, follows_input
 from course_utils.checks.leftovers import assert_stops, nothing_left_behind
 from course_utils.checks.mistakes import known_mistakes
@@ -83,6 +84,9 @@ def scored(pairs: PairsFor, end: Fn = lambda found, n_pos: mean(found)) -> Fn:
 def score_mistakes(pairs: PairsFor, others: Mapping[str, PairsFor], all_count: bool = False) -> dict[str, Fn]:
     """Other (query, key) pairs, texts or positions treated otherwise, axes mixed up."""
     ends: dict[str, Fn] = {
+        "the layers are sorted by their names as text: 0, 1, 10, 11, 2, ...": lambda found, n: mean(
+            found[sorted(range(len(found)), key=str)]
+        ),
         "layers and heads are mixed up: a transpose became a reshape.": lambda found, n: mean(found).T.reshape(
             mean(found).shape
         ),
@@ -107,9 +111,13 @@ def _check_scores(name: str, fn: Fn, sizes: tuple[int, int, int, int], pairs: Pa
     patterns = causal_patterns(*sizes)
     compare(name, fn(cache_of(patterns), *arguments), mean_attention(patterns, pairs), TABLE)
     follows_input(name, lambda *moved: fn(cache_of(moved), *arguments), tuple(patterns), TABLE)
+    doubles = [
+        pattern.double().requires_grad_() for pattern in patterns
+    ]  # with a graph, as after a run without no_grad
+    compare(f"{name} in float64", fn(cache_of(doubles), *arguments), mean_attention(doubles, pairs), TABLE, **DOUBLE)
 
 
-SIZES = [(3, 2, 5, 7), (2, 1, 4, 5)]  # layers, batch, heads, positions
+SIZES = [(3, 2, 5, 7), (2, 1, 4, 5), (12, 1, 2, 4), (1, 2, 1, 5)]  # layers, batch, heads, positions
 
 
 def to_itself(n: int) -> Pairs:
@@ -183,7 +191,8 @@ def check_first_token_scores(fn: Fn) -> None:
 
 # ---------------------------------------------------------------------------------------------------------- induction
 
-HALVES = [((3, 2, 5, 9), 4), ((2, 1, 4, 7), 3)]  # layers, batch, heads, positions; and the length of a half
+# layers, batch, heads, positions; and the length of a half
+HALVES = [((3, 2, 5, 9), 4), ((2, 1, 4, 7), 3), ((12, 1, 2, 5), 2), ((1, 2, 1, 5), 2)]
 
 
 def looking_back(nearer: int = 0, first: int = 0, last: int = 0) -> PairsFor:
@@ -445,19 +454,22 @@ def losses(
     }
 )
 def check_per_token_losses(fn: Fn) -> None:
-    """Each loss by itself; and logits so far apart that the softmax underflows."""
+    """Each loss by itself; and logits so far apart that the softmax underflows, with a token that is forbidden."""
     axes, name = "batch next", "per_token_losses"
     for n_batch, n_pos, scale in [(2, 5, 2.0), (1, 4, 2.0), (3, 4, 90.0)]:
         logits = noise(n_batch, n_pos, 7, seed=5, scale=scale)
-        tokens = torch.randint(7, (n_batch, n_pos), generator=torch.Generator().manual_seed(9))
-        right = torch.empty(n_batch, n_pos - 1)
+        tokens = torch.randint(6, (n_batch, n_pos), generator=torch.Generator().manual_seed(9))
+        if scale > 2:
+            logits[:, :, 6] = -INF
+        right = torch.empty(n_batch, n_pos - 1, dtype=torch.float64)
         for row in range(n_batch):
             for pos in range(n_pos - 1):
                 scores = logits[row, pos].double()
                 top = scores.max()
                 right[row, pos] = float(top + (scores - top).exp().sum().log() - scores[tokens[row, pos + 1]])
-        compare(name, fn(logits, tokens), right, axes)
+        compare(name, fn(logits, tokens), right.float(), axes)
     follows_input(name, fn, (logits, tokens), axes)
+    compare(f"{name} in float64", fn(logits.double(), tokens), right, axes, **DOUBLE)
 
 
 def rows(
@@ -499,10 +511,10 @@ def rows(
     }
 )
 def check_top_predictions(fn: Fn) -> None:
-    """Few rows, one, and the whole vocabulary; the columns one after another."""
+    """Few rows, one, the whole vocabulary, and logits far beyond 88; the columns one after another."""
     name, tokenizer = "top_predictions", ToyTokenizer()
-    for seed, k in [(1, 4), (2, 1), (3, 13)]:
-        logits = noise(13, seed=seed, scale=2.0)
+    for seed, k, scale in [(1, 4, 2.0), (2, 1, 2.0), (3, 13, 2.0), (4, 3, 200.0)]:
+        logits = noise(13, seed=seed, scale=scale)
         actual = fn(logits, tokenizer, k)
         call = f"{name}(logits, tokenizer, {k})"
         if not isinstance(actual, list) or not all(isinstance(row, tuple) and len(row) == 4 for row in actual):
@@ -514,7 +526,7 @@ def check_top_predictions(fn: Fn) -> None:
                 "  Next: one tuple of four for each token."
             )
         order = sorted(range(13), key=logits.tolist().__getitem__, reverse=True)
-        exps = [math.exp(value) for value in logits.tolist()]
+        exps = [math.exp(value - float(logits.max())) for value in logits.tolist()]
         best, total = order[:k], sum(exps)
         columns: list[list[Any]] = [list(column) for column in zip(*actual, strict=True)] or [[]] * 4
         agree(f"{name}: the tokens", call, columns[1], [tokenizer.pieces[token] for token in best])
