@@ -100,11 +100,6 @@ def check_MyHookPoint(cls: Any) -> None:
         )
     through = point(activation)
     compare(f"{name} without functions", through, activation, VECTORS)
-    if through is not activation:
-        raise CheckFailed(
-            f"{name} without functions: a copy comes out, which costs memory at every hook point.\n"
-            "  Next: return the activation itself."
-        )
     watched = [point.is_watched, [point.fns.append(print), point.is_watched][1]]
     if watched != [False, True]:
         raise CheckFailed(
@@ -146,6 +141,11 @@ def check_MyHookPoint(cls: Any) -> None:
     if not point(activation).requires_grad:
         raise CheckFailed(
             f"{name}: no gradient comes through it.\n  Next: hand on the tensor itself, without .detach() or .data."
+        )
+    if through is not activation:
+        raise CheckFailed(
+            f"{name} without functions: a copy comes out, which costs memory at every hook point.\n"
+            "  Next: return the activation itself."
         )
 
 
@@ -269,8 +269,6 @@ def _check_ends(name: str, model: Watched, run: Fn, wanted: Callable[[str, Fn], 
             f"{name}: functions that others had attached were called {len(calls)} times, expected 2.\n"
             "  Next: leave those that are there already where they are, and run the model once."
         )
-    run(TOKENS, wanted("blocks.0.hook_out", before["blocks.0.hook_out"][0]))
-    _assert_clean(name, "after a run with a function that others had attached, too", model, before)
     failing = wanted("blocks.0.hook_out", lambda activation: activation * 2)
     assert_stops(name, lambda: run(FAILING, failing), "the model")
     _assert_clean(name, "after a run that ended in an exception", model, before)
@@ -293,6 +291,8 @@ def _check_ends(name: str, model: Watched, run: Fn, wanted: Callable[[str, Fn], 
             f"{name}: for a name that no hook point has, the model ran all the same.\n"
             "  Next: look up all the names before you begin."
         )
+    run(TOKENS, wanted("blocks.0.hook_out", before["blocks.0.hook_out"][0]))
+    _assert_clean(name, "after a run with a function that others had attached, too", model, before)
 
 
 def cached(model: Any, tokens: Tensor, names: Any = None, only: str | None = None, at: int = 99) -> Any:
@@ -377,6 +377,14 @@ def attention(
     return normed(scores.masked_fill(hidden(future_of(scores)), value))
 
 
+OVERFLOW = "exp is divided by its sum as it is: exp of more than 88 is infinite, and inf / inf is NaN."
+
+
+def exp_over_sum(scores: Tensor) -> Tensor:
+    """A softmax that overflows."""
+    return scores.exp() / scores.exp().sum(-1, keepdim=True)
+
+
 def future_of(scores: Tensor) -> Tensor:
     """Which keys lie after which query."""
     return torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
@@ -396,6 +404,7 @@ def future_of(scores: Tensor) -> Tensor:
         "queries and keys are swapped.": lambda q, k: attention(k, q),
         "past and future are swapped.": partial(attention, hidden=lambda future: future.T),
         "the diagonal is masked too; a query may look at itself.": partial(attention, hidden=lambda future: ~future.T),
+        OVERFLOW: partial(attention, normed=exp_over_sum),
     }
 )
 def check_pattern_from_qk(fn: Fn) -> None:

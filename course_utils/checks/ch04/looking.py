@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from course_utils.checks.ch04.hooks import DOUBLE
+from course_utils.checks.ch04.hooks import DOUBLE, OVERFLOW, exp_over_sum
 from course_utils.checks.comparing import compare, compare_kind, follows_input
 from course_utils.checks.leftovers import assert_stops, nothing_left_behind
 from course_utils.checks.mistakes import known_mistakes
@@ -260,7 +261,13 @@ def check_duplicate_token_scores(fn: Fn) -> None:
 
 def in_a_run(scores: Fn) -> Fn:
     """The same of a model's patterns."""
-    return lambda model, tokens, n_half: scores(cache_of(model.patterns(tokens)), n_half)
+
+    @torch.no_grad()
+    def of_patterns(model: Any, tokens: Tensor, n_half: int) -> Tensor:
+        model(tokens)
+        return scores(cache_of(model.patterns(tokens)), n_half)
+
+    return of_patterns
 
 
 @known_mistakes({hint: in_a_run(scores) for hint, scores in INDUCTION.items()})
@@ -451,6 +458,9 @@ def losses(
         "the softmax underflows, and its logarithm is -inf; log_softmax does both at once.": partial(
             losses, log_p=lambda logits: logits.softmax(-1).log()
         ),
+        "the log-probabilities are multiplied by a one-hot vector: 0 times -inf is NaN.": lambda logits, tokens: (
+            -(logits.log_softmax(-1)[:, :-1] * F.one_hot(tokens[:, 1:], logits.shape[-1])).sum(-1)
+        ),
     }
 )
 def check_per_token_losses(fn: Fn) -> None:
@@ -507,6 +517,7 @@ def rows(
         ),
         "they are percentages.": partial(rows, chance=lambda logits, best: 100 * logits.softmax(-1)[best]),
         "they are log-probabilities.": partial(rows, chance=lambda logits, best: logits.log_softmax(-1)[best]),
+        OVERFLOW: partial(rows, chance=lambda logits, best: exp_over_sum(logits)[best]),
         "they are the logits once more.": partial(rows, chance=lambda logits, best: logits[best]),
     }
 )

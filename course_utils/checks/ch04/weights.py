@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from course_utils.checks import by_loops
 from course_utils.checks.ch04.counting import Watched
-from course_utils.checks.ch04.hooks import DOUBLE
+from course_utils.checks.ch04.hooks import DOUBLE, OVERFLOW, exp_over_sum
 from course_utils.checks.comparing import compare, follows_input, unchanged
 from course_utils.checks.leftovers import nothing_left_behind
 from course_utils.checks.mistakes import known_mistakes
@@ -531,6 +531,7 @@ def positions(
             positions, end=lambda scores: scores.softmax(-1).T
         ),
         "it holds the scores; the softmax is missing.": partial(positions, end=lambda scores: scores),
+        OVERFLOW: partial(positions, end=exp_over_sum),
         "it is the pattern of another head.": lambda model, layer, head: positions(
             model, layer, (head + 1) % model.cfg.n_heads
         ),
