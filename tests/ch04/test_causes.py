@@ -77,11 +77,11 @@ def instead(kind: str, stand_in: Any) -> Any:
     return partial(ablated, stand_ins={**KINDS, kind: stand_in})
 
 
-def layers_by_how_they_begin(cfg: Any, heads: Any) -> Any:
+def layers_by_how_they_begin(model: Any, tokens: Any, heads: Any, kind: str, reference: Any = None) -> Any:
     """Layer 1 is taken for 10 and 11, too."""
-    return [
-        (layer, head) for begin, head in heads for layer in range(cfg.n_layers) if str(layer).startswith(str(begin))
-    ]
+    layers = range(model.cfg.n_layers)
+    struck = [(layer, head) for begin, head in heads for layer in layers if str(layer).startswith(str(begin))]
+    return ref.ablate_heads(model, tokens, struck, kind, reference)
 
 
 def refusing_what_is_to_be_ignored(model: Any, tokens: Any, heads: Any, kind: str, reference: Any = None) -> Any:
@@ -91,8 +91,10 @@ def refusing_what_is_to_be_ignored(model: Any, tokens: Any, heads: Any, kind: st
 
 
 def without_finally(model: Any, tokens: Any, heads: Any, kind: str, reference: Any = None) -> Any:
-    handle = add_hook(model, "blocks.0.attn.hook_z", lambda z, hook: None)
-    logits = ref.ablate_heads(model, tokens, heads, kind, reference)
+    if kind != "zero":
+        return ref.ablate_heads(model, tokens, heads, kind, reference)
+    handle = model.blocks[0].attn.hook_z.add(lambda z, hook: None)
+    logits = ref.ablate_heads(model, tokens, heads, kind)
     handle.remove()
     return logits
 
@@ -112,7 +114,7 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
         ),
         ("values are wrong", references_replaced),
         ("in place", weights_zeroed),
-        ("of twelve layers", partial(ablated, chosen=layers_by_how_they_begin)),
+        ("of twelve layers", layers_by_how_they_begin),
         ("to be ignored", refusing_what_is_to_be_ignored),
         ("after a run that ended in an exception: a hook is left behind", without_finally),
     ],
