@@ -54,8 +54,10 @@ def is_library_module(name: str) -> bool:
 
 
 def beside(fn: Callable[..., Any], name: str) -> Any:
-    """What stands under that name beside the learner's function, or the function of a partial; None if nothing does."""
+    """What stands under that name beside the learner's function, partial or callable object; None if nothing does."""
     inner = inspect.unwrap(fn)
     if isinstance(inner, functools.partial):
         inner = inspect.unwrap(inner.func)
+    if not inspect.isroutine(inner) and not isinstance(inner, type):  # an object that can be called
+        inner = inspect.unwrap(type(inner).__call__)
     return getattr(inner, "__globals__", {}).get(name)

@@ -68,7 +68,9 @@ def my_run_with_cache(model, tokens, names=None):
 
 def pattern_from_qk(q, k):
     q, k = q.transpose(1, 2), k.permute(0, 2, 3, 1)
-    weights = (q @ k * q.size(-1) ** -0.5).exp().tril()
+    scores = q @ k * q.size(-1) ** -0.5
+    largest = torch.stack([scores[..., row, : row + 1].amax(-1) for row in range(scores.size(-1))], -1)[..., None]
+    weights = (scores.minimum(largest) - largest).exp().tril()
     return weights / weights.sum(-1, keepdim=True)
 
 
@@ -142,9 +144,9 @@ def induction_scores_by_hook(model, tokens, n_half):
 def top_predictions(logits, tokenizer, k):
     rows = []
     values, ids = logits.sort(descending=True)
-    total = values.exp().sum()
+    chances = (values - values[0]).exp() / (values - values[0]).exp().sum()
     for place in range(k):
-        rows.append((place + 1, tokenizer.decode(ids[place]), float(values[place]), float(values[place].exp() / total)))
+        rows.append((place + 1, tokenizer.decode(ids[place]), float(values[place]), float(chances[place])))
     return rows
 
 

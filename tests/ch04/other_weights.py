@@ -139,7 +139,8 @@ def position_pattern(model, layer, head):
     n = positions.shape[1]
     past = torch.ones(n, n, dtype=torch.bool, device=positions.device).tril()
     scores = found["Q"] @ found["K"].mT / math.sqrt(model.cfg.d_head)
-    weights = torch.where(past, scores.exp(), 0)[0]
+    visible = torch.where(past, scores, -math.inf)
+    weights = (visible - visible.amax(-1, keepdim=True)).exp()[0]
     return weights / weights.sum(dim=1, keepdim=True)
 
 

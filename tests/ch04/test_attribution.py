@@ -51,9 +51,26 @@ def by_size(cache: Any, model: Any, tokens: Any) -> Any:
     return entries.sum(0) * sizes / sizes.sum(0)
 
 
+def layers_as_text(cache: Any, pos: int) -> Any:
+    """Layers in the order of their names: 0, 1, 10, 11, 2, ..."""
+    labels, vectors = ref.residual_components(cache, pos)
+
+    def place(row: int) -> tuple[str, int]:
+        return labels[row].partition(" ")[2].partition(".")[0], row
+
+    order = sorted(range(len(labels)), key=place)
+    return [labels[row] for row in order], vectors[order]
+
+
+def squeezed(answer: Any) -> Any:
+    return answer[0], answer[1].squeeze()
+
+
 SURPRISES: dict[str, list[tuple[str, Any]]] = {
     "residual_components": [
         ("in another order", relabelled(sorted)),
+        ("in another order", layers_as_text),
+        ("wrong shape", lambda cache, pos: squeezed(ref.residual_components(cache, pos))),
         ("the labels", relabelled(lambda labels: [label.replace("head ", "L") for label in labels])),
         ("values are wrong", swapped("head 0.0", "head 1.0")),
         ("values are wrong", swapped("embed", "pos_embed")),

@@ -77,6 +77,28 @@ def instead(kind: str, stand_in: Any) -> Any:
     return partial(ablated, stand_ins={**KINDS, kind: stand_in})
 
 
+def layers_by_how_they_begin(model: Any, tokens: Any, heads: Any, kind: str, reference: Any = None) -> Any:
+    """Layer 1 is taken for 10 and 11, too."""
+    layers = range(model.cfg.n_layers)
+    struck = [(layer, head) for begin, head in heads for layer in layers if str(layer).startswith(str(begin))]
+    return ref.ablate_heads(model, tokens, struck, kind, reference)
+
+
+def refusing_what_is_to_be_ignored(model: Any, tokens: Any, heads: Any, kind: str, reference: Any = None) -> Any:
+    if reference is not None and reference.shape[1] != tokens.shape[1]:
+        raise ValueError("shapes")
+    return ref.ablate_heads(model, tokens, heads, kind, reference)
+
+
+def without_finally(model: Any, tokens: Any, heads: Any, kind: str, reference: Any = None) -> Any:
+    if kind != "zero":
+        return ref.ablate_heads(model, tokens, heads, kind, reference)
+    handle = model.blocks[0].attn.hook_z.add(lambda z, hook: None)
+    logits = ref.ablate_heads(model, tokens, heads, kind)
+    handle.remove()
+    return logits
+
+
 SURPRISES: dict[str, list[tuple[str, Any]]] = {
     "ablate_heads": [
         ("a hook is left behind", with_hooks),
@@ -92,6 +114,9 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
         ),
         ("values are wrong", references_replaced),
         ("in place", weights_zeroed),
+        ("of twelve layers", layers_by_how_they_begin),
+        ("to be ignored", refusing_what_is_to_be_ignored),
+        ("after a run that ended in an exception: a hook is left behind", without_finally),
     ],
     "ablation_scores": [
         ("expected (layer=2, head=3)", partial(scores, end=lambda without, usual: (without - usual).T)),

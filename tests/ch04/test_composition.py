@@ -48,12 +48,29 @@ def drawing(
     return random_composition_baseline
 
 
+def drawing_neighbours(model: Any, kind: str, n: int, generator: Any) -> Any:
+    """The later layer is always the next one."""
+    if model.cfg.n_layers < 3:
+        return drawing()(model, kind, n, generator)
+    first = int(torch.randint(2, (), generator=generator))
+    halves = [
+        drawing(layers=pair)(model, kind, n // 2, generator) for pair in ((first, first + 1), (1 - first, 2 - first))
+    ]
+    return torch.cat(halves)
+
+
+def asks_the_first_only(A: Any, B: Any) -> Any:
+    norm = torch.linalg.matrix_norm if isinstance(A, torch.Tensor) else (lambda M: M.norm())
+    return norm(A @ B) / (norm(A) * norm(B))
+
+
 SURPRISES: dict[str, list[tuple[str, Any]]] = {
     "composition_score": [
         ("of a batch: wrong shape", lambda A, B: (A @ B).norm() / (A.norm() * B.norm())),
         ("is wrong", lambda A, B: frobenius(A @ B) / torch.linalg.matrix_norm(A, 2) / frobenius(B)),
         ("is wrong", lambda A, B: composed(A, B) / A.shape[-1] ** 0.5),
         ("is wrong", lambda A, B: composed(A, B).log()),
+        ("with tensors and a factored matrix", asks_the_first_only),
     ],
     "composition_scores": [
         ("should raise ValueError", partial(pairs, lenient=True)),
@@ -72,6 +89,8 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
         ('for "Q": the deviation', drawing(kinds=lambda kind: "V")),
         ("should raise ValueError", drawing(lenient=True)),
         ("the second in layer 0", drawing(layers=(0, 0))),
+        ("100% were in the first and the last", drawing()),
+        ("0% were in the first and the last", drawing_neighbours),
     ],
 }
 

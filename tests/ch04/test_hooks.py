@@ -88,6 +88,29 @@ def run_with_hooks(model: Any, tokens: Any, hooks: Any, **wrong: Any) -> Any:
     return output
 
 
+def removing_the_first_equal(model: Any, tokens: Any, hooks: Any) -> Any:
+    points = {name: module for name, module in model.named_modules() if isinstance(module, MyHookPoint)}
+    pairs = [(points[name], fn) for name, fn in hooks]
+    for where, fn in pairs:
+        where.fns.append(fn)
+    try:
+        return model(tokens)
+    finally:
+        for where, fn in pairs:
+            where.fns.remove(fn)
+
+
+def zeros_hidden(q: Any, k: Any) -> Any:
+    """Takes a score of exactly 0 for a masked one."""
+    scores = (torch.einsum("bqhd,bkhd->bhqk", q, k) / q.shape[-1] ** 0.5).tril()
+    return scores.masked_fill(scores == 0, -torch.inf).softmax(-1)
+
+
+class CallableObject:
+    def __call__(self, model: Any, tokens: Any, hooks: Any) -> Any:
+        return ref.my_run_with_hooks(model, tokens, hooks)
+
+
 def hooking(**wrong: Any) -> Any:
     return lambda model, tokens, hooks: run_with_hooks(model, tokens, hooks, **wrong)
 
@@ -125,6 +148,7 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
         ("no gradient comes through it", point(lambda self, activation: in_turn(self.fns, activation.detach()))),
         ("it changed `activation` in place", point(writes)),
         ("was called 2 times", point(asks_twice)),
+        ("a copy comes out", point(lambda self, activation: in_turn(self.fns, activation.clone()))),
     ],
     "my_run_with_hooks": [
         ("after a run, a function is left behind at `blocks.0.hook_in`", hooking(leaves=True)),
@@ -148,6 +172,7 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
             "it changed `hooks`, which it was only given to read",
             lambda model, tokens, hooks: ref.my_run_with_hooks(model, tokens, [hooks.pop(0) for _ in list(hooks)]),
         ),
+        ("attached, too, the functions at `blocks.0.hook_out`", removing_the_first_equal),
         (
             "values are wrong",  # every hook doubles
             lambda model, tokens, hooks: ref.my_run_with_hooks(
@@ -169,6 +194,8 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
     ],
     "pattern_from_qk": [
         ("values are wrong", lambda q, k: attention(q, k, q.shape[2] ** 0.5)),
+        ("values are wrong", lambda q, k: attention(q.float(), k.float()).to(q.dtype)),
+        ("values are wrong", zeros_hidden),
         ("values are wrong", lambda q, k: attention(q, k[:, :, :1].expand_as(k))),
         ("All of the wrong values are at batch=1", lambda q, k: attention(q, first_text(k))),
         ("values are wrong", lambda q, k: attention(q, k, hidden=lambda future: future.triu(2))),
@@ -176,6 +203,7 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
     ],
     "z_from_pattern": [
         ("Every value is", lambda pattern, v: weighted(pattern, v) / 3),
+        ("in float64", lambda pattern, v: weighted(pattern.float(), v.float()).to(v.dtype)),
         ("values are wrong", lambda pattern, v: (pattern @ v.transpose(1, 2)).reshape(v.shape)),
         ("values are wrong", lambda pattern, v: weighted(pattern, v.flip(2))),
         ("All of the wrong values are at batch=1", lambda pattern, v: weighted(pattern, first_text(v))),
@@ -184,6 +212,7 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
 
 ALSO_RIGHT: dict[str, list[Any]] = {name: [getattr(other, name)] for name in SURPRISES}
 ALSO_RIGHT["my_run_with_hooks"].append(partial(other.my_run_with_hooks))  # beside which stands a MyHookPoint, too
+ALSO_RIGHT["my_run_with_hooks"].append(CallableObject())
 
 
 def test_attention_is_rebuilt_from_the_cache(module: Any, model: nn.Module, tokens: Any) -> None:

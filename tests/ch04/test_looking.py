@@ -40,6 +40,9 @@ def score_surprises(pairs: Callable[[int], Any], *more: tuple[str, Any]) -> list
         ("values are wrong", scored(pairs, lambda found, n: mean(found).flip(1))),
         ("values are wrong", scored(pairs, lambda found, n: found.median(-1).values.mean(1))),
         ("values are wrong", scored(pairs, lambda found, n: mean(found[..., ::2]))),
+        ("wrong shape", scored(pairs, lambda found, n: mean(found).squeeze())),
+        ("in float64", scored(pairs, lambda found, n: mean(found.float()).to(found.dtype))),
+        ("numpy", scored(pairs, lambda found, n: torch.from_numpy(found.numpy().mean((1, 3))))),
         *more,
     ]
 

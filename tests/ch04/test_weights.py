@@ -64,6 +64,12 @@ def here(layer: int, head: int) -> tuple[int, int]:
     return layer, head
 
 
+def with_the_others_inner_size(self: Any, other: Any) -> Any:
+    if isinstance(other, torch.Tensor):
+        return FactoredMatrix.__matmul__(self, other)
+    return type(self)(self.A @ (self.B @ other.A), other.B)
+
+
 def square_times(self: Any, other: Any) -> Any:
     """Right for tensors, and for factors that are orthogonal."""
     return type(self)(
@@ -128,6 +134,9 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
             matrix(svd=lambda self: torch.linalg.svd(whole(self), full_matrices=False)),
         ),
         ("is it V, not transposed?", svd(lambda U, S, Vh: (U, S, Vh.mT))),
+        ("this @ factored: its factors are", matrix(__matmul__=with_the_others_inner_size)),
+        ("in float64: the singular values", svd(lambda U, S, Vh: (U.float(), S.float(), Vh.float()))),
+        ("in float64: the singular values", svd(lambda U, S, Vh: (U, S.float().to(S.dtype), Vh))),
         ("U transposed times U", svd(lambda U, S, Vh: (U * 2, S, Vh / 2))),
     ],
     "ov_circuit": [
@@ -153,6 +162,10 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
         (
             "made a tensor of",
             lambda ov: torch.linalg.eigvals(whole(ov)).real.sum() / torch.linalg.eigvals(ov.B @ ov.A).abs().sum(),
+        ),
+        (
+            "in float64",
+            lambda ov: copying(lambda real, size, _: real.float().sum() / size.float().sum())(ov).to(ov.A.dtype),
         ),
         ("expected dtype float32", copying(lambda real, size, values: values.sum() / size.sum())),
         ("is wrong", copying(lambda real, size, values: real.sum() / size.square().sum().sqrt())),

@@ -97,10 +97,10 @@ def of_first_text(cache: ActivationCache, pos: int) -> tuple[list[str], Tensor]:
     }
 )
 def check_residual_components(fn: Fn) -> None:
-    """With MLPs and without; first, middle and last positions; labels, each vector, and where the rest went."""
+    """With MLPs and without, twelve layers; first, middle and last positions; labels, and each vector."""
     name, axes = "residual_components", "component batch d_model"
-    for n_layers, mlp in [(2, False), (3, True)]:
-        cache = ActivationCache(activations(n_layers, mlp), n_layers)
+    for n_layers, mlp, n_batch in [(2, False, 2), (3, True, 2), (12, False, 1)]:
+        cache = ActivationCache(activations(n_layers, mlp, n_batch), n_layers)
         labels, everything = components(cache)
         for pos in (1, -1, 0):
             case = f"{'with' if mlp else 'without'} MLPs, pos={pos}"
@@ -235,7 +235,7 @@ def first_text(tensor: Tensor, batch_axis: int = 0) -> Tensor:
 def check_logit_attribution(fn: Fn) -> None:
     """Every entry, so that no right sum can hide a wrong part; with MLPs and without."""
     name, axes = "logit_attribution", "component batch next"
-    for n_layers, mlp, n_batch, n_pos in [(2, False, 2, 5), (1, True, 3, 4)]:
+    for n_layers, mlp, n_batch, n_pos in [(2, False, 2, 5), (12, False, 1, 3), (1, True, 3, 4)]:
         seen, model = activations(n_layers, mlp, n_batch, n_pos), End(config(n_layers, mlp))
         tokens = torch.randint(D_VOCAB, (n_batch, n_pos), generator=torch.Generator().manual_seed(6))
         cache = ActivationCache(seen, n_layers)

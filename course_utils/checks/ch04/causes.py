@@ -9,12 +9,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from course_utils.checks.comparing import compare, follows_input
-from course_utils.checks.leftovers import nothing_left_behind
+from course_utils.checks.leftovers import Stop, assert_stops, nothing_left_behind
 from course_utils.checks.mistakes import known_mistakes
 from course_utils.checks.outcomes import CheckFailed
 from course_utils.checks.plain import must_raise
 from course_utils.checks.standins.transformer import SmallModel, some_tokens
+from course_utils.checks.translating import during
 from course_utils.config import TransformerConfig
+from course_utils.hooks import hooks
 
 Fn = Callable[..., Any]
 Heads = Sequence[tuple[int, int]]
@@ -27,6 +29,7 @@ ATTENTION_ONLY = TransformerConfig(
     d_vocab=11, n_ctx=10, n_layers=3, n_heads=2, d_model=5, d_head=3, attn_only=True, normalization="none"
 )
 ONE_LAYER = TransformerConfig(d_vocab=11, n_ctx=9, n_layers=1, n_heads=2, d_model=5, d_head=3, attn_only=True)
+TWELVE_LAYERS = TransformerConfig(d_vocab=11, n_ctx=5, n_layers=12, n_heads=1, d_model=5, d_head=3, attn_only=True)
 KINDS: dict[str, StandIn] = {
     "zero": lambda z, reference: torch.zeros_like(z),
     "mean": lambda z, reference: reference.mean(0, keepdim=True),
@@ -165,7 +168,7 @@ CASES: list[tuple[str, Heads, int]] = [
     },
 )
 def check_ablate_heads(fn: Fn) -> None:
-    """Every kind, in one layer and in two, with a reference of as many rows and of more; then what must be refused."""
+    """Every kind, in one layer and in two, with a reference of as many rows and of more; a run that fails; refusals."""
     name = "ablate_heads"
     model = SmallModel(CFG)
     tokens = some_tokens(CFG, 2, 5, seed=1)
@@ -182,6 +185,24 @@ def check_ablate_heads(fn: Fn) -> None:
         )
         with nothing_left_behind(name, model):
             _check_refusals(name, fn, model, tokens)
+        _check_a_run_that_fails(name, fn, model, tokens)
+        deep, short = SmallModel(TWELVE_LAYERS), some_tokens(TWELVE_LAYERS, 1, 4, seed=1)
+        ignored = some_tokens(TWELVE_LAYERS, 3, 2, seed=2)
+        for heads in [((1, 0),), ((10, 0), (2, 0))]:
+            with during(f'with "zero" and a reference of another shape, which is to be ignored, and {heads = }'):
+                actual = fn(deep, short, heads, "zero", ignored)
+            compare(f"{name} of twelve layers, {heads}", actual, ablated(deep, short, heads, "zero"), LOGITS)
+
+
+def _check_a_run_that_fails(name: str, fn: Fn, model: SmallModel, tokens: Tensor) -> None:
+    """Somebody else's hook raises: the exception comes out, and nothing stays attached."""
+
+    def stop(activation: Tensor, hook: Any) -> None:
+        raise Stop
+
+    when = f"{name} after a run that ended in an exception"
+    with nothing_left_behind(when, model), hooks(model, {"blocks.1.hook_resid_post": stop}):
+        assert_stops(name, lambda: fn(model, tokens, [(0, 1)], "zero"), "the model")
 
 
 def _check_refusals(name: str, fn: Fn, model: SmallModel, tokens: Tensor) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from course_utils.checks.ch04.counting import Watched
+from course_utils.checks.ch04.hooks import DOUBLE
 from course_utils.checks.ch04.weights import CFG, WITH_MLP, absolute, factored, frobenius, nuclear, parts, spectral
 from course_utils.checks.comparing import compare, follows_input
 from course_utils.checks.mistakes import known_mistakes
@@ -75,6 +76,17 @@ def check_composition_score(fn: Fn) -> None:
         actual = fn(first, second)
     expected = composed(factors[0] @ factors[1], factors[2] @ factors[3])
     compare(f"{name} of factored matrices", actual, expected, "")
+    doubles = [factor.double() for factor in (noise(3, 5, 2, seed=61), noise(3, 2, 7, seed=62), *factors[2:])]
+    W_A, W_B = doubles[0] @ doubles[1], doubles[2] @ doubles[3]
+    A_factored, B_factored = factored(fn, *doubles[:2]), factored(fn, *doubles[2:])
+    for case, first, second in [
+        ("a batch of factored matrices", A_factored, B_factored),
+        ("factored matrices and a tensor", A_factored, W_B),
+        ("tensors and a factored matrix", W_A, B_factored),
+    ]:
+        with during(f"with {case}"):
+            actual = fn(first, second)
+        compare(f"{name} of {case}, in float64", actual, composed(W_A, W_B), "batch", **DOUBLE)
     follows_input(name, fn, (noise(5, 7), noise(7, 6)), "")
 
 
@@ -233,17 +245,17 @@ def check_random_composition_baseline(fn: Fn) -> None:
         )
     for kind in KINDS:
         _check_spread(name, draw(kind, 100, 3), model, kind)
-    _check_layers(name, fn)
     must_raise(name, ValueError, 'random_composition_baseline(model, "O", ...)', lambda: draw("O", 2, 1))
     single = SmallModel(
         TransformerConfig(d_vocab=5, n_ctx=4, n_layers=1, n_heads=3, d_model=6, d_head=2, attn_only=True)
     )
     generator = torch.Generator().manual_seed(0)
     must_raise(name, ValueError, "for a model of one layer it", lambda: fn(single, "K", 2, generator))
+    _check_layers(name, fn)
 
 
 def _check_layers(name: str, fn: Fn) -> None:
-    """What the first layer reads and what the last one writes is zero: such a pair has no score, 0 / 0."""
+    """Where a pair is of layers that are zero it has no score, 0 / 0: so it shows which layers are drawn, how often."""
     model = SmallModel(WITH_MLP)
     with torch.no_grad():
         model.blocks[0].attn.W_Q.zero_()
@@ -253,6 +265,16 @@ def _check_layers(name: str, fn: Fn) -> None:
         raise CheckFailed(
             f"{name}: it draws pairs in which the first head is in the last layer, or the second in layer 0.\n"
             "  Next: the second head is in a later layer than the first."
+        )
+    model = SmallModel(WITH_MLP)  # three layers; the middle one neither writes nor reads
+    with torch.no_grad():
+        model.blocks[1].attn.W_Q.zero_()
+        model.blocks[1].attn.W_V.zero_()
+        share = fn(model, "K", 150, torch.Generator().manual_seed(5)).isfinite().float().mean().item()
+    if abs(share - 1 / 4) > 0.16:  # four and a half standard errors
+        raise CheckFailed(
+            f"{name}: of 150 pairs in three layers, {share:.0%} were in the first and the last, expected about 25%.\n"
+            "  Next: draw a layer but the last, then any later one, both with equal chances."
         )
 
 

@@ -21,6 +21,7 @@ from course_utils.checks.whose import beside
 
 Fn = Callable[..., Any]
 VECTORS = "batch pos d_model"
+DOUBLE = {"rtol": 1e-10, "atol": 1e-12}  # how well float64 agrees: float32 inside shows
 INF = torch.inf
 
 # --------------------------------------------------------------------------------------------------- the hook system
@@ -97,7 +98,8 @@ def check_MyHookPoint(cls: Any) -> None:
         raise CheckFailed(
             f"{name}: a new one should have `fns`, an empty list.\n  Next: keep the `__init__` that was given."
         )
-    compare(f"{name} without functions", point(activation), activation, VECTORS)
+    through = point(activation)
+    compare(f"{name} without functions", through, activation, VECTORS)
     watched = [point.is_watched, [point.fns.append(print), point.is_watched][1]]
     if watched != [False, True]:
         raise CheckFailed(
@@ -139,6 +141,11 @@ def check_MyHookPoint(cls: Any) -> None:
     if not point(activation).requires_grad:
         raise CheckFailed(
             f"{name}: no gradient comes through it.\n  Next: hand on the tensor itself, without .detach() or .data."
+        )
+    if through is not activation:
+        raise CheckFailed(
+            f"{name} without functions: a copy comes out, which costs memory at every hook point.\n"
+            "  Next: return the activation itself."
         )
 
 
@@ -284,6 +291,8 @@ def _check_ends(name: str, model: Watched, run: Fn, wanted: Callable[[str, Fn], 
             f"{name}: for a name that no hook point has, the model ran all the same.\n"
             "  Next: look up all the names before you begin."
         )
+    run(TOKENS, wanted("blocks.0.hook_out", before["blocks.0.hook_out"][0]))
+    _assert_clean(name, "after a run with a function that others had attached, too", model, before)
 
 
 def cached(model: Any, tokens: Tensor, names: Any = None, only: str | None = None, at: int = 99) -> Any:
@@ -368,6 +377,14 @@ def attention(
     return normed(scores.masked_fill(hidden(future_of(scores)), value))
 
 
+OVERFLOW = "exp is divided by its sum as it is: exp of more than 88 is infinite, and inf / inf is NaN."
+
+
+def exp_over_sum(scores: Tensor) -> Tensor:
+    """A softmax that overflows."""
+    return scores.exp() / scores.exp().sum(-1, keepdim=True)
+
+
 def future_of(scores: Tensor) -> Tensor:
     """Which keys lie after which query."""
     return torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
@@ -387,24 +404,26 @@ def future_of(scores: Tensor) -> Tensor:
         "queries and keys are swapped.": lambda q, k: attention(k, q),
         "past and future are swapped.": partial(attention, hidden=lambda future: future.T),
         "the diagonal is masked too; a query may look at itself.": partial(attention, hidden=lambda future: ~future.T),
+        OVERFLOW: partial(attention, normed=exp_over_sum),
     }
 )
 def check_pattern_from_qk(fn: Fn) -> None:
-    """Every pair of query and key, one by one, then the softmax spelled out."""
+    """Every pair of query and key, one by one, then the softmax spelled out; scores of exactly 0, and far beyond 88."""
     axes, name = "batch head query key", "pattern_from_qk"
-    for n_batch, n_pos in [(2, 5), (1, 4)]:
-        q, k = noise(n_batch, n_pos, 3, 6, seed=1), noise(n_batch, n_pos, 3, 6, seed=2)
-        right = torch.zeros(n_batch, 3, n_pos, n_pos)
+    for n_batch, n_pos, scale, dtype in [(2, 5, 1.0, torch.float32), (1, 4, 90.0, torch.float64), (1, 4, 90.0, None)]:
+        q, k = (noise(n_batch, n_pos, 3, 6, seed=seed).to(dtype or torch.float32) for seed in (1, 2))
+        q, k[:, 2, 1] = scale * q, 0.0
+        right = torch.zeros(n_batch, 3, n_pos, n_pos, dtype=q.dtype)
         for row in range(n_batch):
             for head in range(3):
                 for query in range(n_pos):
                     scores = [
                         float(torch.dot(q[row, query, head], k[row, key, head])) / 6**0.5 for key in range(query + 1)
                     ]
-                    total = sum(math.exp(score) for score in scores)
-                    for key, score in enumerate(scores):
-                        right[row, head, query, key] = math.exp(score) / total
-        compare(name, fn(q, k), right, axes)
+                    weights = [math.exp(score - max(scores)) for score in scores]
+                    for key, weight in enumerate(weights):
+                        right[row, head, query, key] = weight / sum(weights)
+        compare(name, fn(q, k), right, axes, **(DOUBLE if dtype is torch.float64 else {}))
         follows_input(name, fn, (q, k), axes)
 
 
@@ -440,4 +459,6 @@ def check_z_from_pattern(fn: Fn) -> None:
                     for key in range(n_pos):
                         right[row, query, head] += pattern[row, head, query, key] * v[row, key, head]
         compare(name, fn(pattern, v), right, axes)
+        exact = torch.matmul(pattern.double(), v.double().transpose(1, 2)).transpose(1, 2)
+        compare(f"{name} in float64", fn(pattern.double(), v.double()), exact, axes, **DOUBLE)
         follows_input(name, fn, (pattern, v), axes)

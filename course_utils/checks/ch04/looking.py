@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from course_utils.checks.ch04.hooks import DOUBLE, OVERFLOW, exp_over_sum
 from course_utils.checks.comparing import compare, compare_kind, follows_input
 from course_utils.checks.leftovers import assert_stops, nothing_left_behind
 from course_utils.checks.mistakes import known_mistakes
@@ -83,6 +85,9 @@ def scored(pairs: PairsFor, end: Fn = lambda found, n_pos: mean(found)) -> Fn:
 def score_mistakes(pairs: PairsFor, others: Mapping[str, PairsFor], all_count: bool = False) -> dict[str, Fn]:
     """Other (query, key) pairs, texts or positions treated otherwise, axes mixed up."""
     ends: dict[str, Fn] = {
+        "the layers are sorted by their names as text: 0, 1, 10, 11, 2, ...": lambda found, n: mean(
+            found[sorted(range(len(found)), key=str)]
+        ),
         "layers and heads are mixed up: a transpose became a reshape.": lambda found, n: mean(found).T.reshape(
             mean(found).shape
         ),
@@ -107,9 +112,13 @@ def _check_scores(name: str, fn: Fn, sizes: tuple[int, int, int, int], pairs: Pa
     patterns = causal_patterns(*sizes)
     compare(name, fn(cache_of(patterns), *arguments), mean_attention(patterns, pairs), TABLE)
     follows_input(name, lambda *moved: fn(cache_of(moved), *arguments), tuple(patterns), TABLE)
+    doubles = [
+        pattern.double().requires_grad_() for pattern in patterns
+    ]  # with a graph, as after a run without no_grad
+    compare(f"{name} in float64", fn(cache_of(doubles), *arguments), mean_attention(doubles, pairs), TABLE, **DOUBLE)
 
 
-SIZES = [(3, 2, 5, 7), (2, 1, 4, 5)]  # layers, batch, heads, positions
+SIZES = [(3, 2, 5, 7), (2, 1, 4, 5), (12, 1, 2, 4), (1, 2, 1, 5)]  # layers, batch, heads, positions
 
 
 def to_itself(n: int) -> Pairs:
@@ -183,7 +192,8 @@ def check_first_token_scores(fn: Fn) -> None:
 
 # ---------------------------------------------------------------------------------------------------------- induction
 
-HALVES = [((3, 2, 5, 9), 4), ((2, 1, 4, 7), 3)]  # layers, batch, heads, positions; and the length of a half
+# layers, batch, heads, positions; and the length of a half
+HALVES = [((3, 2, 5, 9), 4), ((2, 1, 4, 7), 3), ((12, 1, 2, 5), 2), ((1, 2, 1, 5), 2)]
 
 
 def looking_back(nearer: int = 0, first: int = 0, last: int = 0) -> PairsFor:
@@ -251,7 +261,13 @@ def check_duplicate_token_scores(fn: Fn) -> None:
 
 def in_a_run(scores: Fn) -> Fn:
     """The same of a model's patterns."""
-    return lambda model, tokens, n_half: scores(cache_of(model.patterns(tokens)), n_half)
+
+    @torch.no_grad()
+    def of_patterns(model: Any, tokens: Tensor, n_half: int) -> Tensor:
+        model(tokens)
+        return scores(cache_of(model.patterns(tokens)), n_half)
+
+    return of_patterns
 
 
 @known_mistakes({hint: in_a_run(scores) for hint, scores in INDUCTION.items()})
@@ -442,22 +458,28 @@ def losses(
         "the softmax underflows, and its logarithm is -inf; log_softmax does both at once.": partial(
             losses, log_p=lambda logits: logits.softmax(-1).log()
         ),
+        "the log-probabilities are multiplied by a one-hot vector: 0 times -inf is NaN.": lambda logits, tokens: (
+            -(logits.log_softmax(-1)[:, :-1] * F.one_hot(tokens[:, 1:], logits.shape[-1])).sum(-1)
+        ),
     }
 )
 def check_per_token_losses(fn: Fn) -> None:
-    """Each loss by itself; and logits so far apart that the softmax underflows."""
+    """Each loss by itself; and logits so far apart that the softmax underflows, with a token that is forbidden."""
     axes, name = "batch next", "per_token_losses"
     for n_batch, n_pos, scale in [(2, 5, 2.0), (1, 4, 2.0), (3, 4, 90.0)]:
         logits = noise(n_batch, n_pos, 7, seed=5, scale=scale)
-        tokens = torch.randint(7, (n_batch, n_pos), generator=torch.Generator().manual_seed(9))
-        right = torch.empty(n_batch, n_pos - 1)
+        tokens = torch.randint(6, (n_batch, n_pos), generator=torch.Generator().manual_seed(9))
+        if scale > 2:
+            logits[:, :, 6] = -INF
+        right = torch.empty(n_batch, n_pos - 1, dtype=torch.float64)
         for row in range(n_batch):
             for pos in range(n_pos - 1):
                 scores = logits[row, pos].double()
                 top = scores.max()
                 right[row, pos] = float(top + (scores - top).exp().sum().log() - scores[tokens[row, pos + 1]])
-        compare(name, fn(logits, tokens), right, axes)
+        compare(name, fn(logits, tokens), right.float(), axes)
     follows_input(name, fn, (logits, tokens), axes)
+    compare(f"{name} in float64", fn(logits.double(), tokens), right, axes, **DOUBLE)
 
 
 def rows(
@@ -495,14 +517,15 @@ def rows(
         ),
         "they are percentages.": partial(rows, chance=lambda logits, best: 100 * logits.softmax(-1)[best]),
         "they are log-probabilities.": partial(rows, chance=lambda logits, best: logits.log_softmax(-1)[best]),
+        OVERFLOW: partial(rows, chance=lambda logits, best: exp_over_sum(logits)[best]),
         "they are the logits once more.": partial(rows, chance=lambda logits, best: logits[best]),
     }
 )
 def check_top_predictions(fn: Fn) -> None:
-    """Few rows, one, and the whole vocabulary; the columns one after another."""
+    """Few rows, one, the whole vocabulary, and logits far beyond 88; the columns one after another."""
     name, tokenizer = "top_predictions", ToyTokenizer()
-    for seed, k in [(1, 4), (2, 1), (3, 13)]:
-        logits = noise(13, seed=seed, scale=2.0)
+    for seed, k, scale in [(1, 4, 2.0), (2, 1, 2.0), (3, 13, 2.0), (4, 3, 200.0)]:
+        logits = noise(13, seed=seed, scale=scale)
         actual = fn(logits, tokenizer, k)
         call = f"{name}(logits, tokenizer, {k})"
         if not isinstance(actual, list) or not all(isinstance(row, tuple) and len(row) == 4 for row in actual):
@@ -514,7 +537,7 @@ def check_top_predictions(fn: Fn) -> None:
                 "  Next: one tuple of four for each token."
             )
         order = sorted(range(13), key=logits.tolist().__getitem__, reverse=True)
-        exps = [math.exp(value) for value in logits.tolist()]
+        exps = [math.exp(value - float(logits.max())) for value in logits.tolist()]
         best, total = order[:k], sum(exps)
         columns: list[list[Any]] = [list(column) for column in zip(*actual, strict=True)] or [[]] * 4
         agree(f"{name}: the tokens", call, columns[1], [tokenizer.pieces[token] for token in best])

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from course_utils.checks import by_loops
 from course_utils.checks.ch04.counting import Watched
+from course_utils.checks.ch04.hooks import DOUBLE, OVERFLOW, exp_over_sum
 from course_utils.checks.comparing import compare, follows_input, unchanged
 from course_utils.checks.leftovers import nothing_left_behind
 from course_utils.checks.mistakes import known_mistakes
@@ -134,13 +135,16 @@ def check_FactoredMatrix(cls: Any) -> None:
     must_raise(name, ValueError, "eigenvalues() of a 7 x 5 matrix", lambda: cls(B.mT, A.mT).eigenvalues())
     wide = cls(noise(2, 5, seed=5), noise(5, 4, seed=6))  # more inner than outer
     _decomposition(f"{name} whose inner size is the largest", wide, wide.A @ wide.B, "")
+    double = cls(noise(5, 3, seed=1).double(), noise(3, 7, seed=2).double())
+    _decomposition(f"{name} in float64", double, double.A @ double.B, "", **DOUBLE)
     follows_input(name, lambda A, B: cls(A, B).norm(), (noise(5, 3), noise(3, 7)), "")
+    compare(f"{name} in float64: norm()", double.norm(), frobenius(double.A @ double.B), "", **DOUBLE)
     _never_formed(name, cls)
 
 
 def _products(case: str, cls: Any, one: Any, M: Tensor, C: Tensor, D: Tensor, batch: str) -> None:
     def whole(what: str, result: Any, expected: Tensor, axes: str) -> None:
-        product = dense(f"{case}: {what}", result, 4 if "factored" in what else 3)
+        product = dense(f"{case}: {what}", result, 3)
         compare(f"{case}: {what}, multiplied out", product, expected, batch + axes)
 
     whole("T", one.T, M.mT, "columns rows")
@@ -152,13 +156,13 @@ def _products(case: str, cls: Any, one: Any, M: Tensor, C: Tensor, D: Tensor, ba
     must_raise(case, ValueError, "vector @ this", lambda: E[0] @ one)
 
 
-def _decomposition(case: str, one: Any, M: Tensor, batch: str) -> None:
+def _decomposition(case: str, one: Any, M: Tensor, batch: str, **tolerance: float) -> None:
     answer = one.svd()
     if not isinstance(answer, tuple) or len(answer) != 3:
         raise CheckFailed(f"{case}: svd() should return three tensors, U, S and Vh.\n  Next: see the docstring.")
     U, S, Vh = answer
     rank = min(*M.shape[-2:], one.A.shape[-1])
-    compare(f"{case}: the singular values", S, torch.linalg.svdvals(M)[..., :rank], f"{batch}rank")
+    compare(f"{case}: the singular values", S, torch.linalg.svdvals(M)[..., :rank], f"{batch}rank", **tolerance)
     for what, vectors, shape in [("U", U, (M.shape[-2], rank)), ("Vh", Vh, (rank, M.shape[-1]))]:
         if tuple(vectors.shape[-2:]) != shape:
             hint = " (is it V, not transposed?)" if tuple(vectors.shape[-2:]) == shape[::-1] else ""
@@ -168,10 +172,10 @@ def _decomposition(case: str, one: Any, M: Tensor, batch: str) -> None:
             )
     if S[..., -1].min() < 1e-3:  # directions that belong to singular values of 0 are arbitrary
         raise AssertionError("the matrices of this check have full rank")
-    compare(f"{case}: U diag(S) Vh", (U * S[..., None, :]) @ Vh, M, f"{batch}rows columns")
-    identity = torch.eye(rank).expand(*M.shape[:-2], rank, rank)
-    compare(f"{case}: U transposed times U", U.mT @ U, identity, f"{batch}rank rank")
-    compare(f"{case}: Vh times Vh transposed", Vh @ Vh.mT, identity, f"{batch}rank rank")
+    compare(f"{case}: U diag(S) Vh", (U * S[..., None, :]) @ Vh, M, f"{batch}rows columns", **tolerance)
+    identity = torch.eye(rank, dtype=M.dtype).expand(*M.shape[:-2], rank, rank)
+    compare(f"{case}: U transposed times U", U.mT @ U, identity, f"{batch}rank rank", **tolerance)
+    compare(f"{case}: Vh times Vh transposed", Vh @ Vh.mT, identity, f"{batch}rank rank", **tolerance)
 
 
 def _eigenvalues(name: str, cls: Any) -> None:
@@ -415,6 +419,10 @@ def check_copying_score(fn: Fn) -> None:
         with unchanged(name, A=left, B=right):
             actual = fn(matrix)
         compare(name, actual, expected, "")
+    left, right = (factor.double() for factor in cases[0])
+    eigenvalues = torch.linalg.eigvals(left @ right)
+    expected = eigenvalues.real.sum() / eigenvalues.abs().sum()
+    compare(f"{name} in float64", fn(factored(fn, left, right)), expected, "", **DOUBLE)
     n = 1501
     big = factored(fn, noise(n, 2, seed=36), noise(2, n, seed=37))
     with Watched() as watched:
@@ -523,6 +531,7 @@ def positions(
             positions, end=lambda scores: scores.softmax(-1).T
         ),
         "it holds the scores; the softmax is missing.": partial(positions, end=lambda scores: scores),
+        OVERFLOW: partial(positions, end=exp_over_sum),
         "it is the pattern of another head.": lambda model, layer, head: positions(
             model, layer, (head + 1) % model.cfg.n_heads
         ),
@@ -531,10 +540,11 @@ def positions(
     }
 )
 def check_position_pattern(fn: Fn) -> None:
-    """The attention that loops give, when the residual stream is W_pos alone; a model without normalisation, too."""
+    """The attention that loops give, when the residual stream is W_pos alone; no normalisation; scores beyond 88."""
     name = "position_pattern"
-    for cfg, layer, head in [(CFG, 1, 1), (WITH_MLP, 0, 1), (NO_NORM, 1, 0)]:
+    for cfg, layer, head, scale in [(CFG, 1, 1, 1.0), (WITH_MLP, 0, 1, 1.0), (NO_NORM, 1, 0, 1.0), (CFG, 0, 1, 100.0)]:
         model = SmallModel(cfg)
+        model.blocks[layer].attn.W_Q.data *= scale
         block = by_loops.part(weights_of(model), f"blocks.{layer}")
         norm, attn = by_loops.part(block, "ln1"), by_loops.part(block, "attn")
         resid = by_loops.layer_norm(norm, model.pos_embed.W_pos.detach()[None], cfg.layer_norm_eps)["output"]
