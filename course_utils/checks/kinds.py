@@ -11,7 +11,7 @@ from course_utils.checks.comparing import compare
 from course_utils.checks.outcomes import CheckFailed
 from course_utils.checks.translating import during
 
-STEP = 1e-6
+STEP = 3.3e-6
 
 
 def follows_every_kind(
@@ -64,9 +64,9 @@ def _keeps_double_precision(name: str, fn: Callable[..., Any], inputs: tuple[Any
         moved = [value * (1 + steps * STEP) if _real(value) else value for value in doubled]
         return torch.as_tensor(fn(*moved))
 
-    start, middle, end = (at(steps) for steps in range(3))
-    bend = (start - 2 * middle + end)[start.isfinite()]
-    if bend.numel() and bend.abs().max() > 1e-9 * (1 + start[start.isfinite()].abs().max()):
+    points = torch.stack([at(steps) for steps in range(7)])
+    points = points[:, points[0].isfinite()]
+    if points.numel() and points.diff(n=2, dim=0).abs().max() > 1e-9 * (1 + points.abs().max()):
         raise CheckFailed(
             f"{name} in float64: it computes with fewer digits than the input has.\n"
             "  Next: look for .float(), or a dtype of your own, on the way; the dtype should follow the input's."

@@ -82,7 +82,7 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
         ("expected dtype float64, got float32", everywhere(lambda own: own.mean(0).float())),
         ("raised IndexError", lambda grads: careless(grads) if grads else grads[0]),
         ("should raise ValueError", careless),
-        ("it changed `grads_per_rank[0]['W']` in place", in_place),
+        ("it changed `grads_per_rank[0]['b']` in place", in_place),
         ("it changed `grads_per_rank[0]`", emptied),
         (
             "a list of 3 dictionaries, one for each rank, got a dict",
