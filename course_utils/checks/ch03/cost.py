@@ -5,7 +5,7 @@ backward, and which tensors autograd keeps of it.
 """
 
 from collections.abc import Callable, Mapping
-from numbers import Real
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -194,9 +194,9 @@ def described(cfg: TransformerConfig) -> str:
 
 def whole(value: Any) -> Any:
     """What is a whole number, as an int: 6.0 is as good as 6, and so is numpy's."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        return value
-    return int(value) if float(value).is_integer() else value
+    if isinstance(value, Integral) and not isinstance(value, bool):
+        return int(value)
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 # ------------------------------------------------------------------------------------------------------- memory_bytes

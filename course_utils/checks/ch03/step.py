@@ -339,12 +339,12 @@ def accumulating(
 )
 def check_accumulate_gradients(fn: Callable[..., Any]) -> None:
     """The gradient of the whole batch; seven rows cannot be cut evenly, and something is in `.grad` already."""
-    for n_rows, n_micro, fresh in [(6, 3, False), (7, 3, False), (7, 2, True), (5, 1, False), (2, 3, False)]:
+    for n_rows, n_micro, unused in [(6, 3, False), (7, 3, False), (7, 2, True), (5, 1, False), (2, 3, False)]:
         model = ToyLM()
         batch = toy_tokens(n_rows, 4, seed=80)
-        old = [noise(*parameter.shape, seed=81) * (not fresh) for parameter in model.parameters()]
+        old = [noise(*parameter.shape, seed=81) * (not unused) for parameter in model.parameters()]
         for parameter, grad in zip(model.parameters(), old, strict=True):
-            parameter.grad = None if fresh else grad.clone()
+            parameter.grad = None if unused else grad.clone()
         whole, fresh = toy_gradient(model, batch)
         name = f"accumulate_gradients of {n_rows} rows in {n_micro}"
         with during(f"in {n_micro} of {n_rows} rows"):
