@@ -115,11 +115,10 @@ class Attention(nn.Module):
     (`causal_mask`), a softmax over the keys makes the pattern, the pattern averages the values into `z`, and the heads'
     `W_O` carry `z` back to the residual stream, where they are summed and `b_O` is added once.
 
-    Hook points, in the order in which they see their tensors: `hook_q`, `hook_k`, `hook_v`, `hook_attn_scores`
-    (masked), `hook_pattern`, `hook_z`, and `hook_result`, each head's own [batch query head d_model] output before
-    `b_O`. The last is large: compute it only when `hook_result.is_watched`. While neither scores nor pattern is
-    watched, the fused `torch.nn.functional.scaled_dot_product_attention` may replace the steps in between: it never
-    builds the pattern.
+    Hook points: `hook_q`, `hook_k`, `hook_v`, `hook_attn_scores` (masked), `hook_pattern`, `hook_z`, and
+    `hook_result`, each head's own [batch query head d_model] output before `b_O`. The last is large: compute it only
+    when `hook_result.is_watched`. While neither scores nor pattern is watched, the fused
+    `torch.nn.functional.scaled_dot_product_attention` may replace the steps in between: it never builds the pattern.
 
     Source: Vaswani et al. 2017, section 3.2; per-head weights as in Elhage et al. 2021.
     """
@@ -504,7 +503,10 @@ class KVCache:
         return both[0, :, :end], both[1, :, :end]
 
     def select(self, rows: Int[Tensor, " beam"]) -> None:
-        """Go on with these rows of the batch, in this order: some may come several times, others not at all."""
+        """Go on with these rows of the batch, in this order: some may come several times, others not at all.
+
+        Where nothing is stored yet, it is the number of rows that changes.
+        """
         self.batch = len(rows)
         for layer, old in self.stored.items():
             end = self.lengths[layer]
@@ -609,7 +611,8 @@ def apply_rotary(
     Coordinates i and i + rotary_dim / 2 are a pair, for i = 0 ... rotary_dim / 2 - 1 (GPT-NeoX's layout). At position p
     the pair (a, b) is turned by the angle p / base^(2 i / rotary_dim), which makes it
     (a cos - b sin, a sin + b cos). The coordinates from rotary_dim on stay as they are, whatever the position.
-    `positions[n]` is the position of `x[:, n]`. The result has the dtype of `x`; the input is left unchanged.
+    `positions[n]` is the position of `x[:, n]`. The result has the dtype of `x`, but angles are worked out in float32
+    at least: bfloat16 has no number 701. The input is left unchanged.
     Source: Su et al. 2021, section 3.2; only some of the coordinates: Black et al. 2022, section 2.1.
     """
     half = rotary_dim // 2
@@ -664,7 +667,7 @@ class RotaryAttention(Attention):
 class ParallelBlock(TransformerBlock):
     """Attention and MLP side by side: both read the stream as it comes in, and both outputs are added to it.
 
-    Each reads its own normalised copy of it (`ln1` for attention, `ln2` for the MLP). Hook points, in order:
+    Each reads its own normalised copy of it (`ln1` for attention, `ln2` for the MLP). Hook points:
     `hook_resid_pre`, `hook_attn_out`, `hook_mlp_out`, `hook_resid_post`. There is no `hook_resid_mid`.
     Source: Wang and Komatsuzaki 2021 (GPT-J); Black et al. 2022, section 2.1.
     """

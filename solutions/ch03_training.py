@@ -319,7 +319,7 @@ def save_checkpoint(path: Path, **state: Any) -> None:
             file.flush()
             os.fsync(file.fileno())  # on the disk, so that a power cut after the exchange finds a whole file too
         torch.load(partial, map_location="cpu", weights_only=True)
-    except pickle.PickleError:
+    except (pickle.PickleError, AttributeError, TypeError):  # all of which pickle raises for what it cannot store
         partial.unlink()
         kinds = {name: type(plain[name]).__name__ for name in plain}
         problem = f"load_checkpoint would refuse something in {kinds}"

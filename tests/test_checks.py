@@ -158,7 +158,11 @@ NOT_RIGHT = {
         "path_patch": "the metric is to see all rows at once",
         "interchange_intervention": "the cache has as many rows as the batch",
     },
-    "results that are views": {"parameter_groups": "the parameters themselves are to be handed on"},
+    "inputs that are not contiguous": {"MyHookPoint": "without functions the activation itself is to come out"},
+    "results that are views": {
+        "MyHookPoint": "without functions the activation itself is to come out",
+        "parameter_groups": "the parameters themselves are to be handed on",
+    },
 }
 
 # Exercises for which a transformation spoils nothing that was promised, and why.

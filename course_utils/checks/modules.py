@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from course_utils.checks.comparing import compare, follows_input, identical
+from course_utils.checks.kinds import follows_every_kind
 from course_utils.checks.mistakes import same
 from course_utils.checks.outcomes import CheckFailed
 from course_utils.checks.transformer_interface import HOOK_AXES
@@ -42,7 +43,7 @@ def construct(
             f"{name}: `{extra[0]}` is among its weights, but saved weights have no such entry.\n"
             "  Next: compute it in forward, or use register_buffer(..., persistent=False)."
         )
-    missing = [hook for hook in hook_names if hook not in hook_points(module)]
+    missing = sorted(set(hook_names) - set(hook_points(module)), key=list(hook_names).index)
     if missing:
         raise CheckFailed(f"{name}: it has no hook point `{missing[0]}`.\n  {keep}")
     randomise(module)
@@ -141,6 +142,8 @@ def check_module(
     if not toys:
         check_gradient(name, module, inputs)
         follows_input(name, lambda moved, *values: moved(*values), (module, *inputs), axes)
+        if replace:  # what is made of parts has no arithmetic of its own
+            follows_every_kind(name, lambda moved, *values: moved(*values), (module, *inputs), axes)
 
 
 def _first_wrong(

@@ -415,7 +415,7 @@ class KVCache:
     def select(self, rows):
         self.n_rows = rows.numel()
         for pair in self.layers:
-            pair[:] = [old.index_select(0, rows) for old in pair]
+            pair[:] = [old if old is None else old.index_select(0, rows) for old in pair]
 
 
 def ban_repeated_ngrams(logits, tokens, n):

@@ -167,6 +167,35 @@ def rows_do_not_follow(*args: Any, cache: Any = None, **kwargs: Any) -> Any:
     return ref.beam_search(*args, cache=cache, **kwargs)
 
 
+def select_what_is_there(self: Any, rows: Tensor) -> None:
+    """The number of rows is changed only where something is stored."""
+    if self.contents:
+        LimitedCache.select(self, rows)
+
+
+def as_text(logits: Tensor, tokens: Tensor, n: int) -> Tensor:
+    """Takes 1 12 for 11 2: runs are compared as they are written."""
+    out = banned(logits, tokens, n)
+    for index, row in enumerate(tokens.tolist()):
+        seen = {"".join(map(str, row[start : start + n])) for start in range(len(row) - n + 1)}
+        begun = row[len(row) - n + 1 :] if len(row) >= n else []
+        follows = ["".join(map(str, [*begun, token])) in seen for token in range(logits.shape[1])]
+        out[index, torch.tensor(follows)] = -INF
+    return out
+
+
+def rounded_to_nothing(model: Any, tokens: Tensor, n_beams: int, n_new: int, *rest: Any, **options: Any) -> Any:
+    """log(softmax) in place of log_softmax: a token less likely than e^-103 seems impossible."""
+
+    class Rounded(torch.nn.Module):
+        cfg = model.cfg
+
+        def forward(self, tokens: Tensor, cache: Any = None) -> Tensor:
+            return model(tokens, cache).softmax(-1).log()
+
+    return ref.beam_search(Rounded(), tokens, n_beams, n_new, *rest, **options)
+
+
 SURPRISES: dict[str, list[tuple[str, Any]]] = {
     "KVCache": [
         ("n_ctx = 9 should raise ValueError", wrong_cache(append=ToyCache.append)),
@@ -175,6 +204,7 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
         ("layer 0: the values", wrong_cache(select=select_keys_only)),
         ("layer 1: the keys", wrong_cache(select=select_first_layer)),
         ("`length` is a method", wrong_cache(length=lambda self: 0)),
+        ("in a new cache: append refused 3 rows", wrong_cache(select=select_what_is_there)),
         (
             "in a new cache, `length` should be 0, got 1",
             wrong_cache(length=property(lambda self: 1 + len(self.contents))),
@@ -199,6 +229,7 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
         ("expected -inf", lambda logits, tokens, n: banned(logits, tokens[:, 2 * (n > 1) :], n)),
         ("first at [batch=0, d_vocab=1]", lambda logits, tokens, n: banned(logits.log_softmax(-1), tokens, n)),
         ("expected -inf", apart),
+        ("got -inf", as_text),
     ],
     "beam_search": [
         ("n_beams = 0 should raise ValueError", searching(any_n=True)),
@@ -214,6 +245,7 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
         ("new positions in its", searching(one_early=True)),
         ("`cache.select` makes its rows follow the beams", searching(no_select=True)),
         ("without one it is right", functools.wraps(ref.beam_search)(rows_do_not_follow)),
+        ("expected 25 beams, got", rounded_to_nothing),
         ("is wrong", searching(untidy=True)),  # eos again and again behind a finished beam
         ("is wrong", searching(add=lambda total, new: 0.5 * total + new)),
         ("is wrong", searching(per_beam=lambda n_beams, n_now: max(n_beams // 2, 2))),

@@ -66,6 +66,48 @@ def without_gradient(self: Any, resid: Any) -> Any:
     return self.hook_normalized(centred / scale) * self.w.data + self.b
 
 
+def float32_inside(self: Any, resid: Any) -> Any:
+    narrow = resid.float()
+    centred = narrow - narrow.mean(-1, keepdim=True)
+    scale = self.hook_scale((centred.square().mean(-1, keepdim=True) + self.eps).sqrt().to(resid.dtype))
+    return self.hook_normalized(centred.to(resid.dtype) / scale) * self.w + self.b
+
+
+def by_exponentials(scores: Any, dim: int) -> Any:
+    return scores.exp() / scores.exp().sum(dim, keepdim=True)
+
+
+def one_row_of_text(self: Any, resid: Any) -> Any:
+    pre = resid.view(-1, resid.shape[-1]) @ self.W_in + self.b_in
+    return self.hook_post(self.act(self.hook_pre(pre.view(*resid.shape[:2], -1)))) @ self.W_out + self.b_out
+
+
+def layers_as_text(self: Any, tokens: Any, cache: Any = None) -> Any:
+    resid = self.hook_embed(self.embed(tokens)) + self.hook_pos_embed(
+        self.pos_embed(tokens, 0 if cache is None else cache.length)
+    )
+    for name in sorted(name for name, _ in self.blocks.named_children()):
+        resid = self.blocks[int(name)](resid, cache)
+    return self.unembed(self.ln_final(resid))
+
+
+def mask_by_length(self: Any, resid: Any, cache: Any = None) -> Any:
+    """Right: how many positions came before is asked of the cache, before it gets the new ones."""
+    start = 0 if cache is None else cache.length
+    q = self.hook_q(project_heads(resid, self.W_Q, self.b_Q))
+    k = self.hook_k(project_heads(resid, self.W_K, self.b_K))
+    v = self.hook_v(project_heads(resid, self.W_V, self.b_V))
+    if cache is not None:
+        k, v = cache.append(self.layer, k, v)
+    query = torch.arange(start, start + q.shape[1], device=resid.device)
+    past = torch.arange(k.shape[1], device=resid.device) <= query[:, None]
+    scores = self.hook_attn_scores(attention_scores(q, k).masked_fill(~past, -INF))
+    z = self.hook_z(torch.einsum("bhqk,bkhd->bqhd", self.hook_pattern(scores.softmax(-1)), v))
+    if self.hook_result.is_watched:
+        return self.hook_result(torch.einsum("bqhd,hdm->bqhm", z, self.W_O)).sum(2) + self.b_O
+    return torch.einsum("bqhd,hdm->bqm", z, self.W_O) + self.b_O
+
+
 def attention(**different: Any) -> type:
     """An Attention in the reference's steps, some of them done differently."""
 
@@ -76,7 +118,7 @@ def attention(**different: Any) -> type:
         if cache is not None:
             k, v = cache.append(different.get("layer", self.layer), k, v)
         scores = different.get("mask", causal_mask)(different.get("score", attention_scores)(q, k))
-        pattern = self.hook_attn_scores(scores).softmax(-1)
+        pattern = different.get("softmax", torch.softmax)(self.hook_attn_scores(scores), -1)
         watched = self.hook_pattern(pattern)
         pattern = pattern if different.get("pattern_thrown_away") else watched
         z = self.hook_z(einops.einsum(pattern, v, "b h query key, b key h d_head -> b query h d_head"))
@@ -181,6 +223,7 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
         ("What `hook_scale` returns is thrown away", wrong(ref.LayerNorm, forward=hook_thrown_away)),
         ("what `hook_normalized` sees: 70 of 70 values are wrong", wrong(ref.LayerNorm, forward=hook_too_late)),
         ("no gradient reaches `w`", wrong(ref.LayerNorm, forward=without_gradient)),
+        ("in float64: it computes with fewer digits", wrong(ref.LayerNorm, forward=float32_inside)),
     ],
     "Embed": [
         (
@@ -215,6 +258,8 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
         ),
         ("All of the wrong values are at batch=1", lambda q, k: attention_scores(q, k[:1].expand_as(k))),
         ("it changed `q` in place", lambda q, k: attention_scores(q.div_(2), k)),
+        ("fewer digits", lambda q, k: attention_scores(q.float(), k.float()).to(q.dtype)),
+        ("wrong shape", lambda q, k: attention_scores(q, k).squeeze()),
     ],
     "causal_mask": [
         ("values are wrong", lambda s: s.masked_fill(later(s), -123.0)),
@@ -222,6 +267,10 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
         ("expected -inf", lambda s: s.masked_fill(later(s, 2), -INF)),  # a query sees one position ahead
         ("All of the wrong values are at batch=1", lambda s: torch.cat([causal_mask(s[:1]), s[1:]])),
         ("it changed `scores` in place", lambda scores: scores.masked_fill_(later(scores), -INF)),
+        (
+            "values are wrong",  # a visible score of 0 is masked too
+            lambda s: (low := s.tril(s.shape[3] - s.shape[2])).masked_fill(low == 0, -INF),
+        ),
     ],
     "Attention": [
         ("`hook_result` was computed although nobody watches", attention(always_result=True)),
@@ -238,12 +287,14 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
         ),
         ("up to `hook_result`; look at what comes after it", attention(flipped_bias=True)),
         ("`hook_q` saw more than one tensor", wrong(ref.Attention, forward=head_by_head)),
+        ("with large scores: 28 of 35 values are wrong", attention(softmax=by_exponentials)),
         ("no gradient reaches `W_Q`", attention(score=lambda q, k: attention_scores(q, k).detach())),
     ],
     "gelu_new": [
         ("values are wrong", lambda x: gelu(x, cubic=0.44715)),
         ("values are wrong", lambda x: gelu(x, cubic=0.0044715)),
         ("values are wrong", lambda x: gelu(x).round(decimals=2)),
+        ("fewer digits", lambda x: F.gelu(x.float(), approximate="tanh").to(x.dtype)),
         (
             "far from 0",  # exp overflows
             lambda x: (
@@ -254,6 +305,7 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
         ),
     ],
     "MLP": [
+        ("RuntimeError on inputs that are not contiguous", wrong(ref.MLP, forward=one_row_of_text)),
         ("what `hook_post` sees", wrong(ref.MLP, forward=act_twice)),
         ("the first wrong tensor is at `hook_post` (`hook_pre` is right)", up_and_down(lambda self: torch.tanh)),
         (
@@ -293,6 +345,7 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
     ],
     "Transformer": [
         ("block 0 was not given the cache", model(cache_to_blocks=False)),
+        ("Transformer with 12 layers", wrong(ref.Transformer, forward=layers_as_text)),
         ("values are wrong", model(softmax=True)),
         ("values are wrong", model(join=torch.sub)),
         ("in a key-value cache: 130 of 130 values are wrong", model(late=-1)),
@@ -305,6 +358,7 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
 }
 
 ALSO_RIGHT = {name: [getattr(other, name)] for name in SURPRISES}
+ALSO_RIGHT["Attention"].append(wrong(ref.Attention, forward=mask_by_length))
 
 
 # ------------------------------------------------------------------------------- the reference, from other sides

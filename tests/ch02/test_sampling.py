@@ -93,11 +93,21 @@ def with_cache(unread: Callable[[Any, Any], Any], hands_on: bool = True) -> Call
     return generate
 
 
+def by_exponentials(logits: torch.Tensor, p: float, min_tokens_to_keep: int = 1) -> torch.Tensor:
+    """Overflows for logits of 89 and more, and loses those below -104."""
+    ordered, order = logits.sort(-1, descending=True)
+    chances = ordered.exp() / ordered.exp().sum(-1, keepdim=True)
+    dropped = chances.cumsum(-1) - chances >= p
+    dropped[:, :min_tokens_to_keep] = False
+    return logits.masked_fill(torch.zeros_like(dropped).scatter(-1, order, dropped), -torch.inf)
+
+
 SURPRISES: dict[str, list[tuple[str, Any]]] = {
     "greedy": [
         ("values are wrong", lambda logits: logits.sort(-1).indices[:, -2]),
         ("first at [batch=1]", lambda logits: logits.relu().argmax(-1)),
         ("first at [batch=0]", lambda logits: logits.sort(-1, descending=True).indices.argmin(-1)),
+        ("on inputs that require a gradient", lambda logits: torch.from_numpy(logits.numpy().argmax(-1))),
     ],
     "apply_temperature": [
         ("temperature 0.0 should raise ValueError", lambda logits, t: logits / t),
@@ -125,6 +135,7 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
             lambda logits, p, min_tokens_to_keep=1: ref.keep_top_p(logits, min(max(p, 0.1), 1.0), min_tokens_to_keep),
         ),
         ("values are wrong", with_another_p(lambda p: p / 2)),
+        ("values are wrong", by_exponentials),
         ("values are wrong", with_another_p(lambda p: p**0.5)),
         (
             "with p = 0.3 and min_tokens_to_keep = 4",

@@ -23,6 +23,7 @@ from course_utils.config import TransformerConfig
 from course_utils.hooks import hook_points, run_with_cache
 from solutions.ch02_transformer import apply_rotary, attention_scores
 from tests.ch02 import other_transformer as other
+from tests.ch02.test_weights import layer_by_its_first_digit
 
 MODULES = pytest.mark.parametrize("module", [ref, other], ids=["reference", "other"])
 SECRETS = ("einsum(", "torch.cat(", ".chunk(", "rearrange(")
@@ -45,6 +46,11 @@ def written_to_neighbours(x: Any, positions: Any, rotary_dim: int, base: float) 
     right = apply_rotary(x, positions, rotary_dim, base)
     pairs = right[..., :rotary_dim].unflatten(-1, (2, -1)).mT.flatten(-2)
     return torch.cat([pairs, right[..., rotary_dim:]], dim=-1)
+
+
+def bfloat16_as(positions: Any, x: Any) -> Any:
+    """Positions in the dtype of x, where that is bfloat16: 700 becomes 704."""
+    return positions.to(x.dtype) if x.dtype == torch.bfloat16 else positions
 
 
 def first_heads(x: Any, positions: Any, rotary_dim: int, base: float) -> Any:
@@ -139,6 +145,7 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
         ("values are wrong", lambda x, p, n, base: apply_rotary(x.flip(-1), p, n, base).flip(-1)),
         ("values are wrong", lambda x, p, n, base: apply_rotary(x, p % 8, n, base)),
         ("it changed `x` in place", lambda x, p, n, base: x.copy_(apply_rotary(x, p, n, base))),
+        ("in bfloat16: ", lambda x, p, n, base: turned(x, bfloat16_as(p, x), n, base)),
     ],
     "RotaryAttention": [
         ("`hook_rot_q` saw nothing", attention(hooked=False)),
@@ -172,6 +179,7 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
             changed(lambda ours, theirs: ours.update({"blocks.0.attn.W_V": ours["blocks.0.attn.W_K"]})),
         ),
         ("has no entry `unembed.b_U`", changed(lambda ours, theirs: ours.pop("unembed.b_U"))),
+        ("belongs into `blocks.1.", changed(lambda ours, theirs: ours.update(layer_by_its_first_digit(ours)))),
         (
             "does not know, `pos_embed.W_pos`",
             changed(lambda ours, theirs: ours.update({"pos_embed.W_pos": torch.zeros(9, 12)})),

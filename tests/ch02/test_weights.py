@@ -69,6 +69,11 @@ def with_entry(
     return changed(lambda ours, theirs: ours.update({entry: change(ours[from_ours or entry])}))
 
 
+def layer_by_its_first_digit(ours: dict[str, Any]) -> dict[str, Any]:
+    """Layer 10 becomes what layer 1 is."""
+    return {name.replace("blocks.1.", "blocks.10."): weight for name, weight in ours.items() if "blocks.1." in name}
+
+
 SURPRISES: dict[str, list[tuple[str, Any]]] = {
     "init_weights": [
         ("it drew from torch's global random numbers", initialised(draw=lambda shape, generator: torch.randn(shape))),
@@ -101,6 +106,7 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
         ),
         ("It holds what belongs into `blocks.0.ln1.w`", with_entry("blocks.1.ln1.w", from_ours="blocks.0.ln1.w")),
         ("`unembed.b_U`: 13 of 13", with_entry("unembed.b_U", torch.ones_like)),
+        ("belongs into `blocks.1.", changed(lambda ours, theirs: ours.update(layer_by_its_first_digit(ours)))),
         ("`blocks.1.attn.W_V`: ", with_entry("blocks.1.attn.W_V", lambda weight: weight.flip(0))),  # heads reversed
         (
             "`blocks.0.attn.b_K`: ",  # heads taken to alternate, in the bias

@@ -3,6 +3,7 @@
 Every check must accept it.
 """
 
+import copy
 import io
 import itertools
 import math
@@ -45,7 +46,8 @@ class AdamW:
             whole.update(group)
             whole["params"] = list(whole["params"])
             self.param_groups.append(whole)
-        self.moments = {}  # made when they are first needed
+        everyone = [p for group in self.param_groups for p in group["params"]]
+        self.state = {p: {"m": torch.zeros_like(p), "v": torch.zeros_like(p), "step": 0} for p in everyone}
 
     def all(self):
         return [(group, p) for group in self.param_groups for p in group["params"]]
@@ -60,16 +62,16 @@ class AdamW:
                 self.move(group, p, p.grad.detach())
 
     def move(self, group, p, g):
-        t, m, v = self.moments.get(id(p), (0, 0.0, 0.0))
-        (b1, b2), t = group["betas"], t + 1
-        m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g**2
-        self.moments[id(p)] = (t, m, v)
+        own, (b1, b2) = self.state[p], group["betas"]
+        own["step"] += 1
+        m, v, t = own["m"].data, own["v"].data, own["step"]
+        m[...], v[...] = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g**2
         decayed = p.data - group["lr"] * group["weight_decay"] * p.data
-        p.data = decayed - group["lr"] * (m / (1 - b1**t)) / ((v / (1 - b2**t)) ** 0.5 + group["eps"])
+        p.data[...] = decayed - group["lr"] * (m / (1 - b1**t)) / ((v / (1 - b2**t)) ** 0.5 + group["eps"])
 
     def state_dict(self):
         return {
-            "moments": [self.moments.get(id(p)) for _, p in self.all()],
+            "moments": [dict(self.state[p]) for _, p in self.all()],
             "options": [{k: v for k, v in group.items() if k != "params"} for group in self.param_groups],
         }
 
@@ -77,8 +79,7 @@ class AdamW:
         for group, options in zip(self.param_groups, state_dict["options"], strict=True):
             group |= options
         for (_, p), moments in zip(self.all(), state_dict["moments"], strict=True):
-            if moments is not None:
-                self.moments[id(p)] = moments
+            self.state[p] = {name: copy.deepcopy(value) for name, value in moments.items()}
 
 
 def parameter_groups(model, weight_decay):
@@ -138,10 +139,10 @@ def save_checkpoint(path, **state):
         return value.state_dict() if callable(getattr(value, "state_dict", None)) else value
 
     buffer = io.BytesIO()
-    torch.save({name: plain(value) for name, value in state.items()}, buffer)
     try:
+        torch.save({name: plain(value) for name, value in state.items()}, buffer)
         torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
-    except pickle.UnpicklingError:
+    except (pickle.UnpicklingError, AttributeError):
         raise ValueError("not plain data") from None
     handle, temporary = tempfile.mkstemp(dir=Path(path).parent)
     with os.fdopen(handle, "wb") as file:

@@ -54,6 +54,11 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
         ("marks position 0 only", counts_the_first),
         ("expected 2.979, got 2.726", loss(lambda x, t, m: next_nats(x, t)[m[:, 1:]].median())),
         ("wrong shape", loss(lambda x, t, m: next_nats(x, t)[m[:, 1:]])),
+        ("fewer digits", loss(lambda x, t, m: next_nats(x.float(), t)[m[:, 1:]].mean().to(x.dtype))),
+        (
+            "where a token is impossible",
+            loss(lambda x, t, m: -(F.one_hot(t, 7)[:, 1:] * x[:, :-1].log_softmax(-1)).sum(-1)[m[:, 1:]].mean()),
+        ),
         # only the first row's mask is read
         ("expected", loss(lambda x, t, m: next_nats(x, t)[m[:1, 1:].expand_as(t[:, 1:])].mean())),
         ("it changed `logits` in place", loss(lambda x, t, m: next_nats(x.sub_(x.max()), t)[m[:, 1:]].mean())),

@@ -16,11 +16,21 @@ def repacked(change: Any) -> Any:
     return lambda documents, n_ctx, bos: change(ref.pack_documents(documents, n_ctx, bos))
 
 
+def one_hot(logits: Any, tokens: Any) -> Any:
+    """0 times the log of 0."""
+    return -(F.one_hot(tokens[:, 1:], logits.shape[2]) * logits[:, :-1].log_softmax(-1)).sum(-1).mean()
+
+
+def through_uint16(documents: Any, n_ctx: int, bos: int) -> Any:
+    return ref.pack_documents([[token % 2**16 for token in document] for document in documents], n_ctx, bos)
+
+
 SURPRISES: dict[str, list[tuple[str, Any]]] = {
     "pack_documents": [
         ("wrong shape", repacked(lambda rows: rows if len(rows) else rows.flatten())),
         ("values are wrong", lambda documents, *rest: ref.pack_documents([d for d in documents if d], *rest)),
         ("expected dtype int64, got int32", repacked(torch.Tensor.int)),
+        ("values is wrong", through_uint16),
         (
             "it changed `documents[0]`",
             lambda documents, n_ctx, bos: ref.pack_documents(
@@ -33,6 +43,9 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
         ("lm_loss with large logits", lambda logits, tokens: -chance(logits, tokens).log().mean()),
         ("1 values is wrong", lambda logits, tokens: next_nats(logits[:1], tokens[:1]).mean()),
         ("wrong shape", next_nats),
+        ("where a token is impossible", one_hot),
+        ("fewer digits", lambda logits, tokens: next_nats(logits.float(), tokens).mean().to(logits.dtype)),
+        ("RuntimeError on inputs that are not contiguous", lambda x, t: next_nats(x.view(-1).view_as(x), t).mean()),
         ("expected a Tensor", lambda logits, tokens: next_nats(logits, tokens).mean().item()),
         (
             "the gradient that it sends",

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from itertools import takewhile
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -86,6 +87,61 @@ class ForgetfulState(ref.AdamW):
         super().load_state_dict({**state_dict, "state": list(self.state.values())})
 
 
+class MovesMemory(ref.AdamW):
+    """Parameters get new memory in every step."""
+
+    def step(self) -> None:
+        for p in self.state:
+            p.data = p.data.clone()
+        super().step()
+
+
+class MovesMoments(ref.AdamW):
+    def step(self) -> None:
+        super().step()
+        for own in self.state.values():
+            own["m"] = own["m"].clone()
+
+
+class RoundsMoments(ref.AdamW):
+    def step(self) -> None:
+        super().step()
+        for own in self.state.values():
+            own["v"].copy_(own["v"].float())
+
+
+class ReadsDecayOnce(ref.AdamW):
+    def step(self) -> None:
+        self.first = getattr(self, "first", [group["weight_decay"] for group in self.param_groups])
+        now = [group["weight_decay"] for group in self.param_groups]
+        for group, decay in zip(self.param_groups, self.first, strict=True):
+            group["weight_decay"] = decay
+        super().step()
+        for group, decay in zip(self.param_groups, now, strict=True):
+            group["weight_decay"] = decay
+
+
+class KeepsStateElsewhere(ref.AdamW):
+    """`state` holds what it held at first."""
+
+    def __init__(self, params: Any, **options: Any) -> None:
+        super().__init__(params, **options)
+        self.own, self.state = self.state, {p: {"step": 0, "m": p * 0, "v": p * 0} for p in self.state}
+
+    def step(self) -> None:
+        self.own, self.state = self.state, self.own
+        super().step()
+        self.own, self.state = self.state, self.own
+
+    def state_dict(self) -> Any:
+        return {**super().state_dict(), "state": list(self.own.values())}
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        self.own, self.state = self.state, self.own
+        super().load_state_dict(state_dict)
+        self.own, self.state = self.state, self.own
+
+
 class NotPlain(ref.AdamW):
     def state_dict(self) -> Any:
         return {**super().state_dict(), "owner": self.zero_grad}
@@ -125,6 +181,11 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
         ("values are wrong", optimizer.adam(square=torch.abs)),
         ("AdamW after load_state_dict", ForgetfulState),
         ("cannot be saved and loaded as plain data", NotPlain),
+        ("parameter 0 lies in other memory", MovesMemory),
+        ("`m` of parameter 0 lies in other memory", MovesMoments),
+        ("three groups, whose options change", RoundsMoments),
+        ("three groups, whose options change", ReadsDecayOnce),
+        ("state[p]['step'] of parameter 0 should be 3", KeepsStateElsewhere),
     ],
     "parameter_groups": [
         ("first at `blocks.0.attn.W_O`", optimizer.grouping(lambda name, p: by_the_book(name) and "W_O" not in name)),
@@ -135,12 +196,14 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
             "no parameter of the model",
             regrouped(lambda yes, no, decay: [([p.detach().clone() for p in yes], decay), (no, 0.0)]),
         ),
+        ("expected two groups, got 3", regrouped(lambda yes, no, decay: [(yes, decay), (no[:4], 0.0), (no[4:], 0.0)])),
+        ("first at `blocks.10.attn.W_Q`", optimizer.grouping(lambda name, p: by_the_book(name) and name[8] == ".")),
         ("not in the order", regrouped(lambda yes, no, decay: [(yes, decay), (no[::-1], 0.0)])),
     ],
 }
 
 ALSO_RIGHT = {
-    "cosine_schedule": [other.cosine_schedule],
+    "cosine_schedule": [other.cosine_schedule, lambda *case: np.float32(other.cosine_schedule(*case))],
     "AdamW": [other.AdamW],
     "parameter_groups": [other.parameter_groups],
 }

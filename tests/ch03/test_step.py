@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -45,6 +46,28 @@ def takes_gradients(parameters: Any, max_norm: float) -> float:
     for p in parameters:
         p.grad = None
     return norm
+
+
+def makes_new_gradients(parameters: Any, max_norm: float) -> float:
+    parameters = [p for p in parameters if p.grad is not None]
+    norm = ref.clip_grad_norm(parameters, math.inf)
+    for p in parameters:
+        p.grad = p.grad * min(1.0, max_norm / norm) if norm else p.grad
+    return norm
+
+
+def divides_by_zero(parameters: Any, max_norm: float) -> float:
+    grads = [p.grad for p in parameters if p.grad is not None]
+    norm = torch.tensor(step.norm_of_all(grads))
+    for grad in grads:
+        grad.mul_(norm.clamp(max=max_norm) / norm)
+    return norm.item()
+
+
+def side_by_side_views(parameters: Any, max_norm: float) -> float:
+    parameters = [p for p in parameters if p.grad is not None]
+    torch.cat([p.grad.view(-1) for p in parameters])
+    return ref.clip_grad_norm(parameters, max_norm)
 
 
 # -------------------------------------------------------------------------------------------------------- train_step
@@ -102,7 +125,63 @@ def change_mode(model: Any, optimizer: Any, loss: Any, max_norm: float | None) -
     model.train()
 
 
+def asks_for_none(model: Any, optimizer: Any, batch: Any, max_norm: float | None = None) -> float:
+    optimizer.zero_grad(set_to_none=True)
+    return ref.train_step(model, optimizer, batch, max_norm)
+
+
+def functional(model: Any, batch: Any) -> tuple[float, dict[str, Any]]:
+    """Loss and gradients by torch.func."""
+
+    def loss_of(parameters: Any) -> Any:
+        return ref.lm_loss(torch.func.functional_call(model, parameters, (batch,)), batch)
+
+    grads, loss = torch.func.grad_and_value(loss_of)({name: p.detach() for name, p in model.named_parameters()})
+    return loss.item(), grads
+
+
+def functional_step(model: Any, optimizer: Any, batch: Any, max_norm: float | None = None) -> float:
+    loss, grads = functional(model, batch)
+    for name, p in model.named_parameters():
+        p.grad = grads[name]
+    clip(model, optimizer, loss, max_norm)
+    optimizer.step()
+    return loss
+
+
+def asked_step(model: Any, optimizer: Any, batch: Any, max_norm: float | None = None) -> float:
+    loss = ref.lm_loss(model(batch), batch)
+    parameters = list(model.parameters())
+    for p, grad in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+        p.grad = grad
+    clip(model, optimizer, loss, max_norm)
+    optimizer.step()
+    return loss.item()
+
+
 # ---------------------------------------------------------------------------------------------- accumulate_gradients
+
+
+def functional_accumulation(model: Any, batch: Any, n_micro: int) -> float:
+    total, sums = 0.0, {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    for micro in batch.chunk(n_micro):
+        loss, grads = functional(model, micro)
+        total += loss * len(micro) / len(batch)
+        for name, grad in grads.items():
+            sums[name] += grad * len(micro) / len(batch)
+    for name, p in model.named_parameters():
+        p.grad = sums[name] if p.grad is None else p.grad + sums[name]
+    return total
+
+
+def adds_to_nothing(model: Any, batch: Any, n_micro: int) -> float:
+    kept = [p.grad.clone() for p in model.parameters()]
+    loss = ref.accumulate_gradients(model, batch, n_micro)
+    return loss if kept else 0.0
+
+
+def row_by_row(model: Any, batch: Any, n_micro: int) -> float:
+    return ref.accumulate_gradients(model, batch, len(batch))
 
 
 def keeps_all_graphs(model: Any, batch: Any, n_micro: int) -> float:
@@ -162,6 +241,14 @@ def empties_the_generator(model: Any, batches: Any) -> float:
     return ref.evaluate(model, [torch.tensor([[0, 1, 2]])])
 
 
+def reads_batches_first(model: Any, batches: Any) -> float:
+    was_training = model.training
+    model.eval()
+    kept = list(batches)
+    model.train(was_training)
+    return ref.evaluate(model, iter(kept))
+
+
 SURPRISES: dict[str, list[tuple[str, Any]]] = {
     "clip_grad_norm": [
         (
@@ -173,6 +260,9 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
         ("it changed `parameter 0` in place", scales_the_parameters),
         ("a parameter that had no gradient has one now", gives_gradients),
         ("the gradient of parameter 0 is gone", takes_gradients),
+        ("a gradient is another tensor than before", makes_new_gradients),
+        ("with a gradient of zeros", divides_by_zero),
+        ("your code raised RuntimeError", side_by_side_views),
     ],
     "train_step": [
         ("`zero_grad` stands between", acting(backward, forget, clip, go)),
@@ -183,6 +273,8 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
         ("it changed the mode", acting(backward, clip, go, change_mode)),
         ("got a Tensor", lambda *given, **options: torch.tensor(ref.train_step(*given, **options))),
         ("it changed `batch` in place", renamed_and_spoiled),
+        ("raised TypeError in step 0, with max_norm=0.2", asks_for_none),
+        ("with max_norm=0.0", lambda *given, max_norm=None: ref.train_step(*given, max_norm or None)),
     ],
     "accumulate_gradients": [
         ("activations of several are kept", keeps_all_graphs),
@@ -191,6 +283,8 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
         ("returned None", lambda *given: ref.accumulate_gradients(*given) and None),
         ("rows at once; at most", step.accumulating(cut=lambda batch, n_micro: batch.chunk(n_micro, dim=1))),
         ("the model was given 6 rows at once; at most 2", all_at_once),
+        ("raised AttributeError in 2 of 7 rows", adds_to_nothing),
+        ("the rows were cut into 6 micro-batches", row_by_row),
     ],
     "evaluate": [
         ("the model was in training mode before", then(lambda model: model.eval())),
@@ -200,6 +294,7 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
         ("after the call gradient recording", then(lambda model: torch.set_grad_enabled(False))),
         ("got a Tensor", lambda *given: torch.tensor(ref.evaluate(*given))),
         ("after an exception in the model", looking()),
+        ("after an exception in the batches", reads_batches_first),
         ("it changed the parameters' `.grad`", then(lambda model: model.zero_grad())),
         ("it changed `here` in place", then(lambda model: model.here.data.mul_(0.9))),
         ("it changed `batch 0` in place", changes_batches),
@@ -209,9 +304,9 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
 
 ALSO_RIGHT = {
     "clip_grad_norm": [other.clip_grad_norm],
-    "train_step": [other.train_step, renamed],
-    "accumulate_gradients": [other.accumulate_gradients],
-    "evaluate": [other.evaluate],
+    "train_step": [other.train_step, renamed, asked_step, functional_step],
+    "accumulate_gradients": [other.accumulate_gradients, functional_accumulation],
+    "evaluate": [other.evaluate, lambda *given: np.float64(other.evaluate(*given))],
 }
 
 # Changes after which the reference still does what its statement says.

@@ -4,7 +4,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from course_utils.checks.comparing import compare
+from course_utils.checks.modules import noise, watch
 
 INF = torch.inf
 
@@ -54,3 +57,13 @@ def _view(module: Any, resid: Tensor, letter: str, **wrong: Any) -> Tensor:
     if bias in wrong.get("after_hook", ()):
         return hook(vectors) + b
     return hook(wrong.get("before_hook", {}).get(letter.lower(), lambda vectors: vectors)(vectors + b))
+
+
+def judge_large_scores(name: str, module: nn.Module, oracle: Callable[[Tensor], dict[str, Tensor]]) -> None:
+    """Scores beyond 100 and below -100, whose exponentials are inf and 0 in float32; fused, and step by step."""
+    resid = noise(1, 5, module.get_parameter("b_O").numel(), seed=27, scale=8.0)
+    expected = oracle(resid)["output"]
+    with torch.no_grad():
+        watched, _ = watch(name, module, (resid,), ["hook_attn_scores", "hook_pattern"])
+        for actual in (module(resid), watched):
+            compare(f"{name} with large scores", actual, expected, "batch pos d_model", rtol=1e-3, atol=1e-3)

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from numbers import Integral
 from typing import Any, ClassVar
 
 import torch
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 from course_utils.checks.ch02.beams import Found, exhaustive, judge_beams, search
 from course_utils.checks.ch02.caching import judge_every_split, judge_widths, refuses_used_cache
 from course_utils.checks.comparing import compare, follows_input
+from course_utils.checks.kinds import follows_every_kind
 from course_utils.checks.mistakes import known_mistakes
 from course_utils.checks.modules import noise
 from course_utils.checks.outcomes import CheckFailed, Evidence
@@ -176,7 +178,7 @@ def _check_length(name: str, cache: Any, expected: int, when: str) -> None:
     length = cache.length
     if callable(length):
         raise CheckFailed(f"{name}: `length` is a method.\n  Next: keep `@property` above it, so that it is a number.")
-    if not isinstance(length, int):
+    if not isinstance(length, Integral):
         kind = type(length).__name__
         raise CheckFailed(f"{name}: `length` should be a whole number, got a {kind}.\n  Next: count positions.")
     if length != expected:
@@ -238,19 +240,29 @@ def _check_limits(cls: Any) -> None:
 
 
 def _check_select(cls: Any) -> None:
-    """Rows in another order, one of them twice, with a batch that grows and shrinks; then each goes on by itself."""
-    for rows in (torch.tensor([1, 0]), torch.tensor([1, 1, 0]), torch.tensor([1])):
-        cache, before = cls(CFG, 2), _sequences(2, n_pos=4)
-        for layer in range(CFG.n_layers):
+    """Rows in another order, one of them twice, with a batch that grows and shrinks; then each goes on by itself.
+
+    Also before anything is stored: then it is the number of rows that changes.
+    """
+    several = [([1, 0], 4), ([1, 1, 0], 4), ([1], 4), ([1, 1, 0], 0)]
+    for rows, n_stored in [(torch.tensor(rows), n_stored) for rows, n_stored in several]:
+        cache, before = cls(CFG, 2), _sequences(2, n_pos=n_stored)
+        for layer in range(CFG.n_layers if n_stored else 0):
             cache.append(layer, *before[layer])
         cache.select(rows)
-        _check_length("KVCache", cache, 4, "after `select`")
+        _check_length("KVCache", cache, n_stored, "after `select`")
         then = _sequences(len(rows), n_pos=2, seed=1)
         for layer in range(CFG.n_layers):
-            label = f"KVCache after select({rows.tolist()}), layer {layer}"
+            label = f"KVCache after select({rows.tolist()})" + (f", layer {layer}" if n_stored else " in a new cache")
             for position in range(2):
                 new = then[layer, :, :, position : position + 1]
-                returned = _appended(label, cache, layer, *new)
+                try:
+                    returned = _appended(label, cache, layer, *new)
+                except ValueError as error:
+                    raise CheckFailed(
+                        f"{label}: append refused {len(rows)} row{'s' * (len(rows) > 1)} ({error}).\n"
+                        "  Next: let `select` change the number of rows, also where nothing is stored yet."
+                    ) from None
                 for what, got, index in (("keys", returned[0], 0), ("values", returned[1], 1)):
                     old, late = before[layer, index], then[layer, index, :, : position + 1]
                     expected = torch.cat([torch.stack([old[row] for row in rows.tolist()]), late], dim=1)
@@ -295,7 +307,8 @@ def check_ban_repeated_ngrams(fn: Callable[..., Any]) -> None:
     """Every token is tried: does the run that it would complete stand in the row?"""
     long = [[3, 1, 5, 3, 1, 4, 3, 1, 0, 3, 1], [6, 2, 6, 2, 6, 2, 6, 2, 6, 2, 6], [0, 12, 7, 3, 1, 9, 5, 12, 3, 1, 7]]
     cases = [(long, 3), (long, 2), (long, 1), ([[1, 2, 1, 7, 7, 7], [3, 5, 2, 0, 3, 5]], 3), ([[6, 3, 6, 3]], 4)]
-    for rows, n in [*cases, ([[4], [8]], 2), ([[4], [8]], 3)]:
+    glued = [[1, 12, 5, 11], [11, 2, 7, 1]]  # written without spaces, 1 12 is 11 2
+    for rows, n in [*cases, ([[4], [8]], 2), ([[4], [8]], 3), (glued, 2)]:
         _check_bans(fn, rows, n)
     for n in (0, -1):
         try:
@@ -305,11 +318,14 @@ def check_ban_repeated_ngrams(fn: Callable[..., Any]) -> None:
         raise CheckFailed(
             f"ban_repeated_ngrams: n = {n} should raise ValueError.\n  Next: test n before anything else."
         )
-    follows_input("ban_repeated_ngrams", fn, (noise(3, 13), torch.tensor(long), 2), LOGITS)
+    given = (noise(3, 13), torch.tensor(long), 2)
+    follows_input("ban_repeated_ngrams", fn, given, LOGITS)
+    follows_every_kind("ban_repeated_ngrams", fn, given, LOGITS)
 
 
 def _check_bans(fn: Callable[..., Any], rows: list[list[int]], n: int) -> None:
     tokens, logits = torch.tensor(rows), noise(len(rows), 13, seed=n)
+    logits[0, 12] = -INF  # banned before
     expected = logits.clone()
     for index, row in enumerate(rows):
         runs = [row[start : start + n] for start in range(len(row) - n + 1)]
@@ -381,6 +397,7 @@ def check_beam_search(fn: Callable[..., Any]) -> None:
         Search([0, 2], 3, 4, {"eos": 0}),
         Search(start, 3, 20),  # n_ctx is 9
         Search(start, 3, 0),
+        Search(start, 25, 2, scale=150.0),  # many a token is less likely than the smallest number in float32
         Search([2, 0, 2], 4, 6, {"no_repeat_ngram": 2}),
         Search([2, 3, 2, 3, 0, 2, 3], 3, 2, {"no_repeat_ngram": 2}),
         Search([4, 1, 4], 3, 6, {"no_repeat_ngram": 3, "eos": 2}),
@@ -414,6 +431,7 @@ class Search:
     n_beams: int
     n_new: int
     options: dict[str, int] = field(default_factory=dict)
+    scale: float = 2.0  # of the logits
 
     def __str__(self) -> str:
         settings = {"n_beams": self.n_beams, "n_new": self.n_new, **self.options}
@@ -426,7 +444,7 @@ class Search:
     @cached_property
     def expected(self) -> Found:
         """All texts there are, where there is room for them; otherwise the definition."""
-        model, prompt = ToyModel(TINY, scale=2.0), torch.tensor([self.tokens])
+        model, prompt = ToyModel(TINY, scale=self.scale), torch.tensor([self.tokens])
         if self.n_beams > 100:
             return exhaustive(model, prompt, self.n_new, self.options.get("eos"))
         return search(model, prompt, self.n_beams, self.n_new, **self.options)
@@ -434,7 +452,7 @@ class Search:
 
 def _check_beams(fn: Callable[..., Any], case: Search) -> int:
     """Without a cache: how often the model was called."""
-    model = ToyModel(TINY, "beam_search", scale=2.0)
+    model = ToyModel(TINY, "beam_search", scale=case.scale)
     model.train()
     judge_beams(f"{case}, prompt {case.tokens}, n_ctx = {TINY.n_ctx}", case.ask(fn, model), case.expected)
     if model.recorded:
@@ -447,7 +465,7 @@ def _check_beams(fn: Callable[..., Any], case: Search) -> int:
 
 def _check_beams_with_cache(fn: Callable[..., Any], case: Search, n_calls: int) -> None:
     """The same beams; the model reads each position once."""
-    model, cache = ToyModel(TINY, "beam_search", scale=2.0), make_cache(fn, TINY, batch=1)
+    model, cache = ToyModel(TINY, "beam_search", scale=case.scale), make_cache(fn, TINY, batch=1)
     name = f"{case} and a key-value cache"
     with during("with a key-value cache"):
         actual = case.ask(fn, model, cache=cache)

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from course_utils.checks import by_loops
-from course_utils.checks.ch02.attending import attend, from_first_key, later
+from course_utils.checks.ch02.attending import attend, from_first_key, judge_large_scores, later
 from course_utils.checks.comparing import compare, follows_input
+from course_utils.checks.kinds import follows_every_kind
 from course_utils.checks.mistakes import known_mistakes
 from course_utils.checks.modules import (
     always,
@@ -195,16 +196,17 @@ def masked_with(value: float) -> Callable[[Tensor], Tensor]:
 def check_attention_scores(fn: Callable[..., Any]) -> None:
     """Every pair of vectors, one by one; fewer queries than keys."""
     axes = "batch head query key"
-    for n_batch, n_query, n_key in [(2, 5, 8), (1, 4, 4)]:
-        q, k = noise(n_batch, n_query, 3, 6, seed=1), noise(n_batch, n_key, 3, 6, seed=2)
-        products = torch.empty(n_batch, 3, n_query, n_key)
+    for n_batch, n_heads, n_query, n_key in [(2, 3, 5, 8), (1, 3, 4, 4), (2, 1, 1, 3)]:
+        q, k = noise(n_batch, n_query, n_heads, 6, seed=1), noise(n_batch, n_key, n_heads, 6, seed=2)
+        products = torch.empty(n_batch, n_heads, n_query, n_key)
         for row in range(n_batch):
-            for head in range(3):
+            for head in range(n_heads):
                 for query in range(n_query):
                     for key in range(n_key):
                         products[row, head, query, key] = torch.dot(q[row, query, head], k[row, key, head])
         compare("attention_scores", fn(q, k), products / 6**0.5, axes, inputs={"q·k": products})
         follows_input("attention_scores", fn, (q, k), axes, gradient=True)
+    follows_every_kind("attention_scores", fn, (q, k), axes)
 
 
 def _masked_by_loop(scores: Tensor) -> Tensor:
@@ -239,12 +241,17 @@ def _masked_by_loop(scores: Tensor) -> Tensor:
     },
 )
 def check_causal_mask(fn: Callable[..., Any]) -> None:
-    """Square scores, as many queries as keys; and fewer queries, as with a key-value cache."""
+    """Square scores, and fewer queries, as with a key-value cache; large ones, and a head with nothing but zeros."""
     axes = "batch head query key"
     for n_query, n_key in [(5, 5), (4, 6), (1, 5)]:
         scores = torch.arange(2.0 * 3 * n_query * n_key).reshape(2, 3, n_query, n_key) / 10 - 3.05
+        scores[1, 1] *= 100
+        scores[1, 2] = 0.0
         compare("causal_mask", fn(scores), _masked_by_loop(scores), axes)
+    one = scores[:1, :1]
+    compare("causal_mask of one row and head", fn(one), _masked_by_loop(one), axes)
     follows_input("causal_mask", fn, (scores,), axes, gradient=True)
+    follows_every_kind("causal_mask", fn, (scores,), axes)
 
 
 def wrong_attention(**wrong: Any) -> type:
@@ -300,6 +307,17 @@ def check_Attention(cls: Any) -> None:
         oracle = partial(by_loops.attention, weights, resid)
         check_module("Attention", module, (resid,), oracle, RESID, ATTENTION_HOOKS)
     _check_attention_cache(cls, module, weights)
+    judge_large_scores("Attention", module, partial(by_loops.attention, weights))
+    _check_one_head(cls)
+
+
+def _check_one_head(cls: Any) -> None:
+    cfg = replace(CFG, n_heads=1)
+    module = construct("Attention", cls, cfg, attention_parameters(cfg), ATTENTION_HOOKS)
+    resid = noise(1, 2, 7, seed=26)
+    expected = by_loops.attention(weights_of(module), resid)["output"]
+    with during("with one head"):
+        compare("Attention with one head", module(resid), expected, RESID)
 
 
 def _check_unasked_result(module: Any) -> None:
@@ -316,7 +334,7 @@ def _check_unasked_result(module: Any) -> None:
 
 
 def _check_attention_cache(cls: type, module: Any, weights: Mapping[str, Tensor]) -> None:
-    """Read positions 0 to 2, then 3 and 4: what comes out is what all five give at once."""
+    """Read positions 0 to 2, then 3 and 4, after the layer below: what comes out is what all five give at once."""
     name = "Attention with a key-value cache"
     layer = module.layer = 1
     resid = noise(2, 5, 7, seed=4)
@@ -325,9 +343,12 @@ def _check_attention_cache(cls: type, module: Any, weights: Mapping[str, Tensor]
         handles = [getattr(module, hook).add(lambda activation, hook: None) for hook in watched]
         cache = make_cache(cls, CFG, batch=2)
         with torch.no_grad(), during("with a key-value cache"):
-            start = module(resid[:, :3], cache)
-            compare(f"{name} that is empty", start, expected["output"][:, :3], RESID)
-            compare(name, module(resid[:, 3:], cache), expected["output"][:, 3:], RESID)
+            for start, end, case in ((0, 3, f"{name} that is empty"), (3, 5, name)):
+                cache.append(0, *torch.zeros(2, 2, end - start, 3, 6))  # as the layer below does in a model
+                cache.appended.pop()
+                actual = module(resid[:, start:end], cache)
+                if all(index == layer for index, _ in cache.appended):
+                    compare(case, actual, expected["output"][:, start:end], RESID)
         for handle in handles:
             handle.remove()
         if cache.appended != [(layer, 3), (layer, 2)]:
@@ -376,6 +397,7 @@ def check_gelu_new(fn: Callable[..., Any]) -> None:
         follows_input("gelu_new", fn, (x,), axes, gradient=True)
     far = torch.tensor([-1000.0, -100.0, 0.0, 100.0, 1000.0])
     compare("gelu_new far from 0", fn(far), F.relu(far), "element")
+    follows_every_kind("gelu_new", fn, (noise(2, 3, 5),), "batch pos d_mlp")
 
 
 def up(mlp: Any, resid: Tensor) -> Tensor:
@@ -634,7 +656,10 @@ def each_added(blocks: Iterable[Any], resid: Tensor) -> Tensor:
 )
 def check_Transformer(cls: Any) -> None:
     """First the wiring, with toy parts whose answers are known; then whole models with their real parts."""
-    _check_transformer_wiring(cls)
+    _check_transformer_wiring(cls, CFG)
+    _check_transformer_wiring(
+        cls, replace(CFG, n_layers=12, attn_only=True, normalization="none")
+    )  # as text, layer 10 comes before layer 2
     bare = replace(CFG, attn_only=True, normalization="none")
     for cfg in (CFG, bare):
         wanted = transformer_hooks(cfg)
@@ -659,41 +684,46 @@ def check_Transformer(cls: Any) -> None:
         compare(name, torch.cat(steps, dim=1), expected, "batch pos d_vocab")
 
 
-def _check_transformer_wiring(cls: Any) -> None:
-    name = "Transformer"
-    module = construct(name, cls, CFG, transformer_parameters(CFG), transformer_hooks(CFG))
+def _check_transformer_wiring(cls: Any, cfg: TransformerConfig) -> None:
+    name = f"Transformer with {cfg.n_layers} layers" if cfg is not CFG else "Transformer"
+    module = construct(name, cls, cfg, transformer_parameters(cfg), transformer_hooks(cfg))
     E, P, U = noise(13, 7, seed=9), noise(9, 7, seed=10), noise(7, 13, seed=11)
-    first, second, final = wave(1.2, 0.3), wave(0.7, -0.6), wave(-1.1, 0.4)
+    waves, final = [wave((1.2, 0.7)[layer % 2], 0.3 - 0.9 * layer) for layer in range(cfg.n_layers)], wave(-1.1, 0.4)
     module.embed = ToyEmbed(name, "embed", lambda tokens: E[tokens])
     module.pos_embed = ToyPosEmbed(
         name, "pos_embed", lambda tokens, offset: P[offset : offset + tokens.shape[1]].expand(*tokens.shape, 7)
     )
-    module.blocks = nn.ModuleList([ToyWithCache(name, "blocks[0]", first), ToyWithCache(name, "blocks[1]", second)])
+    module.blocks = nn.ModuleList(ToyWithCache(name, f"blocks[{layer}]", wave) for layer, wave in enumerate(waves))
     module.ln_final = Toy(name, "ln_final", final)
     module.unembed = Toy(name, "unembed", lambda resid: resid @ U)
     tokens = torch.tensor([[3, 0, 8, 3, 7], [8, 1, 5, 6, 2]])
     embedded = E[tokens]
 
     def rest(resid: Tensor) -> Tensor:
-        return final(second(first(resid))) @ U
+        for each in waves:
+            resid = each(resid)
+        return final(resid) @ U
 
     def oracle(replaced: Mapping[str, Tensor]) -> dict[str, Tensor]:
         seen = {"hook_embed": embedded, "hook_pos_embed": P[:5].expand(2, 5, 7), **replaced}
         return {**seen, "output": rest(seen["hook_embed"] + seen["hook_pos_embed"])}
 
     wanted = ("hook_embed", "hook_pos_embed")
-    check_module(name, module, (tokens,), oracle, "batch pos d_vocab", wanted, toys=True)
-    _check_transformer_offset(cls, module, tokens, expected=rest(embedded + P[3:8]))
+    if cfg is CFG:
+        check_module(name, module, (tokens,), oracle, "batch pos d_vocab", wanted, toys=True)
+    _check_transformer_offset(cls, cfg, module, tokens, rest(embedded + P[3:8]), name)
 
 
-def _check_transformer_offset(cls: Any, module: Any, tokens: Tensor, expected: Tensor) -> None:
+def _check_transformer_offset(
+    cls: Any, cfg: TransformerConfig, module: Any, tokens: Tensor, expected: Tensor, name: str
+) -> None:
     """With three positions in a cache the next token stands at position 3, and every block is given the cache."""
-    cache = make_cache(cls, CFG, batch=2)
-    for layer in range(CFG.n_layers):
+    cache = make_cache(cls, cfg, batch=2)
+    for layer in range(cfg.n_layers):
         cache.append(layer, torch.zeros(2, 3, 3, 6), torch.zeros(2, 3, 3, 6))
     with during("with a key-value cache"):
         actual = module(tokens, cache)
-    name = "Transformer with 3 positions in a key-value cache"
+    name = f"{name} with 3 positions in a key-value cache"
     compare(name, actual, expected, "batch pos d_vocab")
     for index, toy in enumerate(module.blocks):
         if toy.caches[-1] is not cache:

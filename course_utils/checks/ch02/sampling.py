@@ -15,6 +15,7 @@ from course_utils.checks.ch02.chance import Measured
 from course_utils.checks.ch02.drawing import kept, nucleus, ranked, scripted
 from course_utils.checks.ch02.layers import CFG
 from course_utils.checks.comparing import compare, compare_kind, follows_input
+from course_utils.checks.kinds import follows_every_kind
 from course_utils.checks.mistakes import known_mistakes
 from course_utils.checks.modules import noise
 from course_utils.checks.outcomes import CheckFailed, Evidence
@@ -41,10 +42,12 @@ def check_greedy(fn: Callable[..., Any]) -> None:
     logits = noise(3, 13, seed=12)
     logits[0, 12], logits[2, 0] = 4.0, 5.0
     logits[1] -= 9.0
+    logits[2, 7] = -INF  # banned before
     for rows in (logits, logits[1:2]):
         expected = torch.tensor([max(range(13), key=row.tolist().__getitem__) for row in rows])
         compare("greedy", fn(rows), expected, "batch")
     follows_input("greedy", fn, (logits,), "batch")
+    follows_every_kind("greedy", fn, (logits,), "batch", graph=True)
 
 
 def _expect_value_error(name: str, given: str, fn: Callable[..., Any], *arguments: Any) -> None:
@@ -76,6 +79,9 @@ def check_apply_temperature(fn: Callable[..., Any]) -> None:
         name = f"apply_temperature with temperature {temperature}"
         compare(name, fn(logits, temperature), expected, LOGITS, inputs={"logit": logits})
     follows_input("apply_temperature", fn, (logits, 0.4), LOGITS)
+    follows_every_kind("apply_temperature", fn, (logits, 0.4), LOGITS, graph=True)
+    banned = logits.index_fill(1, torch.tensor([4]), -INF)
+    compare("apply_temperature where token 4 is banned", fn(banned, 0.5), 2 * banned, LOGITS)
     for bad in (0.0, -0.5):
         _expect_value_error("apply_temperature", f"temperature {bad}", fn, logits, bad)
 
@@ -114,6 +120,7 @@ def check_apply_frequency_penalty(fn: Callable[..., Any]) -> None:
     name = "apply_frequency_penalty"
     history = torch.tensor([[3, 3, 3, 1, 7], [12, 0, 12, 5, 3]])
     logits = noise(2, 13, seed=14, scale=2.0)
+    logits[0, 1] = logits[1, 2] = -INF  # banned before: a token that occurs, and one that does not
     for n_rows, n_pos, penalty in [(2, 5, 0.7), (2, 5, -0.4), (1, 4, 1.3), (2, 5, 0.0)]:
         rows, tokens = logits[:n_rows], history[:n_rows, :n_pos]
         occurs = torch.tensor([[float(row.count(token)) for token in range(13)] for row in tokens.tolist()])
@@ -121,6 +128,7 @@ def check_apply_frequency_penalty(fn: Callable[..., Any]) -> None:
         actual = fn(rows, tokens, penalty)
         compare(f"{name} with penalty {penalty}", actual, rows - penalty * occurs, LOGITS, inputs=given)
     follows_input(name, fn, (logits, history, 0.7), LOGITS)
+    follows_every_kind(name, fn, (logits, history, 0.7), LOGITS)
 
 
 # ----------------------------------------------------------------------------------------------- logits are left out
@@ -164,12 +172,14 @@ def top_k(logits: Tensor, k: int, choose: Callable[[list[int], int], Sequence[in
 )
 def check_keep_top_k(fn: Callable[..., Any]) -> None:
     """Rows on different levels, so that one row's threshold is wrong for the others."""
-    logits = noise(3, 13, seed=15, scale=2.0) + torch.tensor([[0.0], [-8.0], [5.0]])
+    logits = noise(3, 13, seed=15, scale=2.0) + torch.tensor([[0.0], [-150.0], [200.0]])
+    logits[0, 3] = -INF  # banned before
     order = ranked(logits)
     for k in (4, 1, 2, 13, 20):
         expected = kept(logits, [row[:k] for row in order])
         compare(f"keep_top_k with k = {k}", fn(logits, k), expected, LOGITS, inputs={"logit": logits})
     follows_input("keep_top_k", fn, (logits, 4), LOGITS)
+    follows_every_kind("keep_top_k", fn, (logits, 4), LOGITS)
     for bad in (0, -2):
         _expect_value_error("keep_top_k", f"k = {bad}", fn, logits, bad)
 
@@ -241,7 +251,8 @@ def rounded(logits: Tensor, p: float, n: int = 1) -> Tensor:
 )
 def check_keep_top_p(fn: Callable[..., Any]) -> None:
     """Rows of different sharpness, in no order, so that each keeps another number of tokens."""
-    logits = noise(3, 13, seed=16) * torch.tensor([[1.0], [3.0], [0.4]]) + torch.tensor([[0.0], [6.0], [-4.0]])
+    logits = noise(3, 13, seed=16) * torch.tensor([[1.0], [3.0], [0.4]]) + torch.tensor([[0.0], [200.0], [-150.0]])
+    logits[0, 3] = -INF  # banned before
     chances = logits.double().softmax(-1)
     for rows, p, at_least in [
         (3, 0.6, 1),
@@ -258,6 +269,7 @@ def check_keep_top_p(fn: Callable[..., Any]) -> None:
         given = {"logit": some, "probability": chances[:rows]}
         compare(f"keep_top_p with p = {p}{at}", actual, top_p(some, p, at_least), LOGITS, inputs=given)
     follows_input("keep_top_p", fn, (logits, 0.6), LOGITS)
+    follows_every_kind("keep_top_p", fn, (logits, 0.6), LOGITS)
     for bad in (0.0, -0.1, 1.5):
         _expect_value_error("keep_top_p", f"p = {bad}", fn, logits, bad)
     sharp = torch.tensor([[40.0, 0.0, 3.0, -1.0], [0.5, 40.0, -2.0, 1.0]])

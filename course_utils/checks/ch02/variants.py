@@ -14,10 +14,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from course_utils.checks import by_loops
-from course_utils.checks.ch02.attending import attend
+from course_utils.checks.ch02.attending import attend, judge_large_scores
 from course_utils.checks.ch02.converting import judge_converted, wrong_entries
 from course_utils.checks.ch02.neox_weights import converted_by_rows, neox_state_dict
 from course_utils.checks.comparing import compare, follows_input
+from course_utils.checks.kinds import follows_every_kind
 from course_utils.checks.mistakes import known_mistakes
 from course_utils.checks.modules import (
     always,
@@ -147,12 +148,12 @@ def check_apply_rotary(fn: Callable[..., Any]) -> None:
         name = f"apply_rotary with positions {places}, rotary_dim {rotary_dim} and base {base:g}"
         compare(name, actual, expected, HEADS, atol=1e-4, inputs={"x": x})
         follows_input("apply_rotary", fn, (x, positions, rotary_dim, base), HEADS, gradient=True)
-    dtype = fn(x.bfloat16(), positions, rotary_dim, base).dtype
-    if dtype != torch.bfloat16:
-        raise CheckFailed(
-            f"apply_rotary: for x in bfloat16, expected an answer in bfloat16, got {str(dtype).removeprefix('torch.')}."
-            "\n  Next: bring cosine and sine to the dtype of x."
-        )
+    follows_every_kind("apply_rotary", fn, (x, positions, rotary_dim, base), HEADS)
+    for dtype in (torch.float16, torch.bfloat16):  # in bfloat16 there is no 700: 704 is the nearest
+        half = x.to(dtype)
+        expected = by_loops.rotated(half.float(), [700], rotary_dim, base).to(dtype)
+        name = f"apply_rotary in {str(dtype).removeprefix('torch.')}"
+        compare(name, fn(half, positions, rotary_dim, base), expected, HEADS, rtol=2e-2, atol=2e-2)
 
 
 def wrong_attention(
@@ -253,6 +254,8 @@ def check_RotaryAttention(cls: Any) -> None:
         oracle = partial(by_loops.attention, weights, read, rotary=(CFG.rotary_dim, CFG.rotary_base))
         check_module(name, module, (read,), oracle, RESID, wanted, replace=replaced)
     _check_rotary_cache(cls, module, weights)
+    rotary = (CFG.rotary_dim, CFG.rotary_base)
+    judge_large_scores(name, module, partial(by_loops.attention, weights, rotary=rotary))
 
 
 def _check_rotary_cache(cls: type, module: Any, weights: Mapping[str, Tensor]) -> None:
@@ -422,7 +425,7 @@ def unembedded(view: Callable[[dict[str, Tensor]], Tensor]) -> Callable[..., Any
 )
 def check_convert_neox_weights(fn: Callable[..., Any]) -> None:
     """Every entry, put together row by row, from a state dict with NeoX's names, new and old."""
-    cfg = replace(CFG, d_model=12, d_head=4, n_layers=2)
+    cfg = replace(CFG, d_model=12, d_head=4, n_layers=12)
     for unembed in ("lm_head", "embed_out"):
         theirs = neox_state_dict(cfg, unembed)
         with during(f"where the unembedding is named {unembed}.weight"):

@@ -234,6 +234,6 @@ wrong_output = partial(wrong_entries, converted_by_columns, ("attn.W_O",), "tran
 )
 def check_convert_gpt2_weights(fn: Callable[..., Any]) -> None:
     """Every entry, put together column by column from a state dict with GPT-2's names."""
-    cfg = TransformerConfig(d_vocab=13, n_ctx=9, n_layers=2, n_heads=3, d_model=12, d_head=4, d_mlp=11)
+    cfg = TransformerConfig(d_vocab=13, n_ctx=9, n_layers=12, n_heads=3, d_model=12, d_head=4, d_mlp=11)
     theirs = gpt2_state_dict(cfg)
     judge_converted("convert_gpt2_weights", fn, cfg, theirs, converted_by_columns(theirs, cfg))

@@ -9,7 +9,9 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -30,6 +32,13 @@ class _Bomb:
         raise _CutOff
 
 
+class _Schedule:
+    """Something with a state_dict that is neither torch's model nor torch's optimizer, as the AdamW of this chapter."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"warmup": 3, "rates": noise(2, seed=8)}
+
+
 def _training_state() -> tuple[dict[str, Any], dict[str, Any]]:
     """Objects as a training loop has them, and the plain data that a checkpoint should hold."""
     model = nn.Linear(3, 2)
@@ -44,7 +53,7 @@ def _training_state() -> tuple[dict[str, Any], dict[str, Any]]:
     generator = torch.Generator().manual_seed(3)
     torch.randn(5, generator=generator)
     others = {"step": 2, "history": [{"step": 1, "loss": 0.5}], "recipe": "tiny", "best": noise(3, seed=9)}
-    objects = {"model": model, "optimizer": optimizer, "generator": generator, **others}
+    objects = {"model": model, "optimizer": optimizer, "generator": generator, "schedule": _Schedule(), **others}
     return objects, plain_data(objects)
 
 
@@ -54,6 +63,7 @@ def plain_data(objects: Mapping[str, Any]) -> dict[str, Any]:
     return data | {
         "model": data["model"].state_dict(),
         "optimizer": data["optimizer"].state_dict(),
+        "schedule": data["schedule"].state_dict(),
         "generator": data["generator"].get_state(),
     }
 
@@ -118,10 +128,25 @@ def check_save_checkpoint(fn: Callable[..., Any]) -> None:
         _check_swap(fn, path, objects, older)
         _check_stored(path, plain)
         _check_only(folder, path)
-        refused = dict(objects, where=folder)
-        must_raise("save_checkpoint", ValueError, "a Path among the values", lambda: fn(path, **refused))
+        for what, value in (
+            ("a Path", folder),
+            ("a number of numpy's", np.float64(0.5)),
+            ("an object of a class of one's own", _own_object()),
+        ):
+            refused = dict(objects, where=value)
+            call = f"{what} among the values"
+            must_raise("save_checkpoint", ValueError, call, lambda refused=refused: fn(path, **refused))  # type: ignore[misc]
         _check_survivor(path, plain, "when it had to refuse a value, the good checkpoint at this path was lost")
         _check_only(folder, path)
+
+
+def _own_object() -> Any:
+    """Of a class that is defined in a function: pickle itself cannot store it, with an AttributeError of its own."""
+
+    class Settings:
+        pass
+
+    return Settings()
 
 
 def _load(path: Path) -> Any:
@@ -275,6 +300,17 @@ def check_load_checkpoint(fn: Callable[..., Any]) -> None:
                 "  Next: torch.load has an option that reads plain data only; see the statement."
             )
         must_raise("load_checkpoint", FileNotFoundError, "a path without a file", lambda: fn(Path(name) / "nothing.pt"))
+        with mock.patch("torch.serialization.location_tag", lambda storage: "cuda:63"):
+            torch.save(plain, path)  # as on a machine with many GPUs
+        try:
+            difference = first_difference(fn(path), plain, "loaded")
+        except RuntimeError:
+            difference = "it raised an error, since the GPU is not here"
+        if difference:
+            raise CheckFailed(
+                f"load_checkpoint: it cannot read what was written on another machine's GPU.\n  {difference}\n"
+                "  Next: say where the tensors belong; torch.load has an option for that."
+            )
 
 
 # ------------------------------------------------------------------------------------------------ what a file holds

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from course_utils.checks.comparing import compare, follows_input
+from course_utils.checks.kinds import follows_every_kind
 from course_utils.checks.mistakes import known_mistakes
 from course_utils.checks.modules import noise
 from course_utils.checks.outcomes import CheckFailed, Evidence
@@ -189,6 +190,11 @@ def check_masked_lm_loss(fn: Callable[..., Any]) -> None:
     tokens = torch.randint(7, first.shape, generator=torch.Generator().manual_seed(9))
     _check_loss_gradient(fn, logits, tokens, first)
     follows_input(name, fn, (logits, tokens, first), "")
+    follows_every_kind(name, fn, (logits, tokens, first), "")
+    impossible = (tokens.roll(-1, 1) + 1) % 7  # not what comes next
+    logits = logits.scatter(2, impossible[..., None], -torch.inf)
+    expected = _nats(logits, tokens)[:, 1:][first[:, 1:]].mean().float()
+    compare(f"{name} where a token is impossible", fn(logits, tokens, first), expected, "")
     for nothing in (torch.zeros_like(first), torch.zeros_like(first).index_fill(1, torch.tensor(0), True)):
         _must_refuse_mask(fn, logits, tokens, nothing)
 

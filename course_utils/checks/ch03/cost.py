@@ -5,6 +5,7 @@ backward, and which tensors autograd keeps of it.
 """
 
 from collections.abc import Callable, Mapping
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -194,7 +195,9 @@ def described(cfg: TransformerConfig) -> str:
 
 
 def whole(value: Any) -> Any:
-    """What is a whole number, as an int: 6.0 is as good as 6."""
+    """What is a whole number, as an int: 6.0 is as good as 6, and so is numpy's."""
+    if isinstance(value, Integral) and not isinstance(value, bool):
+        return int(value)
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -373,8 +376,8 @@ def check_average_gradients(fn: Callable[[list[dict[str, Tensor]]], list[dict[st
     for n_ranks, dtype in ((3, torch.float32), (4, torch.float64), (1, torch.float32)):
         ranks = [
             {
-                "W": noise(2, 5, seed=10 * rank).to(dtype),
                 "b": noise(3, seed=10 * rank + 1).to(dtype),
+                "W": noise(5, 2, seed=10 * rank).to(dtype).T,  # names in no alphabet, a matrix that lies transposed
                 "scale": noise(seed=10 * rank + 2).to(dtype),
             }
             for rank in range(n_ranks)
@@ -384,7 +387,8 @@ def check_average_gradients(fn: Callable[[list[dict[str, Tensor]]], list[dict[st
         for key, axes in (("W", "d_model d_mlp"), ("b", "d_mlp"), ("scale", "")):
             mine = [grads[key] for grads in ranks]
             for rank, grads in reversed(list(enumerate(answer))):  # rank 0's own would look like rank 0's for all
-                compare(f"{name}: rank {rank}'s `{key}`", grads[key], mean_by_loop(mine), axes)
+                tolerance = {"rtol": 1e-12, "atol": 1e-12} if dtype == torch.float64 else {}
+                compare(f"{name}: rank {rank}'s `{key}`", grads[key], mean_by_loop(mine), axes, **tolerance)
         places = [tensor.data_ptr() for grads in (*answer, *ranks) for tensor in grads.values()]
         if len(set(places)) < len(places):
             raise CheckFailed(
@@ -414,6 +418,11 @@ def _check_form(name: str, answer: Any, ranks: list[dict[str, Tensor]]) -> None:
             raise CheckFailed(
                 f"{name}: rank {rank} should have the gradients of {list(before)}, but it has {got}.\n"
                 "  Next: keep the names; only the values change."
+            )
+        if list(grads) != list(before):
+            raise CheckFailed(
+                f"{name}: the names of rank {rank} come in another order: {list(grads)} instead of {list(before)}.\n"
+                "  Next: go through them as they stand in the input."
             )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from course_utils.checks.ch03.circuit import chance, nats_of, next_nats
 from course_utils.checks.comparing import compare, follows_input
+from course_utils.checks.kinds import follows_every_kind
 from course_utils.checks.mistakes import known_mistakes
 from course_utils.checks.modules import noise
 from course_utils.checks.outcomes import CheckFailed
@@ -72,7 +73,7 @@ def packing(
 )
 def check_pack_documents(fn: Callable[..., Any]) -> None:
     """Documents of all lengths, an empty one too; a stream that fills its rows exactly, and one that fills none."""
-    documents = [[3, 1, 4], [], [15, 9], [2, 6, 5, 35, 8, 9, 7, 32], [93, 2], [38]]
+    documents = [[3, 1, 4], [], [15, 9], [2, 6, 5, 35, 8, 9, 7, 32], [100_257, 2], [38]]
     for n_ctx, bos in [(4, 0), (11, 50), (5, 0), (30, 0)]:
         with during(f"with n_ctx={n_ctx}"):
             actual = fn(documents, n_ctx, bos)
@@ -137,6 +138,11 @@ def check_lm_loss(fn: Callable[..., Any]) -> None:
         compare(f"lm_loss{case}", fn(logits, tokens), loss_by_loop(logits, tokens), "")
     _check_loss_gradient(fn)
     follows_input("lm_loss", fn, (noise(3, 5, 7), toy_tokens(3, 5)), "")
+    follows_every_kind("lm_loss", fn, (noise(3, 5, 7), toy_tokens(3, 5)), "")
+    tokens = toy_tokens(3, 5)
+    impossible = (tokens.roll(-1, 1) + 1) % 7  # not what comes next
+    logits = noise(3, 5, 7).scatter(2, impossible[..., None], -torch.inf)
+    compare("lm_loss where a token is impossible", fn(logits, tokens), loss_by_loop(logits, tokens), "")
 
 
 def loss_by_loop(logits: Tensor, tokens: Tensor) -> Tensor:

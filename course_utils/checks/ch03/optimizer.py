@@ -6,7 +6,8 @@ Oracles are the schedule in another form, `torch.optim`, and the names of the pa
 
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -105,7 +106,7 @@ def check_cosine_schedule(fn: Callable[..., Any]) -> None:
         with during(f"in {name}"):
             for step in steps:
                 value = fn(step, *case)
-                if isinstance(value, bool) or not isinstance(value, int | float):
+                if isinstance(value, bool) or not isinstance(value, Real):
                     kind = "None" if value is None else f"a {type(value).__name__}"
                     raise CheckFailed(
                         f"cosine_schedule: expected a plain number at step {step}, got {kind}.\n"
@@ -233,7 +234,7 @@ def check_AdamW(cls: Any) -> None:
 
     _race(
         cls,
-        "AdamW with three groups, whose lr changes between steps",
+        "AdamW with three groups, whose options change between steps",
         three,
         plain,
         50,
@@ -242,6 +243,7 @@ def check_AdamW(cls: Any) -> None:
     )
     _check_zero_grad(cls)
     _check_state(cls, plain)
+    _check_in_place(cls, plain)
 
 
 def _check_construction(cls: Any) -> None:
@@ -266,10 +268,14 @@ def _race(
     ours, theirs = _start(dtype), _start(dtype)
     optimizer, oracle = cls(grouped(ours), **options), torch.optim.AdamW(grouped(theirs), **options)
     gradients = _gradients(n_steps, dtype, gaps)
-    first_rates = [group["lr"] for group in oracle.param_groups]
+    first = [dict(group) for group in oracle.param_groups]
+    tolerance = {"rtol": 1e-9, "atol": 1e-12} if dtype == torch.float64 else {}
     for step, grads in enumerate(gradients):
-        for group, same, rate in zip(optimizer.param_groups, oracle.param_groups, first_rates, strict=True):
-            group["lr"] = same["lr"] = rate * 0.93**step if anneal else rate
+        for group, same, options in zip(optimizer.param_groups, oracle.param_groups, first, strict=True):
+            changed = {name: options[name] * 0.93**step for name in ("lr", "eps", "weight_decay")}
+            changed["betas"] = tuple(beta * 0.99**step for beta in options["betas"])
+            for each in (group, same) if anneal else ():
+                each.update(changed)
         for mine, other, grad in zip(ours, theirs, grads, strict=True):
             mine.grad, other.grad = (None, None) if grad is None else (grad.clone(), grad.clone())
         with unchanged(name, **{f"gradient {i}": p.grad for i, p in enumerate(ours) if p.grad is not None}):
@@ -277,7 +283,7 @@ def _race(
         oracle.step()
         if step in (0, 1, n_steps - 1):
             place = f"{name}: all parameters, side by side, after {step + 1} step{'s' * (step > 0)}"
-            compare(place, side_by_side(ours), side_by_side(theirs), "number")
+            compare(place, side_by_side(ours), side_by_side(theirs), "number", **tolerance)
 
 
 def _check_zero_grad(cls: Any) -> None:
@@ -329,6 +335,53 @@ def _check_state(cls: Any, options: dict[str, Any]) -> None:
         side_by_side(first),
         "number",
     )
+
+
+def _check_in_place(cls: Any, options: dict[str, Any]) -> None:
+    """Parameters, gradients and moments stay the tensors that they were, and `state` tells what it should."""
+    ours, theirs = _start(), _start()
+    optimizer, oracle = cls(ours, **options), torch.optim.AdamW(theirs, **options)
+    state = getattr(optimizer, "state", None)
+    if not isinstance(state, Mapping) or not all({"step", "m", "v"} <= {*state.get(p, {})} for p in ours):
+        raise CheckFailed(
+            "AdamW: `state[p]` should hold 'step', 'm' and 'v' of every parameter p.\n"
+            "  Next: keep the `__init__` that was given (the statement holds it)."
+        )
+
+    def places() -> dict[str, int]:
+        own = {f"parameter {i}": p.data_ptr() for i, p in enumerate(ours)}
+        return own | {f"`{m}` of parameter {i}": state[p][m].data_ptr() for m in "mv" for i, p in enumerate(ours)}
+
+    before = places()
+    for grads in _gradients(3):
+        for mine, other, grad in zip(ours, theirs, grads, strict=True):
+            mine.grad, other.grad = grad, grad
+        optimizer.step()
+        oracle.step()
+        if any(p.grad is not grad for p, grad in zip(ours, grads, strict=True)):
+            raise CheckFailed("AdamW: after `step` a `.grad` is another one than before.\n  Next: only read it.")
+    for what, place in places().items():
+        if place != before[what]:
+            raise CheckFailed(
+                f"AdamW: {what} lies in other memory after `step`, so that who else holds it is left behind.\n"
+                "  Next: write into the tensor itself, in place."
+            )
+    for i, (p, other) in enumerate(zip(ours, theirs, strict=True)):
+        right = oracle.state[other]
+        steps = int(right["step"])
+        if state[p]["step"] != steps:
+            got = state[p]["step"]
+            raise CheckFailed(
+                f"AdamW: state[p]['step'] of parameter {i} should be {steps} after as many steps, got {got}.\n"
+                "  Next: count there the steps in which the parameter had a gradient."
+            )
+        for moment, name in (("m", "exp_avg"), ("v", "exp_avg_sq")):
+            compare(
+                f"AdamW: state[p]['{moment}'] of parameter {i}",
+                state[p][moment].flatten(),
+                right[name].flatten(),
+                "number",
+            )
 
 
 def _through_a_file(state: Any) -> Any:
@@ -403,7 +456,7 @@ def check_parameter_groups(fn: Callable[..., Any]) -> None:
     """By name, for a model with MLPs and one without; in this course's model, biases may have two axes."""
     for decay, attn_only in [(0.3, False), (0.07, True)]:
         cfg = TransformerConfig(
-            d_vocab=13, n_ctx=9, n_layers=2, n_heads=3, d_model=7, d_head=6, d_mlp=11, attn_only=attn_only
+            d_vocab=13, n_ctx=9, n_layers=12, n_heads=3, d_model=7, d_head=6, d_mlp=11, attn_only=attn_only
         )
         model = SmallModel(cfg)
         groups = fn(model, decay)
@@ -431,6 +484,11 @@ def check_parameter_groups(fn: Callable[..., Any]) -> None:
                     "parameter_groups: the parameters are not in the order of model.named_parameters().\n"
                     "  Next: keep it; a saved optimizer finds its parameters by their place."
                 )
+        if len(groups) != 2:
+            raise CheckFailed(
+                f"parameter_groups: expected two groups, got {len(groups)}.\n"
+                "  Next: one for what decays, one for what does not."
+            )
 
 
 def _check_groups_shape(groups: object) -> None:

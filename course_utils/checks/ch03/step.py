@@ -5,7 +5,7 @@ Oracles are the gradient of a model of two tables by autograd, and plain gradien
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -99,7 +99,9 @@ def check_clip_grad_norm(fn: Callable[..., Any]) -> None:
     for max_norm in (0.7, 2.0, 1000.0):
         parameters = [nn.Parameter(noise(*shape, seed=40 + i)) for i, shape in enumerate(shapes)]
         for i in (0, 1, 3):
-            parameters[i].grad = noise(*shapes[i], seed=50 + i) * (1.5 if i else 0.5)
+            grad = noise(*reversed(shapes[i]), seed=50 + i) * (1.5 if i else 0.5)
+            parameters[i].grad = grad.permute([*reversed(range(grad.dim()))])  # a matrix lies transposed in memory
+        given = {i: parameters[i].grad for i in (0, 1, 3)}
         grads = [p.grad.clone() for p in parameters if p.grad is not None]
         norm = side_by_side(grads).double().norm().item()
         case = f"clip_grad_norm with max_norm={max_norm}, a norm of {norm:.3g}"
@@ -117,6 +119,17 @@ def check_clip_grad_norm(fn: Callable[..., Any]) -> None:
         right = side_by_side(grads) * min(1.0, max_norm / norm)
         compare(f"{case}: all gradients, side by side", got, right, "number")
         number(case, "the norm before clipping", actual, norm)
+        if any(parameters[i].grad is not grad for i, grad in given.items()):
+            raise CheckFailed(
+                f"{case}: a gradient is another tensor than before; who else holds it is left behind.\n"
+                "  Next: write into the gradient itself, in place."
+            )
+    still = nn.Parameter(noise(3))
+    still.grad = torch.zeros(3)
+    case = "clip_grad_norm with a gradient of zeros"
+    with during("with a gradient of zeros"):
+        number(case, "the norm", fn([still], 1.0), 0.0)
+    compare(f"{case}: the gradient", still.grad, torch.zeros(3), "number")
     nobody = nn.Parameter(noise(3))
     with during("with no gradient at all"):
         number("clip_grad_norm with no gradient at all", "the norm", fn([nobody], 1.0), 0.0)
@@ -139,6 +152,25 @@ class _NotingSGD(torch.optim.SGD):
     def step(self, closure: Any = None) -> Any:
         self.events.append("step")
         return super().step(closure)
+
+
+class _PlainSGD:
+    """No more than what every optimizer has, ours too: its methods take no options."""
+
+    def __init__(self, model: ToyLM, lr: float) -> None:
+        self.model, self.param_groups = model, [{"params": list(model.parameters()), "lr": lr}]
+
+    def zero_grad(self) -> None:
+        self.model.events.append("zero_grad")
+        for parameter in self.model.parameters():
+            parameter.grad = None
+
+    @torch.no_grad()
+    def step(self) -> None:
+        self.model.events.append("step")
+        for parameter in self.model.parameters():
+            if parameter.grad is not None:
+                parameter.sub_(self.param_groups[0]["lr"] * parameter.grad)
 
 
 def stepping(**wrong: Any) -> Callable[..., float]:
@@ -180,9 +212,9 @@ def stepping(**wrong: Any) -> Callable[..., float]:
 def check_train_step(fn: Callable[..., Any]) -> None:
     """Three steps of plain gradient descent, worked out apart; at first, there are gradients of something else."""
     lr = 0.7
-    for max_norm, training in [(None, True), (0.2, False), (50.0, True)]:
+    for max_norm, training in [(None, True), (0.2, False), (50.0, True), (0.0, False)]:
         model = ToyLM().train(training)
-        optimizer = _NotingSGD(model, lr)
+        optimizer = (_NotingSGD if training else _PlainSGD)(model, lr)
         for parameter in model.parameters():
             parameter.grad = noise(*parameter.shape, seed=61)
         batches = [toy_tokens(3, 5, seed=70 + step) for step in range(3)]
@@ -199,9 +231,12 @@ def check_train_step(fn: Callable[..., Any]) -> None:
                     "train_step: it changed the mode of the model (training or evaluation).\n"
                     "  Next: leave that to the caller."
                 )
-            _check_events(name, model.events[start:])
             right = _trained(batches[: step + 1], lr, max_norm, training)
-            compare(f"{name}: all parameters, side by side", side_by_side(model.parameters()), right, "number")
+            try:
+                compare(f"{name}: all parameters, side by side", side_by_side(model.parameters()), right, "number")
+            except CheckFailed:
+                _check_events(name, model.events[start:])
+                raise
             number(name, "the loss", actual, before)
 
 
@@ -305,12 +340,12 @@ def accumulating(
 )
 def check_accumulate_gradients(fn: Callable[..., Any]) -> None:
     """The gradient of the whole batch; seven rows cannot be cut evenly, and something is in `.grad` already."""
-    for n_rows, n_micro in [(6, 3), (7, 3), (7, 2), (5, 1), (2, 3)]:
+    for n_rows, n_micro, unused in [(6, 3, False), (7, 3, False), (7, 2, True), (5, 1, False), (2, 3, False)]:
         model = ToyLM()
         batch = toy_tokens(n_rows, 4, seed=80)
-        old = [noise(*parameter.shape, seed=81) for parameter in model.parameters()]
+        old = [noise(*parameter.shape, seed=81) * (not unused) for parameter in model.parameters()]
         for parameter, grad in zip(model.parameters(), old, strict=True):
-            parameter.grad = grad.clone()
+            parameter.grad = None if unused else grad.clone()
         whole, fresh = toy_gradient(model, batch)
         name = f"accumulate_gradients of {n_rows} rows in {n_micro}"
         with during(f"in {n_micro} of {n_rows} rows"):
@@ -330,17 +365,18 @@ def check_accumulate_gradients(fn: Callable[..., Any]) -> None:
         got = side_by_side(torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters())
         right = side_by_side(old) + side_by_side(fresh)
         compare(f"{name}: all gradients, side by side", got, right, "number")
-        kept = [seen["grad"] for seen in model.seen]
-        if min(n_rows, n_micro) > 1 and any(_equal(before, after) for before, after in pairwise(kept)):
+        # Without backward, as in torch.func, there are no such events.
+        if "backward" in model.events and ("forward", "forward") in pairwise(model.events):
             raise CheckFailed(
                 f"{name}: a micro-batch went forward before the one before it had gone backward, so that the "
                 "activations of several are kept.\n  Next: call backward on each loss before the next forward."
             )
+        if len(model.seen) > n_micro:
+            raise CheckFailed(
+                f"{name}: the rows were cut into {len(model.seen)} micro-batches; there should be at most {n_micro}.\n"
+                "  Next: make each as large as it may be."
+            )
         number(name, "the mean loss over the batch", actual, whole)
-
-
-def _equal(first: Tensor, second: Tensor) -> bool:
-    return first.shape == second.shape and torch.equal(first, second)
 
 
 # ---------------------------------------------------------------------------------------------------------- evaluate
@@ -434,11 +470,19 @@ class _Broken(ToyLM):
 
 
 def _check_broken_evaluation(fn: Callable[..., Any]) -> None:
-    model = _Broken().train()
-    with contextlib.suppress(Stop):
-        fn(model, [toy_tokens(2, 3)])
-    if not model.training:
-        raise CheckFailed(
-            "evaluate: after an exception in the model the training mode is not put back.\n"
-            "  Next: `try: ... finally: ...` does something whatever happens."
-        )
+    def broken_off() -> Iterator[Tensor]:
+        yield toy_tokens(2, 3)
+        raise Stop
+
+    for where, model, batches in (
+        ("in the model", _Broken(), [toy_tokens(2, 3)]),
+        ("in the batches", ToyLM(), broken_off()),
+    ):
+        model.train()
+        with contextlib.suppress(Stop):
+            fn(model, batches)
+        if not model.training:
+            raise CheckFailed(
+                f"evaluate: after an exception {where} the training mode is not put back.\n"
+                "  Next: `try: ... finally: ...` does something whatever happens."
+            )

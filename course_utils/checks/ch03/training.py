@@ -1,6 +1,7 @@
 """What the checks of a training loop compare: plain numbers, and all the numbers of a model."""
 
 from collections.abc import Iterable
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ def number(name: str, what: str, actual: object, expected: float) -> None:
             f"{name}: expected {what} as a plain number, got a Tensor.\n"
             "  Next: `.item()` makes a number of it, and lets go of the graph behind it."
         )
-    if isinstance(actual, bool) or not isinstance(actual, int | float):
+    if isinstance(actual, bool) or not isinstance(actual, Real):
         raise CheckFailed(f"{name}: expected {what} as a number, got a {type(actual).__name__}.\n  Next: return that.")
     right = torch.tensor(float(expected), dtype=torch.float64)
     compare(f"{name}: {what}", torch.tensor(float(actual), dtype=torch.float64), right, "")
