@@ -65,6 +65,7 @@ def clipping_each(change: Callable[[Tensor, float], Any]) -> Callable[..., float
     return clip_grad_norm
 
 
+@may_change("parameters.grad")
 @known_mistakes(
     {
         "each tensor is clipped by its own norm, which turns the gradient; one factor is for all.": clipping_each(
