@@ -72,17 +72,19 @@ def keep(value: Any, label: str, grads: bool = True) -> Kept | None:
         undo_modes, undo_hooks = _undo_modes(value, label), _undo_hooks(value, label)
         return KeptEntries(entries, label, lambda: next(filter(None, [undo_modes(), undo_hooks()]), None), grads)
     if isinstance(value, list):
-        return KeptEntries({f"{label}[{i}]": entry for i, entry in enumerate(value)}, label, _undo_list(value, label))
+        return KeptEntries(
+            {f"{label}[{i}]": entry for i, entry in enumerate(value)}, label, _undo_list(value, label), grads
+        )
     if isinstance(value, tuple):
-        return KeptEntries({f"{label}[{i}]": entry for i, entry in enumerate(value)}, label, lambda: None)
+        return KeptEntries({f"{label}[{i}]": entry for i, entry in enumerate(value)}, label, lambda: None, grads)
     if isinstance(value, Mapping):
         entries = {f"{label}[{key!r}]": entry for key, entry in value.items()}
-        return KeptEntries(entries, label, _undo_dict(value, label) if type(value) is dict else lambda: None)
+        return KeptEntries(entries, label, _undo_dict(value, label) if type(value) is dict else lambda: None, grads)
     if type(value) is set:
         return KeptEntries({}, label, _undo_set(value, label))
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         entries = {f"{label}.{field.name}": getattr(value, field.name) for field in dataclasses.fields(value)}
-        return KeptEntries(entries, label, lambda: None)
+        return KeptEntries(entries, label, lambda: None, grads)
     return None
 
 
