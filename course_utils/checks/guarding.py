@@ -97,6 +97,9 @@ def _watching(
             # Put back even when it failed: what one answer spoils must not count against the next.
             changes = [change for kept in before.values() if kept and (change := kept.put_back())]
         if stopped:
+            changes = [
+                change for change in changes if ".grad`" not in change
+            ]  # half of a gradient is no promise broken
             if changes:
                 raise LeftBehind(f"{name}: after an error half-way, {changes[0]}") from None
             raise stopped

@@ -116,7 +116,7 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
         ("in place", weights_zeroed),
         ("of twelve layers", layers_by_how_they_begin),
         ("to be ignored", refusing_what_is_to_be_ignored),
-        ("after a run that ended in an exception: a hook is left behind", without_finally),
+        ("after an error half-way, a hook is left behind", without_finally),
     ],
     "ablation_scores": [
         ("expected (layer=2, head=3)", partial(scores, end=lambda without, usual: (without - usual).T)),

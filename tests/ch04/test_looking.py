@@ -129,7 +129,7 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
         ("gradients are recorded", hooking(gradients=True)),
         ("it ran the model 3 times", hooking(per_layer=True)),
         ("a hook is left behind at `blocks.0.attn.hook_pattern`", hooking(by_hand="leaves")),
-        ("after a run that ended in an exception: a hook is left behind", hooking(by_hand="cleans")),
+        ("after an error half-way, a hook is left behind", hooking(by_hand="cleans")),
         ("hooks that others had attached", hooking(by_hand="resets")),
         ("values are wrong", hooking(place="hook_attn_scores")),
         ("3 of 3 patterns were still in memory", hooking(keep=lambda pattern: pattern, later="whole")),

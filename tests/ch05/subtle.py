@@ -384,7 +384,7 @@ OF: dict[str, list[tuple[str, Answer]]] = {
     "run_from": [("with layer=10", from_first_digit)],
     "batched_sweep": [("times through a layer", sweep_by_letter), ("one forward had 96 rows", sweep_of_many_rows)],
     "attribution_patching": [
-        ("gradients of the model's parameters", wiping_gradients),
+        ("it changed `model.embed.W_E.grad`", wiping_gradients),
         ("still has its graph", with_the_sources_graph(ref.attribution_patching)),
     ],
     "integrated_attribution": [

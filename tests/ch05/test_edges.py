@@ -103,7 +103,7 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
         ("values are wrong", with_sources(lambda source: source)),
         ("values are wrong", with_sources(lambda source: source.mean(1, keepdim=True))),
         ("a hook is left behind", leaving_a_hook(ref.run_with_edges)),
-        ("hooks of others", clearing_hooks(ref.run_with_edges)),
+        ("hooks that others had attached", clearing_hooks(ref.run_with_edges)),
         ("gradients are recorded", with_a_graph(ref.run_with_edges)),
     ],
 }

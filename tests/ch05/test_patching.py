@@ -57,7 +57,7 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
     "run_patched": [
         ("it changed `cache['blocks.1.hook_resid_pre']` in place", patching.patching(into_the_source)),
         ("a hook is left behind", leaving_a_hook(ref.run_patched)),
-        ("hooks of others", clearing_hooks(ref.run_patched)),
+        ("hooks that others had attached", clearing_hooks(ref.run_patched)),
         ("gradients are recorded", with_a_graph(ref.run_patched)),
         ("values are wrong", patching.patching(added)),
         ("values are wrong", patching.patching(zero)),
