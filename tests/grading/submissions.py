@@ -213,7 +213,8 @@ def _hostile(outside: Path, port: int) -> list[Case]:
     secret = str(outside / "secret")
     bomb = "import os, time\nfor _ in range(200):\n    try:\n        if os.fork() == 0:\n            time.sleep(600)\n"
     # At the first call only: a check makes more calls than a box may hold processes.
-    left = "import os, time\nif not os.environ.get('LEFT') and os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n        time.sleep(600)\n"
+    once = "import os, time\nif not os.environ.get('LEFT') and os.fork() == 0:\n"
+    left = once + "    os.setsid()\n    if os.fork() == 0:\n        time.sleep(600)\n"
     deleting = """\
         import shutil, course_utils
         from pathlib import Path
