@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from course_utils.checks.comparing import compare, follows_input
+from course_utils.checks.kinds import follows_every_kind, strided
 from course_utils.checks.mistakes import known_mistakes
 from course_utils.checks.modules import noise
 from course_utils.checks.outcomes import CheckFailed
@@ -22,6 +23,12 @@ Fn = Callable[..., Any]
 RESID, LOGITS, HEADS = "batch pos d_model", "batch pos d_vocab", "batch pos head d_head"
 INF = torch.inf
 ALL = slice(None)
+
+
+def follows_both(name: str, fn: Fn, inputs: tuple[Any, ...], axes: str) -> None:
+    """Dtype and device come from the inputs; how they lie in memory makes no difference."""
+    follows_input(name, fn, inputs, axes)
+    follows_every_kind(name, fn, inputs, axes)
 
 
 # ------------------------------------------------------------------------------------------------------ broadcasting
@@ -75,7 +82,7 @@ def check_centre_vectors(fn: Fn) -> None:
             for pos in range(n_pos):
                 expected[row, pos] -= math.fsum(resid[row, pos].tolist()) / 7
         compare("centre_vectors", fn(resid), expected, RESID, inputs={"resid": resid})
-    follows_input("centre_vectors", fn, (resid,), RESID)
+    follows_both("centre_vectors", fn, (noise(2, 5, 7),), RESID)
 
 
 @known_mistakes(
@@ -109,7 +116,7 @@ def check_batched_outer(fn: Fn) -> None:
                     expected[batch, row, column] = a[batch, row] * b[batch, column]
         case = f"with batch {n_batch}, {n_row} rows and {n_column} columns"
         compare(f"batched_outer {case}", fn(a, b), expected, axes)
-    follows_input("batched_outer", fn, (a, b), axes)
+    follows_both("batched_outer", fn, (noise(2, 3, seed=1), noise(2, 5, seed=2)), axes)
 
 
 # ---------------------------------------------------------------------------------------------------------- indexing
@@ -131,12 +138,13 @@ def check_batched_outer(fn: Fn) -> None:
     }
 )
 def check_logits_at_end(fn: Fn) -> None:
-    """Texts of different lengths, one of a single token, one without padding."""
-    for lengths in ([3, 4, 1], [2, 5, 1], [4]):
+    """Texts of different lengths, one of a single token, one without padding; a token that is forbidden."""
+    for lengths, forbidden in [([3, 4, 1], []), ([2, 5, 1], [6]), ([4], [0])]:
         logits, ends = noise(len(lengths), 5, 7), torch.tensor(lengths)
+        logits[:, :, forbidden] = -INF
         expected = torch.stack([logits[row, length - 1] for row, length in enumerate(lengths)])
         compare("logits_at_end", fn(logits, ends), expected, "batch d_vocab")
-    follows_input("logits_at_end", fn, (logits, ends), "batch d_vocab")
+    follows_both("logits_at_end", fn, (noise(3, 5, 7), torch.tensor([3, 4, 1])), "batch d_vocab")
 
 
 def picked(values: Tensor, tokens: Tensor) -> Tensor:
@@ -157,15 +165,20 @@ def picked(values: Tensor, tokens: Tensor) -> Tensor:
             lambda lp, t: picked(lp, t).squeeze()
         ),
         "every token is looked up at every position; each belongs to one.": lambda lp, t: lp[:, :, t],
+        "the log-probabilities are multiplied by 0 and 1: 0 times -inf is NaN. Look up the one that is asked for.": (
+            lambda lp, t: (lp * one_hot(lp, t)).sum(-1)
+        ),
     }
 )
 def check_gather_logprobs(fn: Fn) -> None:
-    """Tokens that come twice, token 0, a batch of one, a single position."""
+    """Tokens that come twice, token 0, a batch of one, a single position; tokens of probability 0, asked for or not."""
     tokens = torch.tensor([[3, 0, 6, 3, 1], [5, 2, 4, 1, 6]])
-    for rows, n_pos in [(2, 5), (1, 4), (2, 1)]:
-        ids, logprobs = tokens[:rows, :n_pos], noise(rows, n_pos, 7).log_softmax(-1)
+    for rows, n_pos, forbidden in [(2, 5, []), (1, 4, []), (2, 1, []), (2, 5, [1, 8])]:
+        logits = noise(rows, n_pos, 9)  # the last tokens, 7 and 8, are never asked for
+        logits[:, :, forbidden] = -INF
+        ids, logprobs = tokens[:rows, :n_pos], logits.log_softmax(-1)
         compare("gather_logprobs", fn(logprobs, ids), picked(logprobs, ids), "batch pos", inputs={"token": ids})
-    follows_input("gather_logprobs", fn, (noise(2, 5, 7).log_softmax(-1), tokens), "batch pos")
+    follows_both("gather_logprobs", fn, (noise(2, 5, 7).log_softmax(-1), tokens), "batch pos")
 
 
 def mean_of_kept(values: Tensor, mask: Tensor) -> Tensor:
@@ -189,20 +202,23 @@ def mean_of_kept(values: Tensor, mask: Tensor) -> Tensor:
     }
 )
 def check_mean_where(fn: Fn) -> None:
-    """As many True values in no two rows; then padding that holds inf and NaN."""
+    """As many True values in no two rows; then padding that holds inf and NaN; then inf among what is kept."""
     mask = torch.tensor([[True, False, True, True, False], [False, False, False, True, False]])
     spoiled = noise(2, 5, seed=3).masked_fill(~mask, INF)
     spoiled[1, 4] = torch.nan
+    infinite = noise(2, 5, seed=4)
+    infinite[0, 2] = INF
     for case, values, kept in [
         ("mean_where", noise(2, 5) + 1, mask),
         ("mean_where with inf and NaN in the padding", spoiled, mask),
+        ("mean_where with inf among the values that are kept", infinite, mask),
         ("mean_where with one text", noise(1, 3), torch.tensor([[True, True, True]])),
     ]:
         rows = zip(values.tolist(), kept.tolist(), strict=True)
         inside = [[value for value, keep in zip(*row, strict=True) if keep] for row in rows]
         expected = torch.tensor([math.fsum(chosen) / len(chosen) for chosen in inside])
         compare(case, fn(values, kept), expected, "batch")
-    follows_input("mean_where", fn, (noise(2, 5), mask), "batch")
+    follows_both("mean_where", fn, (noise(2, 5), mask), "batch")
 
 
 def with_vectors(resid: Tensor, place: Any, vectors: Tensor) -> Tensor:
@@ -230,14 +246,14 @@ def with_vectors(resid: Tensor, place: Any, vectors: Tensor) -> Tensor:
 def check_add_at_position(fn: Fn) -> None:
     """A position in the middle, the first, the last counted from the end."""
     direction = noise(7, seed=1)
-    for n_batch, n_pos, pos in [(2, 5, 1), (2, 5, 0), (2, 5, -1), (1, 4, -3)]:
+    for n_batch, n_pos, pos in [(2, 5, 1), (2, 5, 0), (2, 5, -1), (2, 5, -5), (2, 1, 0), (1, 4, -3)]:
         resid = noise(n_batch, n_pos, 7)
         expected = resid.clone()
         for row in range(n_batch):
             expected[row, pos % n_pos] = resid[row, pos % n_pos] + direction
         actual = fn(resid, direction, pos)
         compare(f"add_at_position with pos = {pos}", actual, expected, RESID, inputs={"resid": resid})
-    follows_input("add_at_position", fn, (resid, direction, 1), RESID)
+    follows_both("add_at_position", fn, (noise(2, 5, 7), direction, 1), RESID)
 
 
 def diagonal(pattern: Tensor, offset: int) -> Tensor:
@@ -267,15 +283,17 @@ def diagonal(pattern: Tensor, offset: int) -> Tensor:
 )
 def check_diagonal_mean(fn: Fn) -> None:
     """Both sides of the diagonal, patterns that are not square, and no, one or two axes before query and key."""
-    for shape, offset in [((3, 4, 6), -2), ((2, 3, 5, 5), -1), ((2, 3, 5, 5), 0), ((3, 4, 6), 2), ((5, 5), -3)]:
+    square, wide = (2, 3, 5, 5), (3, 4, 6)
+    for shape, offset in [(wide, -2), (square, -1), (square, 0), (wide, 2), ((5, 5), -3), ((1, 1, 4, 4), -3)]:
         pattern = noise(*shape).exp()
+        pattern[pattern < 0.5] = 0.0  # weights may well be 0, also on the diagonal
         n_query, n_key = shape[-2:]
         places = [(q, k) for q in range(n_query) for k in range(n_key) if k == q + offset]
         total = sum((pattern[..., q, k] for q, k in places), start=torch.zeros(shape[:-2]))
         axes = " ".join(["batch", "head"][2 - len(shape[:-2]) :])
         case = f"with offset {offset} on {n_query} queries and {n_key} keys"
         compare(f"diagonal_mean {case}", fn(pattern, offset), total / len(places), axes)
-    follows_input("diagonal_mean", fn, (noise(2, 3, 5, 5), -1), "batch head")
+    follows_both("diagonal_mean", fn, (noise(2, 3, 5, 5), -1), "batch head")
 
 
 # ------------------------------------------------------------------------------------------------------------ einops
@@ -304,12 +322,12 @@ def heads_first(resid: Tensor, n_heads: int) -> Tensor:
 )
 def check_split_heads(fn: Fn) -> None:
     """Every number is another one, so that any of them at a wrong place shows."""
-    for n_batch, n_pos, n_heads, d_head in [(2, 5, 3, 4), (1, 4, 2, 3), (2, 3, 1, 5)]:
+    for n_batch, n_pos, n_heads, d_head in [(2, 5, 3, 4), (1, 4, 2, 3), (2, 3, 1, 5), (1, 1, 12, 1), (2, 3, 2, 4)]:
         resid = torch.arange(float(n_batch * n_pos * n_heads * d_head)).reshape(n_batch, n_pos, n_heads * d_head) / 8
         pieces = [resid[:, :, head * d_head : (head + 1) * d_head] for head in range(n_heads)]
         case = f"with n_heads = {n_heads} and d_model = {n_heads * d_head}"
         compare(f"split_heads {case}", fn(resid, n_heads), torch.stack(pieces, dim=2), HEADS)
-    follows_input("split_heads", fn, (resid, n_heads), HEADS)
+    follows_both("split_heads", fn, (resid, n_heads), HEADS)
 
 
 @known_mistakes(
@@ -325,10 +343,10 @@ def check_split_heads(fn: Fn) -> None:
 )
 def check_merge_heads(fn: Fn) -> None:
     """The same numbers the other way."""
-    for n_batch, n_pos, n_heads, d_head in [(2, 5, 3, 4), (1, 4, 2, 3), (2, 1, 3, 2)]:
+    for n_batch, n_pos, n_heads, d_head in [(2, 5, 3, 4), (1, 4, 2, 3), (1, 3, 1, 5), (2, 1, 3, 2), (2, 3, 2, 4)]:
         z = torch.arange(float(n_batch * n_pos * n_heads * d_head)).reshape(n_batch, n_pos, n_heads, d_head) / 8
         compare("merge_heads", fn(z), torch.cat([z[:, :, head] for head in range(n_heads)], dim=-1), RESID)
-    follows_input("merge_heads", fn, (z,), RESID)
+    follows_both("merge_heads", fn, (z,), RESID)
 
 
 @known_mistakes(
@@ -348,7 +366,7 @@ def check_repeat_prompts(fn: Fn) -> None:
     for prompts, n_samples in [(tokens, 3), (tokens[:1, :4], 2), (tokens, 1)]:
         expected = torch.tensor([prompt for prompt in prompts.tolist() for _ in range(n_samples)])
         compare(f"repeat_prompts with n_samples = {n_samples}", fn(prompts, n_samples), expected, "row pos")
-    follows_input("repeat_prompts", fn, (tokens, 3), "row pos")
+    follows_both("repeat_prompts", fn, (tokens, 3), "row pos")
 
 
 # ------------------------------------------------------------------------------------------------------------ einsum
@@ -382,17 +400,17 @@ def mixed(pattern: Tensor, v: Tensor) -> Tensor:
 def check_average_values(fn: Fn) -> None:
     """Square patterns, where queries and keys can be taken for each other, and others."""
     axes = "batch query head d_head"
-    for n_batch, n_query, n_key in [(2, 5, 5), (2, 4, 6), (1, 1, 5)]:
-        pattern = noise(n_batch, 3, n_query, n_key).softmax(-1)
-        v = noise(n_batch, n_key, 3, 7, seed=1)
-        expected = torch.zeros(n_batch, n_query, 3, 7)
+    for n_batch, n_heads, n_query, n_key in [(2, 3, 5, 5), (2, 3, 4, 6), (1, 1, 1, 5), (2, 3, 2, 4)]:
+        pattern = noise(n_batch, n_heads, n_query, n_key).softmax(-1)
+        v = noise(n_batch, n_key, n_heads, 7, seed=1)
+        expected = torch.zeros(n_batch, n_query, n_heads, 7)
         for batch in range(n_batch):
             for query in range(n_query):
-                for head in range(3):
+                for head in range(n_heads):
                     for key in range(n_key):
                         expected[batch, query, head] += pattern[batch, head, query, key] * v[batch, key, head]
         compare(f"average_values with {n_query} queries and {n_key} keys", fn(pattern, v), expected, axes)
-    follows_input("average_values", fn, (pattern, v), axes)
+    follows_both("average_values", fn, (pattern, v), axes)
 
 
 def length(vectors: Tensor) -> Tensor:
@@ -427,7 +445,7 @@ def products(vectors: Tensor) -> Tensor:
 def check_cosine_similarity_matrix(fn: Fn) -> None:
     """Vectors of very different lengths; then one of zeros among them."""
     name, axes = "cosine_similarity_matrix", "vector other"
-    sizes = torch.tensor([[3.0], [0.01], [1.0], [200.0], [7.0]])
+    sizes = torch.tensor([[3.0], [1e-5], [1.0], [200.0], [7.0]])
     with_zero = noise(4, 3, seed=2) + 0.5
     with_zero[1] = 0.0
     for case, vectors in [(name, (noise(5, 7) + 0.3) * sizes), (f"{name} with a vector of zeros", with_zero)]:
@@ -440,7 +458,7 @@ def check_cosine_similarity_matrix(fn: Fn) -> None:
                     dot = math.fsum(x * y for x, y in zip(first, second, strict=True))
                     expected[i, j] = dot / (lengths[i] * lengths[j])
         compare(case, fn(vectors), expected, axes)
-    follows_input(name, fn, (vectors,), axes)
+    follows_both(name, fn, (vectors,), axes)
 
 
 # ---------------------------------------------------------------------------------------------- numbers that overflow
@@ -487,7 +505,7 @@ def check_log_softmax(fn: Fn) -> None:
         expected = logits.double().log_softmax(-1).float()
         axes = " ".join(["batch", "pos", "d_vocab"][3 - len(shape) :])
         compare(name, fn(logits), expected, axes, inputs={"logit": logits})
-    follows_input(name, fn, (noise(2, 5, 7),), LOGITS)
+    follows_both(name, fn, (noise(2, 5, 7),), LOGITS)
     forbidden = noise(2, 5, 7)
     forbidden[:, ::2, 3] = -INF
     for case, logits in [*_hard_logits().items(), ("with -inf among the logits", forbidden)]:
@@ -543,6 +561,11 @@ def mean_loss(log_softmax: Callable[[Tensor], Tensor], logits: Tensor, targets: 
         "only the first text counts.": lambda x, t: losses(x[:1], t[:1]).mean(),
     },
     {sentence: partial(mean_loss, careless) for sentence, careless in CARELESS.items()},
+    {
+        "the log-probabilities are multiplied by 0 and 1: 0 times -inf is NaN. Look up the target's.": lambda x, t: (
+            -(x.log_softmax(-1) * one_hot(x, t)).sum(-1).mean()
+        )
+    },
 )
 def check_cross_entropy(fn: Fn) -> None:
     """A single number; every other way to sum or average gives another one."""
@@ -552,8 +575,10 @@ def check_cross_entropy(fn: Fn) -> None:
         logits, targets = noise(rows, n_pos, 7, scale=2.0), tokens[:rows, :n_pos]
         expected = -picked(logits.double().log_softmax(-1).float(), targets).mean()
         compare(name, fn(logits, targets), expected, "")
-    follows_input(name, fn, (logits, targets), "")
-    for case, logits in _hard_logits().items():
+    follows_both(name, fn, (noise(2, 5, 7, scale=2.0), tokens), "")
+    forbidden = noise(2, 5, 9)
+    forbidden[:, :, 8] = -INF  # the last token, which is no target
+    for case, logits in [*_hard_logits().items(), ("with -inf among the logits", forbidden)]:
         targets = tokens[: len(logits)]
         expected = -picked(logits.double().log_softmax(-1).float(), targets).mean()
         compare(f"{name} {case}", fn(logits, targets), expected, "", atol=1e-3)
@@ -566,6 +591,8 @@ def check_cross_entropy(fn: Fn) -> None:
             f"{name}: no gradient reaches `logits`, so nothing could be trained with it.\n"
             "  Next: look for torch.no_grad, .detach(), .data or .item() on the way from the logits to the loss."
         )
+    expected = slope(leaf.detach(), tokens) / tokens.numel()
+    compare(f"{name}, the gradient that reaches `logits`", leaf.grad, expected, LOGITS)
 
 
 # ---------------------------------------------------------------------------------------------------------- gradients
@@ -608,14 +635,20 @@ def check_cross_entropy_gradient(fn: Fn) -> None:
     """What autograd says about torch's own loss."""
     name = "cross_entropy_gradient"
     tokens = torch.tensor([[3, 0, 6, 3, 1], [5, 2, 4, 1, 6]])
-    for case, rows, n_pos, scale in [(name, 2, 5, 2.0), (name, 1, 3, 1.0), (f"{name} of large logits", 2, 5, 700.0)]:
-        logits, targets = noise(rows, n_pos, 7, scale=scale), tokens[:rows, :n_pos]
+    large, few = f"{name} of large logits", f"{name} with a last token that is no target"
+    for case, rows, n_pos, n_vocab, scale in [
+        (name, 2, 5, 7, 2.0),
+        (name, 1, 3, 7, 1.0),
+        (large, 2, 5, 7, 700.0),
+        (few, 2, 5, 9, 1.0),
+    ]:
+        logits, targets = noise(rows, n_pos, n_vocab, scale=scale), tokens[:rows, :n_pos]
         leaf = logits.clone().requires_grad_()
         F.cross_entropy(leaf.flatten(0, 1), targets.flatten()).backward()
         assert leaf.grad is not None
         given = {"probability": logits.softmax(-1), "target": one_hot(logits, targets).long()}
         compare(case, fn(logits, targets), leaf.grad, LOGITS, inputs=given)
-    follows_input(name, fn, (noise(2, 5, 7), tokens), LOGITS)
+    follows_both(name, fn, (noise(2, 5, 7), tokens), LOGITS)
 
 
 def cubes(at: Tensor) -> Tensor:
@@ -656,7 +689,12 @@ def check_gradient_by_backward(fn: Fn) -> None:
                 f"{name}: `at` itself records gradients afterwards; it should be as before.\n"
                 "  Next: work on a tensor of your own, which holds the same numbers and has no history."
             )
+    where = f"{name} on a tensor that is not contiguous"
+    compare(where, fn(cubes, strided(at)), at**2, axes)
+    exact = at.double()
+    compare(f"{name} in float64", fn(cubes, exact), exact**2, axes, rtol=1e-12, atol=1e-12)
     _check_leaf_with_gradient(name, fn, axes)
+    _check_result_of_others(name, fn, axes)
     actual = fn(cubes, at)
     if actual.requires_grad:
         raise CheckFailed(
@@ -684,3 +722,17 @@ def _check_leaf_with_gradient(name: str, fn: Fn, axes: str) -> None:
             f"{case}: that was changed.\n"
             "  Next: work on a tensor of your own, which holds the same numbers and has no history."
         )
+
+
+def _check_result_of_others(name: str, fn: Fn, axes: str) -> None:
+    """`at` as something that was computed: what it was computed from gets no gradient."""
+    leaf = noise(2, 5, seed=2).requires_grad_()
+    at = leaf + 1
+    case = f"{name} where `at` was computed from a tensor that records gradients"
+    actual = fn(cubes, at)
+    if leaf.grad is not None:
+        raise CheckFailed(
+            f"{case}: the gradient went on into that tensor's `.grad`.\n"
+            "  Next: work on a tensor of your own, which holds the same numbers and has no history."
+        )
+    compare(case, actual, at.detach() ** 2, axes)
