@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from numbers import Integral
 from typing import Any
 
 from course_utils.checks.outcomes import CheckFailed, Evidence
@@ -69,7 +70,7 @@ def must_raise(name: str, kinds: type[Exception], call: str, run: Callable[[], o
 
 KINDS: tuple[tuple[type, str], ...] = (
     (bool, "a bool"),  # which is an int, too
-    (int, "an int"),
+    (Integral, "an int"),  # numpy's whole numbers are as good
     (float, "a number"),
     (str, "a str"),
     (bytes, "bytes"),
@@ -86,7 +87,7 @@ def _kind(value: object) -> str:
 def _equal(actual: object, expected: object) -> bool:
     if isinstance(expected, float) and isinstance(actual, float):
         return math.isclose(actual, expected, rel_tol=1e-6)
-    return _kind(actual) == _kind(expected) and actual == expected
+    return _kind(actual) == _kind(expected) and bool(actual == expected)
 
 
 def _difference(actual: Any, expected: Any) -> str | None:
