@@ -22,9 +22,10 @@ from course_utils.checks.ch01.slow_bpe import TEXT
 from course_utils.checks.ch01.tokenization import ENDINGS, SPACES, WORDS, by_pattern, replaced, where
 from course_utils.pretrained import shipped_tokenizer
 from tests.ch01 import other_tokenization as other
+from tests.ch01 import subtle, unusual
 
 CHECKS = find_checks()["01"]
-ALSO_RIGHT = {name: [getattr(other, name)] for name in CHECKS}
+ALSO_RIGHT: dict[str, list[Any]] = {name: [getattr(other, name), *unusual.OF.get(name, ())] for name in CHECKS}
 SECRETS = ("findall(", "pairwise(", "enumerate(", ".append(")
 
 # Changes after which the reference still does what its statement says.
@@ -279,6 +280,9 @@ SURPRISES |= {
         ("wrong answer", lambda loss, tokens, n_bytes: loss / math.log(10) * tokens / n_bytes),
     ],
 }
+
+
+SURPRISES = {name: [*listed, *subtle.OF.get(name, ())] for name, listed in SURPRISES.items()}
 
 
 @pytest.mark.parametrize("exercise", [name for name in CHECKS if name != "BPETokenizer"])

@@ -8,6 +8,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable
+from decimal import Decimal
 from functools import cache, partial
 from itertools import pairwise
 from typing import Any
@@ -72,6 +73,7 @@ def check_count_pairs(fn: Fn) -> None:
         {(1, 2, 3): 4, (5, 2, 3, 2, 3): 7, (7, 7, 7, 7): 2, (3, 1): 1},
         {(7, 7, 7): 1},
         {(9,): 5, (8, 8, 8, 8): 3, (300, 8): 2},
+        {(0, 0, 1, 12): 2, (11, 2, 0): 3},  # token 0 is one like others; written without a space, 1 12 is 11 2
         {},
     ]
     for words in cases:
@@ -130,6 +132,10 @@ def check_merge_pair(fn: Fn) -> None:
         ((258, 4, 5, 258, 4), (258, 4), 259),
         ((3,), (3, 3), 256),
         ((1, 2, 2), (1, 2), 1),  # what is new is not merged again
+        ((11, 2, 1, 2, 1, 21), (1, 2), 256),  # as text, 11 2 holds 1 2
+        ((0, 0, 5, 0, 7), (5, 0), 0),
+        ((*range(999, 1003), *range(999, 1003)), (1000, 1001), 1003),  # equal, but not the same objects
+        ((), (1, 2), 256),
     ]
     for case in cases:
         agree("merge_pair", call_of("merge_pair", *case), fn(*case), merged(*case))
@@ -144,6 +150,8 @@ SAMPLES = (
     "in 1984, 3.14 or 2² and ½",
     "DON'T SHOUT, it’s rude",
     "naïve Straße, 東京タワー, Привет",
+    "cafe\u0301 Ⅷ, Ⅻ. ٣٤ and 三百",  # an accent of its own, Roman and Arabic numerals, letters that count
+    "first\r\n\r\nsecond\r",
     "🙂🙃 👨‍👩‍👧 é",
     "nbsp\u00a0here, \u200bzero\u2003em \x1c",
     "",
@@ -239,6 +247,8 @@ def check_train_bpe(fn: Fn) -> None:
         (["éé é ñ ñ éñ"], 6),
         (["ab"], 9),
         (["x y z", ""], 2),
+        (["abc"], 0),
+        ([], 3),
         ([TEXT], 30),
     ]
     for texts, n_merges in cases:
@@ -246,6 +256,8 @@ def check_train_bpe(fn: Fn) -> None:
         agree("train_bpe", call, fn(texts, n_merges), learned(texts, n_merges))
     actual = fn((text for text in cases[0][0]), 5)
     agree("train_bpe", "train_bpe(a generator of texts, 5)", actual, learned(cases[0][0], 5))
+    several = ("one two", "two three", "three two")
+    agree("train_bpe", call_of("train_bpe", several, 6), fn(several, 6), learned(list(several), 6))
 
 
 # ------------------------------------------------------------------------------------------------ applying the merges
@@ -272,7 +284,14 @@ def check_train_bpe(fn: Fn) -> None:
 )
 def check_build_vocab(fn: Fn) -> None:
     """Merges of merges; and bytes that are no text by themselves."""
-    for merges in ([], [(104, 101), (116, 256), (257, 257)], [(195, 169), (32, 256)], list(merges_of_text())):
+    cases: list[list[Pair]] = [
+        [],
+        [(104, 101), (116, 256), (257, 257)],
+        [(195, 169), (32, 256)],
+        [(32, 32), (256, 256), (257, 257), (258, 258), (259, 97)],
+        list(merges_of_text()),
+    ]
+    for merges in cases:
         agree("build_vocab", call_of("build_vocab", merges), fn(merges), vocabulary(merges))
 
 
@@ -304,11 +323,16 @@ def check_decode(fn: Fn) -> None:
         ([255, 97, 128, 98, 256], "\ufffda\ufffdbthe"),
         ([], ""),
         ([104, 105, 10, 13, 10, 0], "hi\n\r\n\0"),
+        ([239, 187, 191, 104], "\ufeffh"),
     ]
     for ids, expected in cases:
         actual = _no_unicode_error("decode", ids, partial(fn, ids, vocab))
         agree("decode", f"decode({ids}, vocab)", actual, expected)
-    must_raise("decode", KeyError, "decode([999], vocab), an id that is not in `vocab`,", lambda: fn([999], vocab))
+    ids, expected = cases[0]
+    agree("decode", f"decode(a generator of {ids}, vocab)", fn((i for i in ids), vocab), expected)
+    for wrong in (999, -1):
+        call = f"decode([97, {wrong}], vocab), an id that is not in `vocab`,"
+        must_raise("decode", KeyError, call, partial(fn, [97, wrong], vocab))
 
 
 def _no_unicode_error(name: str, ids: object, run: Callable[[], Any]) -> Any:
@@ -325,12 +349,18 @@ IN_TEXT_ORDER = partial(by_choice, key=lambda rule: 0)
 LAST_FIRST = partial(by_choice, key=lambda rule: -rule[0])
 
 
+def as_listed(word: Word, rules: dict[Pair, Rule]) -> Word:
+    """The first rule of the dictionary that fits, again and again."""
+    return by_choice(word, {pair: (rank, rules[pair][1]) for rank, pair in enumerate(rules)}, key=lambda rule: rule[0])
+
+
 @known_mistakes(
     {
         "merges are applied in the order of the text; the lowest rank goes first.": IN_TEXT_ORDER,
         "the pair is chosen by the id that it makes; choose by rank.": partial(by_choice, key=lambda rule: rule[1]),
         "the merge learned last goes first; the lowest rank goes first.": LAST_FIRST,
         "it stops after one merge; go on until none fits.": partial(by_choice, key=lambda rule: rule[0], once=True),
+        "rules are tried in the order in which `rules` lists them; the lowest rank goes first.": as_listed,
         "tokens are made as 256 + rank; `rules` says which token a pair makes.": (
             lambda word, rules: in_turn(word, {pair: (rank, 256 + rank) for pair, (rank, _) in rules.items()})
         ),
@@ -349,6 +379,8 @@ def check_merge_word(fn: Fn) -> None:
         ((o, o, o, o, o), {(o, o): (0, 256), (256, 256): (1, 257)}),
         ((t, o, t, h), {(t, h): (3, 20), (t, o): (5, 12)}),
         ((o, h, e, t), {(h, e): (0, 900), (o, h): (1, 3), (e, t): (2, 4)}),  # ids in another order than ranks
+        ((o, h, e, t), {(e, t): (50_002, 4), (o, h): (50_001, 3), (h, e): (50_000, 6), (o, 6): (60_000, 5)}),
+        ((h, e, t), {(h, e): (0, 0), (0, t): (1, 7)}),
         ((t, h, e), {}),
         ((), {(t, h): (0, 256)}),
         ((h,), {(h, h): (0, 256)}),
@@ -383,7 +415,15 @@ def check_encode(fn: Fn) -> None:
     agree("encode", "encode('hello', [])", fn("hello", []), [104, 101, 108, 108, 111])
     merges = [(104, 105)]
     agree("encode", "encode('hi', [(104, 105)]), after calls with other merges", fn("hi", merges), [256])
-    must_raise("encode", UnicodeEncodeError, "encode of half a surrogate pair, '\\ud83d',", lambda: fn("\ud83d", []))
+    merges[0] = (104, 101)  # the same list, as long as before
+    agree("encode", "encode('hi', [(104, 101)]), after calls with other merges", fn("hi", merges), [104, 105])
+    _check_half_a_surrogate_pair("encode", lambda text: fn(text, []))
+
+
+def _check_half_a_surrogate_pair(name: str, encode: Callable[[str], Any]) -> None:
+    for text in ("\ud83d", "the cat \ud83d sat"):
+        call = f"encode({text!r}), which holds half a surrogate pair,"
+        must_raise(name, UnicodeEncodeError, call, partial(encode, text))
 
 
 def _library_with(merges: list[Pair]) -> Any:
@@ -471,6 +511,12 @@ def _cut_library() -> Any:
     return tokenizer
 
 
+def _of_another_kind() -> Any:
+    from tokenizers import Tokenizer, models
+
+    return Tokenizer(models.WordLevel({"the": 0}, unk_token="the"))
+
+
 def wrong_tokenizer(**methods: Callable[..., Any]) -> type:
     """A BPETokenizer that makes this mistake."""
     return with_methods(FromLibrary, "BPETokenizer", **methods)
@@ -505,7 +551,10 @@ def check_BPETokenizer(cls: Any) -> None:
         call = f"BPETokenizer.from_huggingface(library).encode({shown(text)})"
         agree("BPETokenizer", call, ours.encode(text), library.encode(text).ids)
     _check_decoding(ours, library)
+    _check_half_a_surrogate_pair("BPETokenizer", ours.encode)
     _check_made_by_hand(cls)
+    call = "from_huggingface of a tokenizer that knows whole words only"
+    must_raise("BPETokenizer", ValueError, call, lambda: cls.from_huggingface(_of_another_kind()))
 
 
 def _check_decoding(ours: Any, library: Any) -> None:
@@ -517,23 +566,44 @@ def _check_decoding(ours: Any, library: Any) -> None:
         expected = library.decode(ids, skip_special_tokens=False)
         actual = _no_unicode_error("BPETokenizer", ids, partial(ours.decode, ids))
         agree("BPETokenizer", f"decode({ids}), halves of characters", actual, expected)
-    must_raise("BPETokenizer", KeyError, "decode([99999])", lambda: ours.decode([99999]))
+    ids = library.encode(TEXT).ids
+    agree("BPETokenizer", "decode of a generator of ids", ours.decode(i for i in ids), TEXT)
+    for wrong in (99999, -1):
+        must_raise("BPETokenizer", KeyError, f"decode([2, {wrong}])", partial(ours.decode, [2, wrong]))
+
+
+def _bytes_by_hand(text: str) -> list[int]:
+    """The ids of single bytes in the vocabulary that is made by hand."""
+    return [1000 + 255 - byte for byte in text.encode()]
 
 
 def _check_made_by_hand(cls: Any) -> None:
     """What the constructor was given is what counts: the split, the numbering, the special tokens."""
     vocab = {1000 + b: bytes([255 - b]) for b in range(256)} | {5: b"ab", 3: b"abc", 9: b"bc"}
-    a, b, c = (1000 + 255 - letter for letter in b"abc")
+    a, b, c = _bytes_by_hand("abc")
     rules = {(b, c): (0, 9), (a, b): (1, 5), (a, 9): (2, 3)}
-    made = cls(vocab, rules, {"(x)": 0, "a|b": 7}, split=lambda text: text.split("-"))
+    made = cls(vocab, rules, {"(x)": 0, "a|b": 7, "x)yé": 8}, split=lambda text: text.split("-"))
     name = "BPETokenizer"
-    cases = {"abc": [3], "ab": [5], "ab-c": [5, c], "(x)abc": [0, 3], "xa|bc": [1000 + 255 - 120, 7, c], "abca": [3, a]}
+    cases = {
+        "abc": [3],
+        "ab": [5],
+        "ab-c": [5, c],
+        "(x)abc": [0, 3],
+        "xa|bc": [*_bytes_by_hand("x"), 7, c],
+        "abca": [3, a],
+    }
+    cases |= {"x)yé": [8], "(x)y": [0, *_bytes_by_hand("y")], "(x)yéa": [0, *_bytes_by_hand("yéa")]}
     for text, expected in cases.items():
         call = f"encode({text!r}), with vocab, rules, special tokens and split made by hand"
         agree(name, call, made.encode(text), expected)
-    agree(name, "decode, with vocab and special tokens made by hand", made.decode([0, 3, 7, 5]), "(x)abca|bab")
+    text = "(x)abca|babx)yé"
+    agree(name, "decode, with vocab and special tokens made by hand", made.decode([0, 3, 7, 5, 8]), text)
     without = cls(vocab, rules, split=lambda text: [text])
-    agree(name, "encode('(x)'), without special tokens", without.encode("ab"), [5])
+    agree(name, "encode('ab'), without special tokens", without.encode("ab"), [5])
+    whole = cls(vocab, {}, split=lambda text: text.split("-"), whole_words=True)
+    agree(name, "encode('abc-ab-ca'), with whole_words and no rules", whole.encode("abc-ab-ca"), [3, 5, c, a])
+    plain = cls(vocab, {})
+    agree(name, "encode('ab'), without rules, after other tokenizers", plain.encode("ab"), [a, b])
 
 
 # -------------------------------------------------------------------------------------------------------- the measures
@@ -568,12 +638,14 @@ def check_fertility(fn: Fn) -> None:
         ["one two three", "a bb"],
         ["x", "longer words everywhere here \n and  there"],
         ["tab\tand  spaces ", ""],
+        ["   ", "a bb", "nbsp\u00a0counts"],  # tokens without words count too
     ):
         expected = tokens_in(toy, texts) / words_in(texts)
         agree("fertility", f"fertility(toy, {shown(texts)})", fn(toy, texts), expected)
     actual = fn(toy, (text for text in ["one two three", "a bb"]))
     agree("fertility", "fertility(toy, a generator of texts)", actual, 9 / 5)
-    must_raise("fertility", ValueError, "fertility(toy, [' ', ''])", lambda: fn(toy, [" ", ""]))
+    for texts in ([" ", ""], []):
+        must_raise("fertility", ValueError, f"fertility(toy, {texts})", partial(fn, toy, texts))
 
 
 @known_mistakes(
@@ -595,8 +667,10 @@ def check_fertility(fn: Fn) -> None:
     }
 )
 def check_bits_per_byte(fn: Fn) -> None:
-    """By the probability of the whole text, which is the same however it is cut."""
-    for case in ((math.log(256), 11, 11), (1.7, 30, 120), (2.9, 7, 31), (0.0, 4, 9)):
+    """By the probability of the whole text, which is the same however it is cut; of a long text, it is no float."""
+    cases = [(math.log(256), 11, 11), (1.7, 30, 120), (2.9, 7, 31), (0.0, 4, 9)]
+    for case in [*cases, (3.2, 300_000, 1_100_000), (1e-4, 3, 11), (900.0, 2, 5)]:
         loss, n_tokens, n_bytes = case
-        expected = -math.log2(math.exp(-loss * n_tokens)) / n_bytes
+        probability = Decimal(-loss * n_tokens).exp()
+        expected = float(-probability.ln() / Decimal(2).ln() / n_bytes)
         agree("bits_per_byte", call_of("bits_per_byte", *case), fn(*case), expected)
