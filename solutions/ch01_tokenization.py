@@ -199,9 +199,9 @@ class BPETokenizer:
     def encode(self, text: str) -> list[int]:
         """Turn a text into token ids; nothing is put in front of it or behind it.
 
-        Where a special token's text stands in it, that becomes its id (of several that fit, the longest), and what is
-        before and after it is encoded apart. Each piece of `split` begins as one token per byte (`self.ids` has the id
-        of each byte) and is merged by `self.rules`; pieces met before are looked up in `self.known`.
+        Where a special token's text stands in it, that becomes its id (of several that fit at one place, the longest),
+        and what is before and after it is encoded apart. Each piece of `split` begins as one token per byte (`self.ids`
+        has the id of each byte) and is merged by `self.rules`; pieces met before are looked up in `self.known`.
         Raises UnicodeEncodeError for half a surrogate pair.
         """
         longest_first = sorted(self.special_tokens, key=len, reverse=True)
