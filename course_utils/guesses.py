@@ -58,7 +58,7 @@ def guess(name: str, answer: Any, *, unit: str = "", choices: Sequence[Any] = ()
     _show("\n".join([said, *drawing]), _paragraph(said) + _grid(drawing, drawing and _nothing(drawing)))
 
 
-def reveal(name: str, truth: Any, *, within: float = 0.0) -> None:
+def reveal(name: str, truth: Any, *, within: int | float = 0) -> None:
     """Show the guess of that name beside what was measured: a number, a choice or a pattern, perhaps in a tensor.
 
     Numbers that differ by no more than `within` count as equal, for a truth that is nearly zero.
@@ -294,7 +294,7 @@ def _grid(crosses: Rows, filled: Rows) -> str:
     style += f"font-size:{size - 2}px;line-height:1;text-align:center;"
     html = ""
     for guessed, measured in zip(crosses, filled, strict=True):
-        html += "<tr>"
+        html += '<tr style="background:none">'  # Jupyter gives every other row a ground of its own
         for cross, fill in zip(guessed, measured, strict=True):
             ground = f"background:{COLOURS['right']};color:white" if fill == "x" else "background:none"
             html += f'<td style="{style}{ground}">{"×" if cross == "x" else ""}</td>'

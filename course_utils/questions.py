@@ -32,22 +32,22 @@ class Number(NamedTuple):
 
     unit: str
 
-    def read(self, given: Any) -> float:
+    def read(self, given: Any) -> int | float:
         """The answer as JSON keeps it. Raises Refused for what is no answer."""
         value, advice = plain(given), "write a number, such as 2.5"
         if isinstance(value, str):
-            raise Refused(f"{short(value)} is a text", f"{advice}, without quotes")
+            raise Refused(f"{short(value)} is a text", "write a number without quotes, such as 2.5")
         if not isinstance(value, Real) or isinstance(value, bool):
             raise Refused(f"{short(value)} is not a number", advice)
         if not math.isfinite(value):
             raise Refused(f"{value} is not finite", advice)
         return int(value) if isinstance(value, Integral) else float(value)
 
-    def words(self, answer: float) -> str:
+    def words(self, answer: int | float) -> str:
         """The answer in a line."""
         return number(answer) + (self.unit if self.unit == "%" else f" {self.unit}" if self.unit else "")
 
-    def score(self, guessed: float, measured: float, within: float = 0.0) -> Score:
+    def score(self, guessed: int | float, measured: int | float, within: int | float = 0) -> Score:
         """How near the one comes to the other; a difference up to `within` is right, too."""
         difference = abs(guessed - measured)
         if difference <= max(within, 0.05 * abs(measured)):
@@ -81,7 +81,7 @@ class Choice(NamedTuple):
         """The answer in a line."""
         return str(answer)
 
-    def score(self, guessed: Any, measured: Any, within: float = 0.0) -> Score:
+    def score(self, guessed: Any, measured: Any, within: int | float = 0) -> Score:
         """Right or wrong."""
         return Score("right", "right") if guessed == measured else Score("off", "wrong")
 
@@ -145,7 +145,7 @@ class Cells(NamedTuple):
             return f"{len(cells)} of {self.rows * self.columns} cells"
         return ", ".join(map(str, cells)) or "no cell"
 
-    def score(self, guessed: Rows, measured: Rows, within: float = 0.0) -> Score:
+    def score(self, guessed: Rows, measured: Rows, within: int | float = 0) -> Score:
         """By the cells in both over those in either."""
         pairs = list(zip("".join(guessed), "".join(measured), strict=True))
         either = sum("x" in pair for pair in pairs)
@@ -181,7 +181,7 @@ def plain(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else value
 
 
-def number(value: float, digits: int = 3) -> str:
+def number(value: int | float, digits: int = 3) -> str:
     """As people write it."""
     if isinstance(value, int) or 1000 <= abs(value) < 1e12:
         return f"{value:,.0f}"
