@@ -42,7 +42,6 @@ class Chapter(NamedTuple):
     reading: int
     core: Mapping[str, int]  # the same of the core path
     core_reading: int
-    optional: list[str]  # the titles of the sections that are not on it
 
     @property
     def number(self) -> str:
@@ -82,7 +81,6 @@ def read_chapter(lesson: Path, solution: str) -> Chapter:
         reading=front["reading"],
         core=core,
         core_reading=round(front["reading"] * core_share(parts)),
-        optional=[part.title.removeprefix("Exercise: ") for part in parts if part.marked and part.level > 1],
     )
     said, wanted = lesson.read_text(encoding="utf-8"), HEAD + head(chapter)
     if wanted not in said:
@@ -142,20 +140,13 @@ def core_path(chapter: Chapter) -> str:
     """How much of a chapter is on the core path, in a cell of the table."""
     if not chapter.core:
         return "optional"
-    time = f"{round(chapter.core_total / 30) / 2:g} h"
-    without = f"; without {listed(chapter.optional)}" if chapter.optional else ""
-    return f"{exercises(chapter.core)}, {time}{without}"
+    return f"{exercises(chapter.core)}, {round(chapter.core_total / 30) / 2:g} h"
 
 
 def exercises(names: Iterable[str]) -> str:
     """How many these are, in words."""
     number = len(list(names))
     return f"{number} exercise{'s' * (number != 1)}"
-
-
-def listed(words: list[str]) -> str:
-    """`a, b and c`."""
-    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
 
 
 def minutes(chapters: Mapping[str, Chapter], number: str, first: str, last: str) -> str:

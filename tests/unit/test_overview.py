@@ -70,7 +70,7 @@ def test_what_is_optional_is_left_out_of_the_core_path(course: Path) -> None:
     edit(course / "chapters/src/07_toy.md", "## Shifting\n", "## Shifting\n\n<!-- optional -->\n")
     build(course)
     text = (course / "README.md").read_text()
-    assert "| twice: more | 1 exercise, 1 h; without Shifting | 2 exercises, 2 h |" in text
+    assert "| twice: more | 1 exercise, 1 h | 2 exercises, 2 h |" in text
     assert "| `double` | `Shift` | 25 (15 optional) |" in text
     assert "| `Shift` | `Shift` | 15 (15 optional) |" in text
     assert build(course) == [], "writing again changes nothing"
