@@ -5,7 +5,6 @@ graded, from which `--resume` goes on.
 """
 
 import dataclasses
-import functools
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from course_utils.files import write_atomically
-from course_utils.places import COURSE, CourseError, chapters_folder
+from course_utils.places import COURSE, CourseError
 
 SCHEMA = 1
 STATES = ("correct", "wrong", "not written yet", "timed out", "cheated", "error")
@@ -79,26 +78,6 @@ class Result:
 
 
 # --- the course -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Exercise:
-    """An exercise as its lesson announces it."""
-
-    name: str
-    difficulty: int  # 1 to 5
-    minutes: int
-
-
-@functools.cache
-def course_exercises() -> Mapping[str, tuple[Exercise, ...]]:
-    """The exercises of each chapter, in the order of the lesson; read from the notebooks that the course hands out."""
-    found = {}
-    for path in sorted(chapters_folder().glob("[0-9][0-9]_*.ipynb")):
-        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-        marked = [cell["metadata"]["course"] for cell in cells if "course" in cell["metadata"]]
-        found[path.stem[:2]] = tuple(Exercise(m["exercise"], m["difficulty"], m["minutes"]) for m in marked)
-    return found
 
 
 def course_version() -> str:

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from course_utils.exercises import course_exercises
 from course_utils.grading.grade import Attempt, Server
-from course_utils.grading.results import Settings, Submission, course_exercises
+from course_utils.grading.results import Settings, Submission
 from tests.conftest import ROOT
 from tests.grading.submissions import packed
 

@@ -15,9 +15,10 @@ from pathlib import Path
 
 import pytest
 
+from course_utils.exercises import course_exercises
 from course_utils.grading import grade, sandbox
 from course_utils.grading.grade import close_servers, grade_all, grade_one
-from course_utils.grading.results import ExerciseResult, Result, Settings, Submission, course_exercises, load_part
+from course_utils.grading.results import ExerciseResult, Result, Settings, Submission, load_part
 from tests.conftest import ROOT
 from tests.grading.submissions import RIGHT, SYMBOLS, doing, packed, replaced, solved, untouched, with_code, written
 from tests.support.environments import BIN, site_packages
