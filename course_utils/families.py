@@ -1,7 +1,7 @@
-"""Parts that a model may have and `TransformerConfig` has no word for: who would be wrong about them says so by name.
+"""Parts that a model may have and `TransformerConfig` cannot name: a function that would be wrong about them says so.
 
 RMSNorm and GatedMLP are written at the end of chapter 02, and one of its further exercises shares keys and values among
-heads. Whoever puts them into a model gets an answer from chapters 04 and 05 that is right, or one of these sentences.
+heads. Put them into a model, and chapters 04 and 05 give the right answer or one of these sentences.
 """
 
 from typing import Any
