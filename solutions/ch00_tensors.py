@@ -161,3 +161,20 @@ def gradient_by_backward(fn: Callable[[Tensor], Tensor], at: Float[Tensor, "..."
     fn(leaf).backward()
     assert leaf.grad is not None
     return leaf.grad
+
+
+class Bigram(nn.Module):
+    """A language model that looks at one token: the logits of the next token depend on the current one alone.
+
+    Its one parameter is `table`, with d_vocab rows and d_vocab columns: row i holds the logits of what follows token i.
+    It starts as zeros, so that no token is preferred.
+    """
+
+    def __init__(self, d_vocab: int) -> None:
+        """Call `super().__init__()`, then make the parameter."""
+        super().__init__()
+        self.table = nn.Parameter(torch.zeros(d_vocab, d_vocab))
+
+    def forward(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_vocab"]:
+        """The logits after each token; not probabilities. Dtype and device are those of the parameter."""
+        return self.table[tokens]

@@ -20,7 +20,7 @@ import solutions.ch00_tensors as ref
 from course_utils.checks import CheckFailed, find_checks
 from course_utils.checks.running import run_once
 
-CHECKS = find_checks()["00"]
+CHECKS = {name: check for name, check in find_checks()["00"].items() if check.__module__.endswith(".tensors")}
 INF = torch.inf
 SECRETS = ("your code raised", "einsum(", "rearrange(", "gather(")
 ONLY_ON_GPU = "device="
