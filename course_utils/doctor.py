@@ -1,7 +1,7 @@
 """`course doctor`: what the course needs of a machine, looked at one after the other, with the command that helps.
 
-A finding is "fine", a "note" (nothing to repair, but good to know) or a "problem". Nothing is changed, and nobody is
-asked over the network.
+A finding is "fine", a "note" (nothing to repair, but good to know) or a "problem". Nothing is changed, and
+nothing goes over the network.
 """
 
 import os
@@ -53,7 +53,7 @@ def python() -> Iterator[Finding]:
         yield Finding("fine", f"{version} in {sys.prefix}")
     else:
         wanted = f"{above[0]}.{above[1] - 1}"
-        words = f"{version}; it has to be from {lowest[0]}.{lowest[1]} to {wanted}"
+        words = f"{version}; the course needs {lowest[0]}.{lowest[1]} to {wanted}"
         yield Finding("problem", words, f"python{wanted} -m venv --clear .venv")
 
 
@@ -75,11 +75,11 @@ def packages() -> Iterator[Finding]:
             bad.append(f"{requirement.name} is missing")
             continue
         if not requirement.specifier.contains(version, prereleases=True):
-            bad.append(f"{requirement.name} {version} is not {requirement.specifier}")
+            bad.append(f"{requirement.name} {version} does not satisfy {requirement.specifier}")
     if bad:
         yield Finding("problem", "; ".join(bad), install())
         return
-    yield Finding("fine", f"all {len(needed)} are there, in versions that fit")
+    yield Finding("fine", f"all {len(needed)} are installed, in versions that fit")
     pins = constraints()
     other = [f"{name} {version}" for name, version in versions.items() if public(version) != pins.get(name, version)]
     if pins and other:
@@ -121,10 +121,12 @@ def torch() -> Iterator[Finding]:
             gpu = torch.cuda.get_device_properties(number)
             yield Finding("fine", f"GPU: {gpu.name}, {gpu.total_memory / 1e9:.0f} GB")
     elif shutil.which("nvidia-smi") and torch.version.cuda:
-        yield Finding("problem", "there is an NVIDIA driver, but PyTorch finds no GPU; ask the driver", "nvidia-smi")
+        yield Finding(
+            "problem", "there is an NVIDIA driver, but PyTorch finds no GPU; see what the driver says", "nvidia-smi"
+        )
     elif shutil.which("nvidia-smi"):
         command = f"{INSTALL} --force-reinstall torch --index-url https://download.pytorch.org/whl/cu126"
-        yield Finding("note", "there is an NVIDIA driver, but this is a build without CUDA", command)
+        yield Finding("note", "there is an NVIDIA driver, but this PyTorch was built without CUDA", command)
     else:
         yield Finding("fine", "no GPU; every chapter runs on the CPU")
 
@@ -141,7 +143,9 @@ def memory() -> Iterator[Finding]:
         yield Finding("fine", words)
     else:
         command = f"{sys.executable} -m jupyter server list"
-        yield Finding("problem", f"{words}, {MEMORY:g} should be: close programs, and other JupyterLabs", command)
+        yield Finding(
+            "problem", f"{words}, but {MEMORY:g} GB are needed: close other programs and JupyterLabs", command
+        )
 
 
 def disk() -> Iterator[Finding]:
@@ -151,7 +155,7 @@ def disk() -> Iterator[Finding]:
     if free >= DISK:
         yield Finding("fine", words)
     else:
-        yield Finding("problem", f"{words}, {DISK:g} should be", f"{sys.executable} -m pip cache purge")
+        yield Finding("problem", f"{words}, but {DISK:g} GB are needed", f"{sys.executable} -m pip cache purge")
 
 
 def existing(folder: Path) -> Path:

@@ -238,5 +238,5 @@ def explained(module: types.ModuleType, name: str, message: str) -> str:
 def _needs(name: str, part: str, why: str) -> str:
     return (
         f"{name}: it needs `{part}`, which could not be made as in Jupyter: {why}.\n"
-        f"  Next: see that this line runs after a restart, or make `{part}` in a simpler way."
+        f"  Next: make sure that this line runs after a restart, or make `{part}` in a simpler way."
     )

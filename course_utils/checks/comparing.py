@@ -194,7 +194,7 @@ def carries_gradient(name: str, fn: Callable[..., Any], inputs: tuple[Any, ...])
     ]
     if not fn(*leaves).requires_grad:
         raise CheckFailed(
-            f"{name}: no gradient gets through it, so that nothing before it could be trained.\n"
+            f"{name}: no gradient gets through it, so nothing before it could be trained.\n"
             "  Next: look for .item(), .detach(), .data, torch.tensor(...) or torch.no_grad on the way."
         )
 

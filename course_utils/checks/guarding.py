@@ -107,8 +107,8 @@ def _watching(
             raise CheckFailed(f"{name}: {changes[0]}")
         if GLOBAL_RANDOM not in allowed and not torch.equal(random, torch.get_rng_state()):
             raise CheckFailed(
-                f"{name}: it drew from torch's global random numbers, so that a result depends on what ran before.\n"
-                "  Next: hand `generator=` to what draws, or leave chance out."
+                f"{name}: it drew from torch's global random numbers, so its result depends on what ran before.\n"
+                "  Next: pass `generator=` to the function that draws, or draw nothing."
             )
         return answer
 

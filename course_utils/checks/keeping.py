@@ -169,7 +169,7 @@ def _undo_modes(module: nn.Module, label: str) -> Callable[[], str | None]:
         if not changed:
             return None
         now = "evaluation" if before[changed[0]] else "training"
-        return f"it left `{label}` in {now} mode.\n  Next: put it back, also where an error comes up."
+        return f"it left `{label}` in {now} mode.\n  Next: put it back, even if an error occurs."
 
     return undo
 
@@ -186,13 +186,13 @@ def _undo_hooks(module: nn.Module, label: str) -> Callable[[], str | None]:
                     at = f"at `{name or label}`"
                     left = len(hooks) > len(was)
                     told = told or (
-                        f"a hook is left behind {at}" if left else f"hooks that others had attached {at} are gone"
+                        f"a hook is left behind {at}" if left else f"it removed hooks that others had attached {at}"
                     )
                     hooks.clear()
                     hooks.update(was)
         return (
             told
-            and f"{told}.\n  Next: use run_with_hooks, or `with hooks(model, ...):`; they take away just their own."
+            and f"{told}.\n  Next: use run_with_hooks, or `with hooks(model, ...):`; they remove only their own hooks."
         )
 
     return undo

@@ -43,7 +43,7 @@ def run_check(check_fn: CheckFn, obj: object) -> None:
         told = failure.because(known) if known else failure
         part = _failing_part(check_fn, obj)
         if part is not None:
-            begin = f"  {name} uses `{part}`, which does not pass its own check: begin there."
+            begin = f"  {name} uses `{part}`, which does not pass its own check: start there."
             told = CheckFailed(f"{told.message}\n{begin}")
         raise told from None
 

@@ -351,7 +351,7 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
         ("in a key-value cache: 130 of 130 values are wrong", model(late=-1)),
         ("in a key-value cache: 130 of 130 values are wrong", model(late=1)),
         (
-            "reads `embed.W_E` by itself",
+            "reads `embed.W_E` directly",
             wrong(ref.Transformer, forward=lambda self, tokens, cache=None: self.unembed(self.embed.W_E[tokens])),
         ),
     ],

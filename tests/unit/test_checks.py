@@ -314,7 +314,7 @@ class MLP(nn.Module):
         return post @ self.W_out + self.b_out
 """
     message = message_of(lambda: check(learner_module(source)["MLP"]))
-    assert message.splitlines()[-1] == "  MLP uses `gelu_new`, which does not pass its own check: begin there."
+    assert message.splitlines()[-1] == "  MLP uses `gelu_new`, which does not pass its own check: start there."
 
 
 # --------------------------------------------------------------------------------------------------- compare

@@ -76,7 +76,7 @@ def test_a_problem_is_printed_with_its_command(
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(9e9, 8.9e9, 1e8))
     assert main(["doctor"]) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "Python      problem  3.10.4; it has to be from 3.11 to 3.13"
+    assert lines[0] == "Python      problem  3.10.4; the course needs 3.11 to 3.13"
     assert lines[1] == "                     try: python3.13 -m venv --clear .venv"
     assert lines[-1] == "Problems: 2."
 
@@ -88,10 +88,10 @@ def test_python_too_old_or_too_new(monkeypatch: pytest.MonkeyPatch, version: Ver
 
 
 def test_packages_missing_too_old_or_untested(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "all 2 are there" in looked("packages", "fine").words
+    assert "all 2 are installed" in looked("packages", "fine").words
     installed(monkeypatch, torch="2.3.1", jupyterlab="4.6.6")
     found = looked("packages", "problem")
-    assert found.words == "torch 2.3.1 is not >=2.4" and found.command.endswith("'")
+    assert found.words == "torch 2.3.1 does not satisfy >=2.4" and found.command.endswith("'")
     installed(monkeypatch, torch="2.13.0")
     assert looked("packages", "problem").words == "jupyterlab is missing"
     installed(monkeypatch, torch="2.14.0", jupyterlab="4.6.6")
@@ -137,7 +137,7 @@ def test_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("psutil.virtual_memory", lambda: Memory(8e9, 1.2e9))
     found = looked("memory", "problem")
-    assert found.words.startswith("1.2 of 8.0 GB are free, 2 should be") and found.command.endswith("server list")
+    assert found.words.startswith("1.2 of 8.0 GB are free, but 2 GB are needed") and found.command.endswith("server list")
 
 
 def test_full_disk(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,7 +41,7 @@ def difference(n_pos: int) -> Tensor:
 
 @known_mistakes(
     {
-        "it is key - query; the past is to be positive.": lambda n: -difference(n),
+        "it is key - query; the past should be positive.": lambda n: -difference(n),
         "the sign is lost.": lambda n: difference(n).abs(),
         "the future is set to 0; it should be negative.": lambda n: difference(n).clamp(min=0),
         "query and key are added, not subtracted.": lambda n: torch.arange(n)[:, None] + torch.arange(n),

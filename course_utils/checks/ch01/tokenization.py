@@ -110,7 +110,7 @@ def second_kept(word: Word, pair: Pair, new_id: int) -> Word:
         "only the last occurrence is merged; merge all of them.": (
             lambda word, pair, new_id: replaced(word, where(word, pair)[-1:], new_id)
         ),
-        "overlapping pairs are merged, and a token is used twice; go on behind the pair.": overlapping,
+        "overlapping pairs are merged, and a token is used twice; go on after the pair.": overlapping,
         "the second token of the pair stays; both are replaced.": second_kept,
         "the word is read from the right; begin at the left.": (
             lambda word, pair, new_id: merged(word[::-1], pair[::-1], new_id)[::-1]
@@ -181,19 +181,19 @@ def stripped(text: str) -> list[str]:
         "the white space is lost; it belongs to the pieces.": lambda text: text.split(),
         "the white space is lost, though the rest is right; it belongs to the pieces.": stripped,
         "the English endings ('s, 't, ...) are missed; they are tried before all else.": by_pattern(WORDS, SPACES),
-        "the endings are also found in upper case; GPT-2 knows the lower case only.": by_pattern(
+        "the endings are also found in upper case; GPT-2 knows only lower case.": by_pattern(
             f"(?i:{ENDINGS})", WORDS, SPACES
         ),
-        "white space takes its last character along; that belongs to the word behind it.": by_pattern(
+        "white space takes its last character along; that belongs to the word after it.": by_pattern(
             ENDINGS, WORDS, r"\s+"
         ),
-        "the space is cut off on its own; it belongs to the word behind it.": by_pattern(
+        "the space is cut off on its own; it belongs to the word after it.": by_pattern(
             ENDINGS, WORDS.replace(" ?", ""), SPACES
         ),
-        "the space belongs to the word before it; it belongs to the one behind it.": by_pattern(
+        "the space belongs to the word before it; it belongs to the one after it.": by_pattern(
             ENDINGS, r"\p{L}+ ?|\p{N}+ ?|[^\s\p{L}\p{N}]+ ?", SPACES
         ),
-        "only a to z count as letters; \\p{L} is those of all scripts.": by_pattern(
+        "only a to z count as letters; \\p{L} has those of all scripts.": by_pattern(
             ENDINGS, WORDS.replace(r"[^\s\p{L}", r"[^\sa-zA-Z").replace(r"\p{L}", "[a-zA-Z]"), SPACES
         ),
         "only 0 to 9 count as numbers; \\p{N} has more, such as ² and ½.": by_pattern(
@@ -304,7 +304,7 @@ def read_as(encoding: str, errors: str = "strict") -> Callable[[list[int], dict[
         "every token is decoded by itself; put the bytes together first, a character may span tokens.": (
             lambda ids, vocab: "".join(vocab[i].decode(errors="replace") for i in ids)
         ),
-        "invalid bytes are dropped; they become U+FFFD, so that one sees them.": read_as("utf-8", "ignore"),
+        "invalid bytes are dropped; they become U+FFFD, so that you see them.": read_as("utf-8", "ignore"),
         "every byte becomes the character with that number (Latin-1); read them as UTF-8.": read_as(
             "latin-1", "strict"
         ),
@@ -401,7 +401,7 @@ def check_merge_word(fn: Fn) -> None:
         ),
         "the white space is lost.": partial(encoded, pieces=str.split),
         "nothing is merged.": lambda text, merges: list(text.encode()),
-        "each piece is kept once; it comes out every time that it comes in.": partial(
+        "each different piece is encoded once; encode it every time it occurs.": partial(
             encoded, pieces=lambda text: dict.fromkeys(pieces_of(text))
         ),
     }
@@ -443,7 +443,7 @@ def _library_with(merges: list[Pair]) -> Any:
 
 @cache
 def alphabet() -> dict[int, str]:
-    """GPT-2's characters for bytes, by another road: those that Python calls printable, but for the space."""
+    """GPT-2's characters for bytes, in another way: those that Python calls printable, but for the space."""
     rest = iter(range(256, 512))
     return {b: chr(b) if visible(b) else chr(next(rest)) for b in range(256)}
 

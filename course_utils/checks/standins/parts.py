@@ -20,7 +20,7 @@ class Toy(nn.Module):
     def __getattr__(self, name: str) -> Any:
         if name in ("w", "b") or name.startswith(("W_", "b_", "hook_")):
             raise CheckFailed(
-                f"{self.whole}: it reads `{self.part}.{name}` by itself.\n  Next: call the part, self.{self.part}(...)."
+                f"{self.whole}: it reads `{self.part}.{name}` directly.\n  Next: call the part, self.{self.part}(...)."
             )
         return super().__getattr__(name)
 
