@@ -845,6 +845,8 @@ def edge_attribution(
     the stream for each receiver: for a large model take few prompts at a time.
     Source: Syed et al. 2023; with steps, Hanna et al. 2024.
     """
+    refuse_shared_heads("edge_attribution", model)
+    refuse_gated_mlp("edge_attribution", model)
     with torch.no_grad():
         caches = [run_with_cache(model, tokens)[1] for tokens in (clean, corrupted)]
         own, other = (sender_outputs(model, cache) for cache in caches)
@@ -875,6 +877,8 @@ def run_with_edges(
     there is no edge mean nothing. Hooks of others stay, none is left behind, and no gradients are recorded.
     Source: Conmy et al. 2023; Hanna et al. 2024.
     """
+    refuse_shared_heads("run_with_edges", model)
+    refuse_gated_mlp("run_with_edges", model)
     _, cache = run_with_cache(model, corrupted)
     other = sender_outputs(model, cache)
     gap = torch.zeros_like(other)  # what the corrupted run has over this one, sender by sender, as the run arrives
