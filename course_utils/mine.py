@@ -27,9 +27,7 @@ def mine(chapter: str, reference: type) -> type:
     except CourseError as error:
         print(f"{name}: the reference ({error})")
         if isinstance(error, Refused):
-            print(
-                f"  `check({name})` there says more; what it must offer: chapter {chapter}, “The interface, written down”."
-            )
+            print(f"  `check({name})` there says more. “The interface, written down” lists what later chapters need.")
         return reference
     read = choice(own_notebooks(chapter))
     without = f"; not written yet: {', '.join(unwritten)}" if unwritten else ""

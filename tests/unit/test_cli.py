@@ -243,7 +243,7 @@ def test_run_mine(course: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_solution_prints_what_the_solution_notebook_shows(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(ROOT)
     code, text = outcome(capsys, "solution", "causal_mask")
@@ -253,7 +253,7 @@ def test_solution_prints_what_the_solution_notebook_shows(
     path, line = re.match(r"It stands in (solutions/ch02_transformer\.py):(\d+), and in its place in", where).groups()
     assert (ROOT / path).read_text().splitlines()[int(line) - 1] == source.splitlines()[0]
     assert where.endswith(" solutions/02_transformer.ipynb\n")
-    monkeypatch.chdir("/")
+    monkeypatch.chdir(tmp_path)
     assert f"It stands in {ROOT}/solutions/ch02_transformer.py:{line}" in outcome(capsys, "solution", "causal_mask")[1]
 
 

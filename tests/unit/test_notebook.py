@@ -259,7 +259,7 @@ def test_mine(work: Path, capsys: pytest.CaptureFixture[str], cells: list[str] |
     chosen = mine("07", Adder)
     first, *then = capsys.readouterr().out.splitlines()
     assert first == line
-    words = "  `check(Adder)` there says more; what it must offer: chapter 07, “The interface, written down”."
+    words = "  `check(Adder)` there says more. “The interface, written down” lists what later chapters need."
     assert then == [words] * ("yours does not pass" in line or "yours needs" in line)
     assert (chosen is Adder) == ("the reference" in line)
 
