@@ -18,13 +18,14 @@ import sysconfig
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from course_utils.cells import read_notebook
 from course_utils.exercises import exercises_of
+from course_utils.guesses import Kept, kept, summary
 from course_utils.notebook import load_notebook
 from course_utils.places import (
     CourseError,
@@ -316,6 +317,11 @@ def status(notebook: Path | None) -> int:
     if notebook is not None:
         chapters = [find_chapter(chapters_folder(), notebook.name)]
         read_notebook(notebook)  # a broken file ends the command here, before the table begins
+    guesses: Mapping[str, Kept] = {}
+    try:
+        guesses = kept(notebook.parent if notebook else work_folder())
+    except CourseError as error:
+        print(error)
     print(f"{'chapter':<24} {'correct':>8} {'wrong':>8} {'not written':>12} {'core path':>10}")
     for path in chapters:
         title = path.stem.replace("_", " ")
@@ -332,6 +338,8 @@ def status(notebook: Path | None) -> int:
         print(f"{title:<24} {correct:>8} {counts['wrong']:>8} {counts['not written yet']:>12} {on_core_path:>10}")
         if read := choice(paths):
             print(f"   read: {read}")
+        if made := summary(guesses, path.stem[:2]):
+            print(f"   {made}")
     return 0
 
 

@@ -119,16 +119,51 @@ def lesson_problems(cells: list[LessonCell], exercises: Mapping[int, str]) -> li
         if symbol in seen:
             problems.append(f"{cells[number].where}: {symbol} has been an exercise before")
         seen.add(symbol)
-    return problems
+    return problems + guess_problems([cell for cell in cells if cell.kind == "code"])
+
+
+def guess_problems(cells: list[LessonCell]) -> list[str]:
+    """What is wrong with the guesses: each has a name of this chapter, dots for an answer, and a result later on."""
+    problems: list[str] = []
+    open_: dict[str, str] = {}  # where a guess waits for its result
+    summed = True
+    for cell in cells:
+        for call in calls_in(cell.source):
+            function, name = ast.unparse(call.func), call.args and getattr(call.args[0], "value", None)
+            wrong = ""
+            if function == "guess":
+                chapter = Path(cell.where).name[:3].replace("_", ".")
+                if not isinstance(name, str) or not name.startswith(chapter):
+                    wrong = f"a guess needs a name of this chapter, such as '{chapter}loss'"
+                elif name in open_:
+                    wrong = f"two guesses have the name {name!r}"
+                elif len(call.args) != 2 or ast.unparse(call.args[1]) != "...":
+                    wrong = f"the guess {name!r} is the learner's to make: write `...`"
+                open_[str(name)] = cell.where
+                summed = False
+            elif function == "reveal" and name not in open_:
+                wrong = f"`reveal` comes before any guess of the name {name!r}"
+            elif function == "reveal":
+                open_[name] = ""
+            elif function == "my_guesses":
+                summed = True
+            problems += [f"{cell.where}: {wrong}"] * bool(wrong)
+    problems += [f"{where}: nothing reveals the guess {name!r}" for name, where in open_.items() if where]
+    return problems if summed else [*problems, f"{cells[-1].where}: `my_guesses` has to come after the last guess"]
+
+
+def calls_in(source: str) -> list[ast.Call]:
+    """The calls in a cell; none where it is no Python."""
+    try:
+        return [node for node in ast.walk(ast.parse(plain_python(source))) if isinstance(node, ast.Call)]
+    except SyntaxError:
+        return []
 
 
 def is_check(source: str, symbol: str) -> bool:
     """Whether the cell calls check(symbol)."""
-    try:
-        calls = [node for node in ast.walk(ast.parse(plain_python(source))) if isinstance(node, ast.Call)]
-    except SyntaxError:
-        return False
-    return any(ast.unparse(c.func) == "check" and c.args and ast.unparse(c.args[0]) == symbol for c in calls)
+    found = calls_in(source)
+    return any(ast.unparse(c.func) == "check" and c.args and ast.unparse(c.args[0]) == symbol for c in found)
 
 
 def prose_problems(cells: Iterable[LessonCell]) -> list[str]:

@@ -7,14 +7,13 @@ graded, from which `--resume` goes on.
 import dataclasses
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from course_utils.files import write_atomically
 from course_utils.places import COURSE, CourseError
 
 SCHEMA = 1
@@ -125,22 +124,6 @@ def result_from_json(data: Mapping[str, Any]) -> Result:
     """One result; KeyError or TypeError where a field is missing or unknown."""
     exercises = tuple(ExerciseResult(**one) for one in data["exercises"])
     return Result(**{**data, "exercises": exercises, "problems": tuple(data["problems"])})
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that whoever looks sees the old text or the new one, and never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".part")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
 
 
 # --- parts, from which --resume goes on -----------------------------------------------------------------------------

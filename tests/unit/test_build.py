@@ -397,6 +397,46 @@ def test_problems_are_named(small_course: Path, old: str, new: str, words: str) 
     assert not list(small_course.glob("*/*.ipynb")), "nothing is written"
 
 
+GUESSES = """\
+from course_utils.guesses import guess, my_guesses, reveal
+
+guess("07.sum", ..., unit="cm")
+```
+
+```{code-cell} python
+reveal("07.sum", 3)
+my_guesses("07")
+"""
+
+
+def test_guesses_of_a_lesson(small_course: Path) -> None:
+    edit(small_course, "x = torch.ones(3)\n", f"{GUESSES}x = torch.ones(3)\n")
+    assert GUESSES.partition("\n```")[0] in code_of(built(small_course)[1])
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ('guess("07.sum"', 'guess("08.sum"', r"07_toy\.md:39: a guess needs a name of this chapter, such as '07.loss'"),
+        ('guess("07.sum"', 'guess("sum"', "a guess needs a name of this chapter"),
+        ("...", "3", r"07_toy\.md:39: the guess '07.sum' is the learner's to make"),
+        ('"cm")\n', '"cm")\nguess("07.sum", ...)\n', "two guesses have the name '07.sum'"),
+        ('"cm")\n', '"cm")\nguess("07.more", ...)\n', r"07_toy\.md:39: nothing reveals the guess '07.more'"),
+        (
+            'reveal("07.sum"',
+            'reveal("07.more"',
+            r"07_toy\.md:45: `reveal` comes before any guess of the name '07.more'",
+        ),
+        ('my_guesses("07")\n', "", "`my_guesses` has to come after the last guess"),
+    ],
+)
+def test_problems_of_guesses_are_named(small_course: Path, old: str, new: str, words: str) -> None:
+    assert old in GUESSES
+    edit(small_course, "x = torch.ones(3)\n", f"{GUESSES.replace(old, new)}x = torch.ones(3)\n")
+    with pytest.raises(BuildError, match=words):
+        build(small_course)
+
+
 def test_imports_that_only_the_solution_needs_are_fine(small_course: Path) -> None:
     edit(small_course, "import torch\n", "import math\nimport torch\n")
     edit(small_course, "return SCALE * x", "return math.exp(0) * SCALE * x", "solutions/ch07_toy.py")

@@ -19,6 +19,7 @@ from course_utils.build import build
 from course_utils.cells import read_notebook
 from course_utils.cli import main
 from course_utils.exercises import course_exercises
+from course_utils.guesses import FILE, guess, reveal
 from course_utils.solution import solution
 from tests.conftest import ROOT
 from tests.support.environments import lab_address
@@ -125,6 +126,27 @@ def test_a_copy_is_not_taken_for_the_chapter(course: Path, capsys: pytest.Captur
         "07 toy                        0/2        0            2        0/2",
         "   read: 07_toy.ipynb, not 07_toy-Copy1.ipynb",
     ]
+
+
+def test_status_sums_up_guesses(
+    course: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cli.fill_work_folder()
+    monkeypatch.chdir(course / "work")
+    for name, answer in {"07.a": 10, "07.b": 8, "07.c": 1, "08.a": 10}.items():
+        guess(name, answer)
+        reveal(name, 10)
+    guess("07.d", 10)
+    monkeypatch.chdir(course)
+    capsys.readouterr()
+    counted = ["07 toy                        0/2        0            2        0/2", "   guesses: 4, 1 right, 1 close"]
+    assert outcome(capsys, "status")[1].splitlines()[1:] == counted
+    assert outcome(capsys, "status", "--notebook", "work/07_toy.ipynb")[1].splitlines()[1:] == counted
+    kept = course / "work" / FILE
+    kept.write_text("{")
+    code, text = outcome(capsys, "status")
+    assert code == 0 and text.splitlines()[0] == f"{kept} cannot be read: delete it, and your guesses begin anew."
+    assert text.splitlines()[2:] == counted[:1] and kept.read_text() == "{"
 
 
 def test_what_was_left_out_is_said(course: Path, capsys: pytest.CaptureFixture[str]) -> None:
