@@ -23,7 +23,7 @@ import birth
 import nbformat
 from executed import common_hash, executed
 from models import model_page
-from pages import glossary_terms, moved_links, page
+from pages import glossary_page, glossary_terms, moved_links, page
 
 import course_utils
 from course_utils.build import build_chapter
@@ -36,6 +36,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 BUILD = ROOT / "build" / "site"
 HTML = BUILD / "html"
+GLOSSARY = ROOT / "docs" / "glossary.md"
 SITE = ROOT / "site"  # a copy of HTML, beside which myst-nb leaves notes of its own
 # Whose scripts, fonts and styles are part of the site; their licences travel with it.
 SHIPPED = ("plotly", "circuitsvis", "sphinx-mathjax-offline", "furo", "sphinx-basic-ng", "sphinx", "pygments")
@@ -83,7 +84,7 @@ def links(name: str, release: Release) -> str:
 
 def write_chapters(source: Source, chosen: Iterable[Path], downloads: Path) -> None:
     """A page for each lesson, and its notebook to be downloaded."""
-    terms = glossary_terms((HERE / "written" / "glossary.md").read_text(encoding="utf-8"))
+    terms = glossary_terms(GLOSSARY.read_text(encoding="utf-8"))
     release, common = read_release(ROOT), common_hash(ROOT)
     for lesson in chosen:
         learner, solution = build_chapter(lesson, ROOT)
@@ -225,6 +226,7 @@ def main() -> int:
     for path in (HERE / "written").glob("*.md"):
         if path.name != "index.md":
             source.write(path.name, path.read_text(encoding="utf-8"))
+    source.write("glossary.md", glossary_page(GLOSSARY.read_text(encoding="utf-8")))
     groups = {
         "Chapters": [f"chapters/{lesson.stem}" for lesson in chosen],
         "Beside the chapters": ["glossary", *write_models(source), *write_teaching(source)],
