@@ -41,7 +41,7 @@ def guess(name: str, answer: Any, *, unit: str = "", choices: Sequence[Any] = ()
         raise CourseError(f"{short(name)} cannot name a guess: begin with the chapter, as in '04.loss'.")
     try:
         asked = question(unit, choices, cells)
-        guessed = answer if answer is ... else asked.read(answer)
+        guessed: Any = answer if answer is ... else asked.read(answer)
     except (Refused, ValueError) as error:
         raise CourseError(f"{name}: {error}") from None
     _session.questions[name] = asked
@@ -68,7 +68,7 @@ def reveal(name: str, truth: Any, *, within: int | float = 0) -> None:
     one = _session.all().get(name)
     asked = _session.questions.get(name) or (one.question if one else question_about(truth))
     try:
-        measured = asked.read(truth)
+        measured: Any = asked.read(truth)
     except Refused as error:
         raise CourseError(f"{name}: the result does not answer the question, for {error.problem}.") from None
     if one is None or one.question != asked:

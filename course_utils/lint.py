@@ -145,7 +145,7 @@ def guess_problems(cells: list[LessonCell]) -> list[str]:
             elif function == "reveal" and name not in open_:
                 wrong = f"`reveal` comes before any guess of the name {name!r}"
             elif function == "reveal":
-                open_[name] = ""
+                open_[str(name)] = ""
             elif function == "my_guesses":
                 summed = True
             problems += [f"{cell.where}: {wrong}"] * bool(wrong)

@@ -412,7 +412,11 @@ my_guesses("07")
 
 def test_guesses_of_a_lesson(small_course: Path) -> None:
     edit(small_course, "x = torch.ones(3)\n", f"{GUESSES}x = torch.ones(3)\n")
-    assert GUESSES.partition("\n```")[0] in code_of(built(small_course)[1])
+    learner, solution = built(small_course)
+    asks = GUESSES.partition("\n```")[0]
+    assert asks in code_of(solution)
+    [cell] = [cell for cell in learner.cells if cell.source == asks]
+    assert cell.metadata["tags"] == ["raises-exception"], "a guess that is refused stops nothing"
 
 
 @pytest.mark.parametrize(
