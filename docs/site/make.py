@@ -28,7 +28,7 @@ from pages import glossary_page, glossary_terms, moved_links, page
 import course_utils
 from course_utils.build import build_chapter
 from course_utils.links import Release, read_release
-from course_utils.lint import read_lesson
+from course_utils.lint import in_parts, read_lesson
 from course_utils.overview import words
 from course_utils.pretrained import shipped_models, shipped_steps
 
@@ -186,12 +186,15 @@ def write_landing(source: Source, chosen: list[Path], groups: dict[str, list[str
 def summary(lesson: Path) -> str:
     """A link to a chapter, and how much there is to write."""
     cells = read_lesson(lesson)
+    core = [cell for cell, parts in zip(cells, in_parts(cells), strict=True) if not parts[0].optional]
+    optional = sum("exercise" in cell.tags for cell in cells) - sum("exercise" in cell.tags for cell in core)
     title = cells[0].source.partition("\n")[0].removeprefix("# ")
     minutes = [int(cell.options["minutes"]) for cell in cells if "exercise" in cell.tags]
     hours = f"{sum(minutes) / 60:.0f} hours"
-    return (
-        f"[{title}](chapters/{lesson.stem}.ipynb): {len(minutes)} exercises, about {hours} of writing, and the reading"
-    )
+    all_of_them = f"[{title}](chapters/{lesson.stem}.ipynb): {len(minutes)} exercises, about {hours} of writing"
+    if optional == len(minutes):
+        return f"{all_of_them}, and the reading; all of it is optional"
+    return f"{all_of_them}, and the reading; {optional or 'none'} of them optional"
 
 
 def write_scripts(static: Path) -> None:
