@@ -476,7 +476,7 @@ def test_lab_serves_and_stops(tmp_path: Path) -> None:
     try:
         said: list[str] = []
         address = lab_address(server, said)
-        assert f"{tmp_path / 'work/tokenize.py'} is called like a module" in "".join(said)
+        assert f"{tmp_path / 'work/tokenize.py'} has the name of a module" in "".join(said)
         assert b"JupyterLab" in urllib.request.urlopen(address, timeout=600).read()
         (running,) = (tmp_path / "runtime").glob("jpserver-*.json")
         assert json.loads(running.read_text())["root_dir"] == str(tmp_path / "work")
