@@ -1,4 +1,4 @@
-"""A second sitting: `resume("05")` in the middle of a notebook, after its kernel was started again.
+"""A second sitting: `resume("05")` in the middle of a notebook, after a kernel restart.
 
 Of the cells above it runs what the cells below need, and nothing else: no exercise has to be run by hand, and no demo
 runs for its picture alone. After "Run All" everything is there already, and it does nothing.
