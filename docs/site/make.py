@@ -186,15 +186,15 @@ def write_landing(source: Source, chosen: list[Path], groups: dict[str, list[str
 def summary(lesson: Path) -> str:
     """A link to a chapter, and how much there is to write."""
     cells = read_lesson(lesson)
-    core = [cell for cell, parts in zip(cells, in_parts(cells), strict=True) if not parts[0].optional]
-    optional = sum("exercise" in cell.tags for cell in cells) - sum("exercise" in cell.tags for cell in core)
+    exercises = [
+        (cell, parts[0]) for cell, parts in zip(cells, in_parts(cells), strict=True) if "exercise" in cell.tags
+    ]
+    optional = sum(part.optional for _, part in exercises)
     title = cells[0].source.partition("\n")[0].removeprefix("# ")
-    minutes = [int(cell.options["minutes"]) for cell in cells if "exercise" in cell.tags]
-    hours = f"{sum(minutes) / 60:.0f} hours"
-    all_of_them = f"[{title}](chapters/{lesson.stem}.ipynb): {len(minutes)} exercises, about {hours} of writing"
-    if optional == len(minutes):
-        return f"{all_of_them}, and the reading; all of it is optional"
-    return f"{all_of_them}, and the reading; {optional or 'none'} of them optional"
+    hours = f"{sum(int(cell.options['minutes']) for cell, _ in exercises) / 60:.0f} hours"
+    which = {0: ",", len(exercises): ", all optional,"}.get(optional, f" ({optional} of them optional),")
+    how_much = f"{len(exercises)} exercises{which} about {hours} of writing, and the reading"
+    return f"[{title}](chapters/{lesson.stem}.ipynb): {how_much}"
 
 
 def write_scripts(static: Path) -> None:
