@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT / "docs" / "site"))
 import executed as runs
 from conf import docstring_as_rst
 from figures import PLOTLY, circuitsvis_html, plotly_words
-from pages import glossary_terms, link_terms, moved_links, page, shown, without_header
+from pages import glossary_page, glossary_terms, link_terms, moved_links, page, shown, without_header
 
 LESSONS = sorted((ROOT / "chapters" / "src").glob("[0-9][0-9]_*.md"))
 SITE = ROOT / "site"
@@ -81,10 +81,12 @@ def test_terms_are_linked_once_and_only_in_running_text() -> None:
 
 
 def test_the_glossary_is_sorted_and_every_term_has_words() -> None:
-    text = (ROOT / "docs/site/written/glossary.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs/glossary.md").read_text(encoding="utf-8")
     terms = glossary_terms(text)
     assert len(terms) > 40 and terms == sorted(terms, key=str.casefold) and len(terms) == len(set(terms))
-    assert all(re.search(rf"^{re.escape(term)}\n  \S", text, re.MULTILINE) for term in terms)
+    made = glossary_page(text)
+    assert all(re.search(rf"^{re.escape(term)}\n  \S", made, re.MULTILINE) for term in terms)
+    assert made.startswith("# Glossary\n\n") and made.count(":::") == 2 and "**" not in made
 
 
 def test_links_of_a_guide_lead_to_pages_of_the_site_or_to_the_repository() -> None:
