@@ -425,7 +425,7 @@ def test_a_full_cache_says_so() -> None:
 def test_the_demos_of_the_lesson_are_refused_with_their_cause(demo: str, cause: str) -> None:
     """The section on tests promises that the check names what each of its wrong norms got wrong."""
     sources = (cell.source for cell in read_lesson(ROOT / "chapters/src/02_transformer.md"))
-    names = {"LayerNorm": ref.LayerNorm}
+    names: dict[str, Any] = {"LayerNorm": ref.LayerNorm, "__name__": "__main__"}  # as in a notebook
     exec(next(source for source in sources if source.startswith("class UnbiasedVariance")), names)
     with pytest.raises(CheckFailed) as refused:
         check(names[demo], name="LayerNorm")

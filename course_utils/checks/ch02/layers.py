@@ -91,7 +91,7 @@ def wrong_norm(**wrong: Any) -> type:
         "mean and variance are taken over the positions; take them over d_model.": wrong_norm(axes=1),
         "mean and variance are taken over positions and d_model; each position has its own.": wrong_norm(axes=(1, 2)),
         "mean and variance are taken over the batch and d_model; each row has its own.": wrong_norm(axes=(0, 2)),
-        "mean and variance are taken over the batch and the positions; take them over d_model.": wrong_norm(axes=(0, 1)),
+        "mean and variance are taken over batch and positions; take them over d_model.": wrong_norm(axes=(0, 1)),
         "mean and variance are taken over the rows of the batch; take them over d_model.": wrong_norm(axes=0),
         "mean and variance are taken over the whole tensor; each position has its own.": wrong_norm(axes=(0, 1, 2)),
         "the squares are taken in float16, where they are inf; compute in float32.": wrong_norm(),
