@@ -278,7 +278,8 @@ def banned(logits: Tensor, tokens: Tensor, n: int, **wrong: Any) -> Tensor:
     runs = [[row[start : start + n] for start in range(len(row) - n + 1)] for row in rows]
     for index, row in enumerate(rows):
         known = [run for own in runs for run in own] if wrong.get("pooled") else runs[index]
-        followers = [run[-1] for run in known if run[:-1] == row[len(row) - n + 1 :]]
+        begun = row[-(n - 1) :] if wrong.get("negative_index") else row[len(row) - n + 1 :]
+        followers = [run[-1] for run in known if run[:-1] == begun]
         out[slice(None) if wrong.get("for_all") else index, followers[wrong.get("which", slice(None))]] = -INF
     return out
 
@@ -298,6 +299,9 @@ def banned(logits: Tensor, tokens: Tensor, n: int, **wrong: Any) -> Tensor:
         "runs of n - 1 tokens are banned.": lambda logits, tokens, n: banned(logits, tokens, max(n - 1, 1)),
         "the bans and the rest are swapped.": lambda logits, tokens, n: logits.masked_fill(
             banned(logits, tokens, n) > -INF, -INF
+        ),
+        "the last n - 1 tokens are taken by a negative index; for n = 1, `row[-0:]` is the whole row.": partial(
+            banned, negative_index=True
         ),
         "only the first run that begins in the same way counts; all of them do.": partial(banned, which=slice(1)),
         "only the last run that begins in the same way counts; all of them do.": partial(banned, which=slice(-1, None)),

@@ -409,7 +409,9 @@ def continued(**wrong: Any) -> Callable[..., Tensor]:
         "only the new tokens are returned; put the prompt in front.": continued(new_only=True),
         "a finished row goes on with what `pick` says; it should go on with eos.": continued(forgetful=True),
         "generation does not stop when all rows are finished.": continued(never_stops=True),
-        "eos is not looked at.": continued(ignores_eos=True),
+        "eos is ignored, or only looked for in the newest tokens: remember which rows are finished.": continued(
+            ignores_eos=True
+        ),
         "generation stops as soon as one row is finished.": continued(stops=torch.any),
         "the last eos is cut off.": continued(cut=True),
         "finished rows are filled with 0 instead of eos.": continued(fill=0),
