@@ -230,16 +230,16 @@ def test_adam_spelled_out_is_that_of_torch() -> None:
     options = {"lr": 0.05, "betas": (0.8, 0.95), "eps": 0.02, "weight_decay": 0.4}
     spelled_out, builtin = optimizer.adam()(ours, **options), torch.optim.AdamW(theirs, **options)
     for grads in optimizer._gradients(20, torch.float64):
-        for p, other, grad in zip(ours, theirs, grads, strict=True):
-            p.grad, other.grad = grad, grad
+        for p, same, grad in zip(ours, theirs, grads, strict=True):
+            p.grad, same.grad = grad, grad
         spelled_out.step()
         builtin.step()
-    for p, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(p, other)
+    for p, same in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p, same)
         steps, m, v = spelled_out.moments[p]
-        assert steps == builtin.state[other]["step"]
-        torch.testing.assert_close(m, builtin.state[other]["exp_avg"])
-        torch.testing.assert_close(v, builtin.state[other]["exp_avg_sq"])
+        assert steps == builtin.state[same]["step"]
+        torch.testing.assert_close(m, builtin.state[same]["exp_avg"])
+        torch.testing.assert_close(v, builtin.state[same]["exp_avg_sq"])
 
 
 def test_the_check_of_adamw_does_not_load_the_compiler() -> None:
