@@ -1,4 +1,4 @@
-"""Chapter 04: hooks, heads that copy from context, and three ways to prove what they do."""
+"""Chapter 04: hooks, heads that copy from context, and three ways to find out what they do."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -10,6 +10,7 @@ from jaxtyping import Complex, Float, Int
 from torch import Tensor, nn
 
 from course_utils.hooks import ActivationCache, HookPoint, run_with_cache, run_with_hooks
+from solutions.ch00_tensors import diagonal_mean
 
 # ------------------------------------------------------------------------------------------------------ seeing inside
 
@@ -85,34 +86,12 @@ def my_run_with_cache(
     return output, cache
 
 
-def pattern_from_qk(
-    q: Float[Tensor, "batch pos head d_head"], k: Float[Tensor, "batch pos head d_head"]
-) -> Float[Tensor, "batch head query key"]:
-    """Compute the attention pattern from the queries and keys of a cache.
-
-    Scores are dot products divided by sqrt(d_head); a query sees its own position and earlier ones; the weights of
-    each query sum to 1.
-    Source: Vaswani et al. 2017, section 3.2.
-    """
-    scores = einops.einsum(q, k, "batch query head d_head, batch key head d_head -> batch head query key")
-    future = torch.ones_like(scores, dtype=torch.bool).triu(diagonal=1)
-    return (scores / q.shape[-1] ** 0.5).masked_fill(future, -torch.inf).softmax(dim=-1)
-
-
-def z_from_pattern(
-    pattern: Float[Tensor, "batch head query key"], v: Float[Tensor, "batch key head d_head"]
-) -> Float[Tensor, "batch query head d_head"]:
-    """Average the values with the weights of the pattern: what each head brings to each query, before `W_O`."""
-    return einops.einsum(pattern, v, "batch head query key, batch key head d_head -> batch query head d_head")
-
-
 # ------------------------------------------------------------------------------------------------------------ looking
 
 
 def current_token_scores(cache: ActivationCache) -> Float[Tensor, "layer head"]:
-    """How much each head attends to the position that it stands at: the mean over the batch and all queries."""
-    diagonal = cache.stack("pattern").diagonal(dim1=-2, dim2=-1)
-    return einops.reduce(diagonal, "layer batch head query -> layer head", "mean")
+    """How much each head attends to its own position: the mean over the batch and all queries."""
+    return diagonal_mean(cache.stack("pattern"), 0).mean(dim=1)  # over the batch
 
 
 def previous_token_scores(cache: ActivationCache) -> Float[Tensor, "layer head"]:
@@ -120,14 +99,12 @@ def previous_token_scores(cache: ActivationCache) -> Float[Tensor, "layer head"]
 
     Query 0 has none, and does not count.
     """
-    diagonal = cache.stack("pattern").diagonal(offset=-1, dim1=-2, dim2=-1)
-    return einops.reduce(diagonal, "layer batch head query -> layer head", "mean")
+    return diagonal_mean(cache.stack("pattern"), -1).mean(dim=1)
 
 
 def first_token_scores(cache: ActivationCache) -> Float[Tensor, "layer head"]:
     """How much each head attends to position 0: the mean over the batch and all queries, query 0 included."""
-    column = cache.stack("pattern")[..., 0]
-    return einops.reduce(column, "layer batch head query -> layer head", "mean")
+    return cache.stack("pattern")[..., 0].mean(dim=(1, -1))
 
 
 # ---------------------------------------------------------------------------------------------------------- induction
@@ -322,13 +299,14 @@ def ablation_scores(
 ) -> Float[Tensor, "layer head"]:
     """How much worse the second half is predicted without each head: the mean loss with it ablated minus the usual one.
 
-    `tokens` are those of `repeated_tokens`, so the second half is the last `n_half` tokens of each row; the loss is the
-    mean over these and over the rows. One head at a time is ablated, with `ablate_heads`, which `kind` and `reference`
-    are for. A positive score means that the head helps. No gradients are recorded.
+    `tokens` come from `repeated_tokens`. The first token of the second half is left out, because nobody can know yet
+    that the text repeats: the loss is the mean over the last `n_half - 1` tokens of each row, and over the rows. One
+    head at a time is ablated, with `ablate_heads`, which takes `kind` and `reference`. A positive score means that the
+    head helps. No gradients are recorded.
     """
 
     def loss(logits: Tensor) -> Tensor:
-        return per_token_losses(logits, tokens)[:, -n_half:].mean()
+        return per_token_losses(logits, tokens)[:, 1 - n_half :].mean()
 
     usual = loss(model(tokens))
     scores = usual.new_empty(model.cfg.n_layers, model.cfg.n_heads)
@@ -445,6 +423,16 @@ def fold_layer_norm(model: nn.Module) -> nn.Module:
     return folded
 
 
+def bigram_logits(model: nn.Module) -> Float[Tensor, "d_vocab d_vocab"]:
+    """What the current token alone says about the next one, with no layer in between: W_E W_U + b_U.
+
+    Row: the current token. Column: the next token. For a model without layers, positions and LayerNorm this is all
+    there is. In a deeper model it is the direct path: hand in a model from `fold_layer_norm`.
+    Source: Elhage et al. 2021, "Zero-layer transformers".
+    """
+    return model.embed.W_E @ model.unembed.W_U + model.unembed.b_U
+
+
 def ov_circuit(model: nn.Module, layer: int, head: int) -> FactoredMatrix:
     """What a head writes for a token that it attends to: W_E W_V W_O W_U, [d_vocab d_vocab], by its thin factors.
 
@@ -466,6 +454,20 @@ def qk_circuit(model: nn.Module, layer: int, head: int) -> FactoredMatrix:
     attn = model.blocks[layer].attn
     W_E = model.embed.W_E
     return FactoredMatrix(W_E @ attn.W_Q[head], (W_E @ attn.W_K[head]).T)
+
+
+def skip_trigrams(qk: FactoredMatrix, ov: FactoredMatrix, source: int, k: int) -> tuple[list[int], list[int]]:
+    """Read off what a head does with one token, `source`: which tokens look for it, and what they then say.
+
+    `qk` and `ov` are circuits of one head. The first list holds the `k` query tokens that want `source` most, compared
+    with what they want on average: its score minus the mean of that query's scores over all keys, since adding the same
+    to all of a query's scores changes no attention. The second holds the `k` tokens whose logits the head raises most
+    when it attends to `source`. Both lists are in descending order. Neither table is formed as a whole.
+    Source: Elhage et al. 2021, "Interpretation as skip-trigrams".
+    """
+    wanted = qk.A @ (qk.B[:, source] - qk.B.mean(dim=-1))
+    written = ov.A[source] @ ov.B
+    return wanted.topk(k).indices.tolist(), written.topk(k).indices.tolist()
 
 
 def copying_score(ov: FactoredMatrix) -> Float[Tensor, ""]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from course_utils.checks.ch04.counting import Watched
-from course_utils.checks.ch04.hooks import DOUBLE
+from course_utils.checks.ch04.looking import DOUBLE
 from course_utils.checks.ch04.weights import CFG, WITH_MLP, absolute, factored, frobenius, nuclear, parts, spectral
 from course_utils.checks.comparing import compare, follows_input
 from course_utils.checks.mistakes import known_mistakes
