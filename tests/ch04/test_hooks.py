@@ -11,7 +11,7 @@ from course_utils.checks.standins.hooked import Watched
 from solutions.ch04_induction import MyHookPoint
 from tests.ch04 import other_induction as other
 
-SECRETS = ("finally",)
+SECRETS = ("named_modules(",)
 # Changes after which the reference still does what its statement says.
 STILL_RIGHT = {"len(self.fns) > 0 -> len(self.fns) != 0"}
 
