@@ -8,10 +8,14 @@ An exercise cell of a lesson imports its solution. That line becomes the signatu
 `raise NotImplementedError` for the learner, and the full source in the solution notebook. Source is cut at the lines
 which the AST names and is otherwise untouched, so both notebooks show what the author wrote. The result depends on
 the sources alone: building twice changes no byte.
+
+A section with `<!-- optional -->` below its heading says in both notebooks that it is optional, and where the core path
+goes on. Below the last hint of an exercise the builder writes how to see the solution.
 """
 
 import ast
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +25,17 @@ import nbformat
 
 from course_utils.cells import names, plain_python
 from course_utils.links import read_release
-from course_utils.lint import LessonCell, lesson_problems, name_problems, read_lesson
+from course_utils.lint import (
+    OPTIONAL,
+    LessonCell,
+    Part,
+    calls_in,
+    in_parts,
+    lesson_problems,
+    name_problems,
+    needed_from_optional,
+    read_lesson,
+)
 from course_utils.overview import FILES, read_chapter, with_passages
 from course_utils.scopes import FUNCTIONS, scan
 from course_utils.slicing import DEFINITIONS
@@ -43,6 +57,14 @@ if not importlib.util.find_spec("course_utils"):
     raise ModuleNotFoundError("No course here. With a network: `pip install {requirement}`, then restart the kernel.")
 %load_ext course_utils"""
 LINKS = "[Open in Colab]({colab}) · [Download this notebook]({download})"
+# The hints with which the prose below a check begins, and what stands after the last of them.
+HINTS = re.compile(r"\A\s*(?:<details><summary>Hint.*?</details>\s*)+", re.DOTALL)
+WAY_OUT = """\
+<details><summary>Stuck?</summary>
+
+`!course solution {name}` in a cell, or without the `!` in a terminal, prints the reference solution.
+
+</details>"""
 
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -142,7 +164,7 @@ def end_of_signature(name: str, node: Function, lines: list[str]) -> int:
     return last_line(node.body[0], []) if has_docstring else first_line(node.body[0]) - 1
 
 
-def read_exercise(cell: LessonCell, root: Path) -> Exercise:
+def read_exercise(cell: LessonCell, root: Path, optional: bool) -> Exercise:
     """Look up the solution of an exercise cell. Raises ValueError or LookupError with what is wrong."""
     match ast.parse(cell.source).body:
         case [ast.ImportFrom(module=str(module), names=[ast.alias(name=symbol, asname=None)])]:
@@ -163,8 +185,10 @@ def read_exercise(cell: LessonCell, root: Path) -> Exercise:
     difficulty, minutes = cell.options.get("difficulty"), cell.options.get("minutes")
     if difficulty not in (1, 2, 3, 4, 5) or not isinstance(minutes, int) or minutes < 1:
         raise ValueError(f"{symbol} needs `:difficulty:` from 1 to 5 and `:minutes:`")
-    header = f"# Exercise · difficulty {'●' * difficulty}{'○' * (5 - difficulty)} · about {minutes} minutes\n"
+    header = f"# Exercise · difficulty {'●' * difficulty}{'○' * (5 - difficulty)} · about {minutes} minutes"
+    header += " · optional\n" if optional else "\n"
     course = {"exercise": symbol, "difficulty": difficulty, "minutes": minutes}
+    course |= {"optional": True} if optional else {}
     return Exercise(symbol, header + source, header + stub, {"tags": ["exercise"], "course": course})
 
 
@@ -202,6 +226,44 @@ def changed(tree: ast.Module) -> set[str]:
     return set().union(*(uses.changed | uses.called_on for uses in (found.now, found.later)))
 
 
+# --- prose ----------------------------------------------------------------------------------------------------------
+
+
+def with_marks(parts: list[list[Part]]) -> list[str]:
+    """The prose of each cell, in which every optional section says so and names where the core path goes on."""
+    following = [part for cell in parts for part in cell if part.level]
+    result = []
+    for cell in parts:
+        texts = []
+        for part in cell:
+            following = following[1:] if part.level else following
+            texts.append(with_mark(part, following) if part.marked else part.source)
+        result.append("".join(texts))
+    return result
+
+
+def with_mark(part: Part, following: list[Part]) -> str:
+    """The text of a marked section's first part; `following` are the parts below it that begin with a heading."""
+    if part.level == 1:
+        return part.source.replace(OPTIONAL, "*This chapter is optional: the core path goes without it.*", 1)
+    goes_on = next((later.title for later in following if later.level <= part.level and not later.optional), None)
+    note = f"*Optional. The core path goes on at “{goes_on}”.*" if goes_on else "*Optional. The core path ends above.*"
+    heading, _, rest = part.source.partition("\n")
+    return f"{heading} (optional)\n{rest.replace(OPTIONAL, note, 1)}"
+
+
+def under_title(source: str, lines: str) -> str:
+    """The first cell's text with these lines below its title."""
+    return source.replace("\n", f"\n\n{lines}\n", 1)
+
+
+def with_way_out(source: str, symbol: str) -> str:
+    """The prose below an exercise's check, with the way out after its hints."""
+    hints = HINTS.match(source)
+    end = hints.end() if hints else 0
+    return "\n\n".join(filter(None, [source[:end].strip(), WAY_OUT.format(name=symbol), source[end:].strip()]))
+
+
 # --- notebooks ------------------------------------------------------------------------------------------------------
 
 
@@ -235,15 +297,18 @@ def finished(name: str, cells: list[nbformat.NotebookNode], unused: bool) -> str
 def build_chapter(lesson: Path, root: Path) -> tuple[str, str]:
     """The learner's notebook and the solution notebook of a lesson, as text. Raises BuildError with all problems."""
     cells = read_lesson(lesson)
-    exercises, problems = {}, []
+    parts, exercises, problems = in_parts(cells), {}, []
     for number, cell in enumerate(cells):
         if {"exercise", "given"} & set(cell.tags):
             try:
-                exercises[number] = read_exercise(cell, root)
+                exercises[number] = read_exercise(cell, root, parts[number][0].optional)
             except (LookupError, ValueError, SyntaxError) as error:
                 problems.append(f"{cell.where}: {error.args[0]}")
     to_write = {number: exercise.symbol for number, exercise in exercises.items() if exercise.stub != exercise.source}
     problems += lesson_problems(cells, to_write)
+    if not problems:
+        sources = [exercises[n].source if n in exercises else cell.source for n, cell in enumerate(cells)]
+        problems += needed_from_optional(cells, sources)
     if problems:
         raise BuildError("\n".join(problems))
 
@@ -252,19 +317,33 @@ def build_chapter(lesson: Path, root: Path) -> tuple[str, str]:
     links = LINKS.format(colab=release.colab(name), download=release.download(name))
     learner: list[nbformat.NotebookNode] = []
     solution: list[nbformat.NotebookNode] = []
-    for number, (cell, identity) in enumerate(zip(cells, identities(cells), strict=True)):
-        if cell.kind == "code" and not any(c.kind == "code" for c in cells[:number]):
-            for notebook in (learner, solution):
-                notebook.append(new_cell("code", setup, "course-setup", {}))
+
+    def both(cell: nbformat.NotebookNode) -> None:
+        learner.append(cell)
+        solution.append(nbformat.from_dict(cell))
+
+    asked = checked = ""  # the exercise of the last code cell, and the one whose check that cell was
+    for number, (cell, prose, identity) in enumerate(zip(cells, with_marks(parts), identities(cells), strict=True)):
+        if cell.kind == "markdown":
+            text = with_way_out(prose, checked) if checked else prose
+            learner.append(new_cell("markdown", text if number else under_title(text, links), identity, {}))
+            solution.append(new_cell("markdown", text, identity, {}))
+            checked = ""
+            continue
+        if checked:
+            both(new_cell("markdown", WAY_OUT.format(name=checked), f"stuck-{checked}"[:64], {}))
+        if not any(c.kind == "code" for c in cells[:number]):
+            both(new_cell("code", setup, "course-setup", {}))
         shown = exercises.get(number) or Exercise("", cell.source, cell.source, {"tags": cell.tags})
-        under_title = number == 0 and cell.kind == "markdown"
-        stub = shown.stub.replace("\n", f"\n\n{links}\n", 1) if under_title else shown.stub
-        learner.append(new_cell(cell.kind, stub, identity, shown.metadata))
-        solution.append(new_cell(cell.kind, shown.source, identity, shown.metadata))
+        learner.append(new_cell("code", shown.stub, identity, shown.metadata))
+        solution.append(new_cell("code", shown.source, identity, shown.metadata))
+        asked, checked = to_write.get(number, ""), asked
+    if checked:
+        both(new_cell("markdown", WAY_OUT.format(name=checked), f"stuck-{checked}"[:64], {}))
 
     code = [cell for cell in learner if cell.cell_type == "code"]
     for cell, waits in zip(code, waiting_cells([cell.source for cell in code], set(to_write.values())), strict=True):
-        if waits:
+        if waits or any(ast.unparse(call.func) == "guess" for call in calls_in(cell.source)):  # it may be refused
             cell.metadata["tags"] = sorted({*cell.metadata.get("tags", []), "raises-exception"})
     return finished(f"chapters/{name}", learner, unused=False), finished(f"solutions/{name}", solution, unused=True)
 

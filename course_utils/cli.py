@@ -16,12 +16,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from course_utils.cells import read_notebook
+from course_utils.exercises import exercises_of
+from course_utils.guesses import Kept, kept, summary
 from course_utils.notebook import load_notebook
 from course_utils.places import (
     CourseError,
@@ -249,7 +252,7 @@ def listens(port: int) -> bool:
 # --- check and status -----------------------------------------------------------------------------------------------
 
 
-def judge(path: Path, chapter: str) -> "Iterator[Verdict]":
+def judge(path: Path, chapter: str) -> "Iterator[tuple[str, Verdict]]":
     """Check every exercise of a chapter in a notebook. Raises CourseError when the notebook is another one."""
     from course_utils.checks import find_checks
     from course_utils.verdict import verdict
@@ -261,7 +264,7 @@ def judge(path: Path, chapter: str) -> "Iterator[Verdict]":
             f"{path} holds no exercise of chapter {chapter}: is it another chapter's, or another course's?"
         )
     for symbol in symbols:
-        yield verdict(module, symbol)
+        yield symbol, verdict(module, symbol)
 
 
 def check(chapter: str, notebook: Path | None) -> int:
@@ -271,7 +274,7 @@ def check(chapter: str, notebook: Path | None) -> int:
     path, states = paths[0], []
     if read := choice(paths):
         print(f"Read: {read}.")
-    for verdict in judge(path, number):
+    for _, verdict in judge(path, number):
         print(verdict.message, flush=True)
         states.append(verdict.state)
     counts = ", ".join(f"{states.count(s)} {s}" for s in ("correct", "wrong", "not written yet"))
@@ -296,19 +299,29 @@ def status(notebook: Path | None) -> int:
     if notebook is not None:
         chapters = [find_chapter(chapters_folder(), notebook.name)]
         read_notebook(notebook)  # a broken file ends the command here, before the table begins
-    print(f"{'chapter':<24} {'correct':>8} {'wrong':>8} {'not written':>12}")
+    guesses: Mapping[str, Kept] = {}
+    try:
+        guesses = kept(notebook.parent if notebook else work_folder())
+    except CourseError as error:
+        print(error)
+    print(f"{'chapter':<24} {'correct':>8} {'wrong':>8} {'not written':>12} {'core path':>10}")
     for path in chapters:
         title = path.stem.replace("_", " ")
         try:
             paths = [notebook] if notebook else learners_notebooks(path.stem[:2])
-            states = [verdict.state for verdict in judge(paths[0], path.stem[:2])]
+            states = {symbol: verdict.state for symbol, verdict in judge(paths[0], path.stem[:2])}
         except CourseError as error:
             print(f"{title:<24} {error}")
             continue
-        correct = f"{states.count('correct')}/{len(states)}"
-        print(f"{title:<24} {correct:>8} {states.count('wrong'):>8} {states.count('not written yet'):>12}")
+        core = [exercise.name for exercise in exercises_of(path) if not exercise.optional]
+        counts = Counter(states.values())
+        correct = f"{counts['correct']}/{len(states)}"
+        on_core_path = f"{sum(states.get(name) == 'correct' for name in core)}/{len(core)}"
+        print(f"{title:<24} {correct:>8} {counts['wrong']:>8} {counts['not written yet']:>12} {on_core_path:>10}")
         if read := choice(paths):
             print(f"   read: {read}")
+        if made := summary(guesses, path.stem[:2]):
+            print(f"   {made}")
     return 0
 
 

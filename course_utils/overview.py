@@ -8,21 +8,24 @@ A passage stands between two comments, which no reader sees:
     <!-- end -->
 
 A lesson's front matter has what no exercise tells: `about`, what the learner writes, and `reading`, the minutes for all
-the rest. What its head says of the time has to agree.
+the rest. What its head says of the time has to agree. The core path is what is left without the sections marked
+`<!-- optional -->`; its share of the reading is its share of the text.
 """
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from course_utils.lint import front_matter
+from course_utils.lint import Part, front_matter, in_parts, read_lesson
 
 FILES = ("README.md", "docs/teaching.md")
 BEGIN = "<!-- generated: "
 PASSAGE = re.compile(rf"({BEGIN}(\w+)(?: (\d\d))? -->)(.*?)(<!-- end -->)", re.DOTALL)
-TIMETABLE_ROW = re.compile(r"^(\|.*\| (\d\d) \| `(\w+)` \| `(\w+)` \|) *\d* *\|$", re.MULTILINE)
+TIMETABLE_ROW = re.compile(
+    r"^(\|.*\| (\d\d) \| `(\w+)` \| `(\w+)` \|) *(?:\d+(?: \(\d+ optional\))?)? *\|$", re.MULTILINE
+)
 HEAD = "**How long it takes**: "
 SMALL = """no one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen
     eighteen nineteen""".split()
@@ -37,6 +40,8 @@ class Chapter(NamedTuple):
     about: str
     minutes: Mapping[str, int]  # by exercise
     reading: int
+    core: Mapping[str, int]  # the same of the core path
+    core_reading: int
 
     @property
     def number(self) -> str:
@@ -46,6 +51,11 @@ class Chapter(NamedTuple):
     def total(self) -> int:
         """The hours for all of it."""
         return max(1, round((sum(self.minutes.values()) + self.reading) / 60))
+
+    @property
+    def core_total(self) -> int:
+        """The minutes for the core path through it."""
+        return sum(self.core.values()) + self.core_reading
 
 
 def read_chapter(lesson: Path, solution: str) -> Chapter:
@@ -61,12 +71,28 @@ def read_chapter(lesson: Path, solution: str) -> Chapter:
     course = [cell["metadata"]["course"] for cell in cells if "course" in cell["metadata"]]
     title = "".join(cells[0]["source"]).partition("\n")[0].lstrip("# ").partition(":")[0].replace(" ·", "")
     minutes = {entry["exercise"]: entry["minutes"] for entry in course}
-    chapter = Chapter(f"{lesson.stem}.ipynb", title, front["about"], minutes, front["reading"])
+    core = {entry["exercise"]: entry["minutes"] for entry in course if not entry.get("optional")}
+    parts = [part for cell in in_parts(read_lesson(lesson)) for part in cell]
+    chapter = Chapter(
+        name=f"{lesson.stem}.ipynb",
+        title=title,
+        about=front["about"],
+        minutes=minutes,
+        reading=front["reading"],
+        core=core,
+        core_reading=round(front["reading"] * core_share(parts)),
+    )
     said, wanted = lesson.read_text(encoding="utf-8"), HEAD + head(chapter)
     if wanted not in said:
         line = said.count("\n", 0, max(0, said.find(HEAD))) + 1
         raise ValueError(f"{where}:{line}: by its exercises, the lesson's head has to say: {wanted}")
     return chapter
+
+
+def core_share(parts: list[Part]) -> float:
+    """How much of a lesson's text is on the core path, from 0 to 1."""
+    lengths = [len(part.source) * (not part.optional) for part in parts]
+    return sum(lengths) / max(1, sum(len(part.source) for part in parts))
 
 
 def head(chapter: Chapter) -> str:
@@ -99,17 +125,33 @@ def with_passages(text: str, chapters: list[Chapter]) -> str:
 
 
 def table(chapters: list[Chapter]) -> str:
-    """The chapters as Markdown."""
-    rows = [
-        f"| [{c.title}](chapters/{c.name}) | {c.about} | {len(c.minutes)} | {c.total} h |"
-        for c in sorted(chapters, key=lambda chapter: chapter.name)
-    ]
-    return "\n".join(["| | you write | exercises | time |", "|---|---|---|---|", *rows])
+    """The chapters as Markdown: all of each, and the core path through it."""
+    rows = []
+    for c in sorted(chapters, key=lambda chapter: chapter.name):
+        everything = f"{exercises(c.minutes)}, {c.total} h"
+        rows.append(f"| [{c.title}](chapters/{c.name}) | {c.about} | {core_path(c)} | {everything} |")
+    core = f"{exercises(n for c in chapters for n in c.core)}, {round(sum(c.core_total for c in chapters) / 60)} h"
+    everything = f"{exercises(n for c in chapters for n in c.minutes)}, {sum(c.total for c in chapters)} h"
+    rows.append(f"| **together** | | **{core}** | **{everything}** |")
+    return "\n".join(["| | you write | core path | everything |", "|---|---|---|---|", *rows])
 
 
-def minutes(chapters: Mapping[str, Chapter], number: str, first: str, last: str) -> int:
-    """The sum over a chapter's exercises, from one to another."""
-    own = chapters[number].minutes if number in chapters else {}
+def core_path(chapter: Chapter) -> str:
+    """How much of a chapter is on the core path, in a cell of the table."""
+    if not chapter.core:
+        return "optional"
+    return f"{exercises(chapter.core)}, {round(chapter.core_total / 30) / 2:g} h"
+
+
+def exercises(names: Iterable[str]) -> str:
+    """How many these are, in words."""
+    number = len(list(names))
+    return f"{number} exercise{'s' * (number != 1)}"
+
+
+def minutes(chapters: Mapping[str, Chapter], number: str, first: str, last: str) -> str:
+    """The sum over a chapter's exercises, from one to another, and how much of it is optional."""
+    own, core = (chapters[number].minutes, chapters[number].core) if number in chapters else ({}, {})
     names = list(own)
     for name in (first, last):
         if name not in own:
@@ -117,7 +159,8 @@ def minutes(chapters: Mapping[str, Chapter], number: str, first: str, last: str)
     chosen = names[names.index(first) : names.index(last) + 1]
     if not chosen:
         raise ValueError(f"in chapter {number} {last} comes before {first}")
-    return sum(own[name] for name in chosen)
+    optional = sum(own[name] for name in chosen if name not in core)
+    return f"{sum(own[name] for name in chosen)}" + f" ({optional} optional)" * (optional > 0)
 
 
 def hours(number_of_minutes: int) -> str:

@@ -17,7 +17,7 @@ DEFINITIONS = (ast.Import, ast.ImportFrom, *FUNCTIONS, ast.ClassDef)
 LOOPS = (ast.For, ast.AsyncFor, ast.While)
 TRIES = (ast.Try, ast.TryStar)
 BINDS_UNSEEN = {"exec", "globals"}
-ONLY_SHOW = {"print", "display", "check", "help", "len", "type"}
+ONLY_SHOW = {"print", "display", "check", "help", "len", "type", "guess", "reveal", "my_guesses"}
 END = 1 << 30  # after the last statement: when the answers are called
 
 

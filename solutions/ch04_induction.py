@@ -9,8 +9,10 @@ import torch
 from jaxtyping import Complex, Float, Int
 from torch import Tensor, nn
 
+from course_utils.families import refuse_gated_mlp, refuse_rms_norm, refuse_shared_heads
 from course_utils.hooks import ActivationCache, HookPoint, run_with_cache, run_with_hooks
 from solutions.ch00_tensors import diagonal_mean
+from solutions.ch02_transformer import apply_rotary
 
 # ------------------------------------------------------------------------------------------------------ seeing inside
 
@@ -199,12 +201,14 @@ def residual_components(cache: ActivationCache, pos: int) -> tuple[list[str], Fl
 
     Returns labels and vectors in the same order: "embed", "pos_embed"; then for each layer its heads ("head 0.0" is
     layer 0, head 0), what attention adds besides its heads ("bias 0"), and, where the layer has an MLP, "mlp 0" (with
-    the MLP's own bias). The vectors sum to the last layer's `resid_post` at `pos`, which may be negative, to count from
-    the end. The cache must hold each head's `result`, which is kept only where `names=` asks for it. The bias is in no
-    cache: it is what `attn_out` has over the sum of the heads.
+    the MLP's own bias). Where positions are rotary the cache has no "pos_embed", and neither has the list. The vectors
+    sum to the last layer's `resid_post` at `pos`, which may be negative, to count from the end. The cache must hold
+    each head's `result`, which is kept only where `names=` asks for it. The bias is in no cache: it is what `attn_out`
+    has over the sum of the heads.
     Source: Elhage et al. 2021, "Residual stream".
     """
-    labels, vectors = ["embed", "pos_embed"], [cache["embed"][:, pos], cache["pos_embed"][:, pos]]
+    labels = ["embed", "pos_embed"] if "pos_embed" in cache else ["embed"]
+    vectors = [cache[label][:, pos] for label in labels]
     for layer in range(cache.n_layers):
         heads = cache["result", layer][:, pos]
         labels += [f"head {layer}.{head}" for head in range(heads.shape[1])]
@@ -227,16 +231,20 @@ def logit_attribution(
     goes through the final LayerNorm as a part of the whole: its own mean is subtracted, it is divided by the scale that
     the whole stream had (`ln_final.hook_scale`), and multiplied by `ln_final.w`; then through the column of `W_U` that
     belongs to the token. What no component causes, `ln_final.b` and `b_U`, is left out: with it, the entries of a
-    position sum to the logit.
+    position sum to the logit. Without normalisation only `W_U` and `b_U` are there.
     Source: Elhage et al. 2021, "Logit attribution"; Wang et al. 2022, section 3.1.
     """
+    refuse_rms_norm("logit_attribution", model)
     columns = []
     for pos in range(tokens.shape[1] - 1):
         _, components = residual_components(cache, pos)
-        centred = components - components.mean(dim=-1, keepdim=True)
-        scaled = centred / cache["ln_final.scale"][:, pos] * model.ln_final.w
+        if model.cfg.normalization == "LN":
+            centred = components - components.mean(dim=-1, keepdim=True)
+            components = centred / cache["ln_final.scale"][:, pos] * model.ln_final.w
         direction = model.unembed.W_U[:, tokens[:, pos + 1]]
-        columns.append(einops.einsum(scaled, direction, "component batch d_model, d_model batch -> component batch"))
+        columns.append(
+            einops.einsum(components, direction, "component batch d_model, d_model batch -> component batch")
+        )
     return torch.stack(columns, dim=-1)
 
 
@@ -404,6 +412,8 @@ def fold_layer_norm(model: nn.Module) -> nn.Module:
     its rows subtracted (as LayerNorm subtracts the mean, nothing is lost); `b` times the matrix goes into the bias.
     What LayerNorm still does in the copy is to centre and to divide by its scale.
     """
+    refuse_rms_norm("fold_layer_norm", model)
+    refuse_gated_mlp("fold_layer_norm", model)
     folded = copy.deepcopy(model)
     if model.cfg.normalization == "none":
         return folded
@@ -440,6 +450,7 @@ def ov_circuit(model: nn.Module, layer: int, head: int) -> FactoredMatrix:
     in a model from `fold_layer_norm`, and what is missing is two positive factors per position and a constant.
     Source: Elhage et al. 2021, "One-layer attention-only transformers".
     """
+    refuse_shared_heads("ov_circuit", model)
     attn = model.blocks[layer].attn
     return FactoredMatrix(model.embed.W_E @ attn.W_V[head], attn.W_O[head] @ model.unembed.W_U)
 
@@ -448,9 +459,10 @@ def qk_circuit(model: nn.Module, layer: int, head: int) -> FactoredMatrix:
     """How much a token wants to look at a token, whatever their positions: W_E W_Q W_K^T W_E^T, [d_vocab d_vocab].
 
     Row: the token that looks (query). Column: the token that is looked at (key). Not divided by sqrt(d_head);
-    LayerNorm and biases are left out, as in `ov_circuit`.
+    LayerNorm and biases are left out, as in `ov_circuit`. With rotary positions this holds for two tokens at one place.
     Source: Elhage et al. 2021, "One-layer attention-only transformers".
     """
+    refuse_shared_heads("qk_circuit", model)
     attn = model.blocks[layer].attn
     W_E = model.embed.W_E
     return FactoredMatrix(W_E @ attn.W_Q[head], (W_E @ attn.W_K[head]).T)
@@ -500,8 +512,11 @@ def position_pattern(model: nn.Module, layer: int, head: int) -> Float[Tensor, "
 
     The residual stream that enters the layer is taken to be `W_pos` alone. From there on all is as in the model: the
     layer's `ln1` (none where the model does without), queries and keys with their biases, the division by
-    sqrt(d_head), the causal mask, the softmax.
+    sqrt(d_head), the causal mask, the softmax. Raises ValueError where positions are rotary: then there is no `W_pos`.
     """
+    refuse_shared_heads("position_pattern", model)
+    if model.cfg.positions == "rotary":
+        raise ValueError("position_pattern: this model turns its queries and keys; it has no W_pos to look at.")
     block = model.blocks[layer]
     resid = block.ln1(model.pos_embed.W_pos[None])[0]
     q = resid @ block.attn.W_Q[head] + block.attn.b_Q[head]
@@ -524,11 +539,16 @@ def decompose_qk(
     heads, as "head 0.3", then `b_O`, as "bias 0", then its MLP if there is one (with its bias), as "mlp 0". Last comes
     "constant", what does not depend on the text: `ln1.b` times W_Q (W_K), plus b_Q (b_K). Each other source is centred,
     divided by the scale that the cache holds for the layer's `ln1`, and multiplied by `ln1.w`, as the sum of them is in
-    the model; without normalisation, none of it.
+    the model; without normalisation, none of it. With rotary positions there is no "pos_embed", and what each source
+    gives to queries and keys is turned by `apply_rotary` of chapter 02, as the queries and keys are.
     The cache must hold every head's `hook_result`: `run_with_cache(model, tokens, names="*")`.
     """
+    refuse_rms_norm("decompose_qk", model)
+    refuse_shared_heads("decompose_qk", model)
     block, attn = model.blocks[layer], model.blocks[layer].attn
-    labels, sources = ["embed", "pos_embed"], [cache["embed"], cache["pos_embed"]]
+    rotary = model.cfg.positions == "rotary"
+    labels = ["embed"] if rotary else ["embed", "pos_embed"]
+    sources = [cache[label] for label in labels]
     for earlier in range(layer):
         result = cache["result", earlier]
         labels += [f"head {earlier}.{number}" for number in range(result.shape[2])] + [f"bias {earlier}"]
@@ -545,10 +565,15 @@ def decompose_qk(
     def vectors(W: Tensor, b: Tensor) -> Tensor:
         from_sources = resid @ W
         constant = (shift @ W + b).expand_as(from_sources[:1])
-        return torch.cat([from_sources, constant])
+        return einops.rearrange(
+            torch.cat([from_sources, constant]), "source batch pos d_head -> batch pos source d_head"
+        )
 
     q, k = vectors(attn.W_Q[head], attn.b_Q[head]), vectors(attn.W_K[head], attn.b_K[head])
-    shape = "query_source batch query d_head, key_source batch key d_head -> batch query_source key_source query key"
+    if rotary:  # turning is linear: sources stand where heads stand, and each is turned for itself
+        positions = torch.arange(q.shape[1], device=q.device)
+        q, k = (apply_rotary(side, positions, model.cfg.rotary_dim, model.cfg.rotary_base) for side in (q, k))
+    shape = "batch query query_source d_head, batch key key_source d_head -> batch query_source key_source query key"
     return [*labels, "constant"], einops.einsum(q, k, shape) / q.shape[-1] ** 0.5
 
 
@@ -574,6 +599,7 @@ def read_by(model: nn.Module, kind: str) -> tuple[Float[Tensor, "layer head d_mo
     """
     if kind not in ("Q", "K", "V"):
         raise ValueError(f'kind must be "Q", "K" or "V", got {kind!r}.')
+    refuse_shared_heads("read_by", model)
     W_Q, W_K, W_V, W_O = (torch.stack([getattr(b.attn, f"W_{name}") for b in model.blocks]) for name in "QKVO")
     return {"Q": (W_Q, W_K.mT), "K": (W_K, W_Q.mT), "V": (W_V, W_O)}[kind]
 

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from course_utils.families import refuse_gated_mlp, refuse_rms_norm, refuse_shared_heads
 from course_utils.hooks import HookPoint, hooks, run_with_cache, run_with_hooks
 
 Metric = Callable[[Tensor], Tensor]  # from logits [batch pos d_vocab] to one number for each prompt, [batch]
@@ -75,17 +76,19 @@ def head_attribution(
     What a head adds to the stream is its `z` (in the cache) times its `W_O`. It goes through the final LayerNorm as a
     part of the whole: its own mean is subtracted, it is divided by the scale of the whole stream (`ln_final.scale` in
     the cache) and multiplied by `ln_final.w`; then the dot product with the prompt's direction. `b_O` and `ln_final.b`
-    belong to no head and are left out.
+    belong to no head and are left out. Without normalisation only the dot product is there.
     Source: Elhage et al. 2021; Wang et al. 2022, section 3.1.
     """
+    refuse_rms_norm("head_attribution", model)
     rows = []
     for layer, block in enumerate(model.blocks):
         result = einops.einsum(
             cache["z", layer], block.attn.W_O, "batch pos head d_head, head d_head d_model -> head batch pos d_model"
         )
-        centred = result - result.mean(dim=-1, keepdim=True)
-        scaled = centred / cache["ln_final.scale"] * model.ln_final.w
-        rows.append(einops.einsum(scaled, directions, "head batch pos d_model, batch d_model -> head batch pos"))
+        if model.cfg.normalization == "LN":
+            centred = result - result.mean(dim=-1, keepdim=True)
+            result = centred / cache["ln_final.scale"] * model.ln_final.w
+        rows.append(einops.einsum(result, directions, "head batch pos d_model, batch d_model -> head batch pos"))
     return torch.stack(rows)
 
 
@@ -261,6 +264,8 @@ def patch_head_inputs(
     """
     if which not in ("q", "k", "v", "pattern", "z"):
         raise ValueError(f'patch_head_inputs: which={which!r}; it is one of "q", "k", "v", "pattern", "z".')
+    if which in ("k", "v"):
+        refuse_shared_heads("patch_head_inputs", model)
     n_layers, n_heads = model.cfg.n_layers, model.cfg.n_heads
     patches: list[Patch] = [
         (f"blocks.{layer}.attn.hook_{which}", (head,) if which == "pattern" else (slice(None), head))
@@ -343,6 +348,8 @@ def refuse_unknown(model: Any, senders: Sequence[Head], receivers: Sequence[Rece
             raise ValueError(f'no path ends at {name!r}: a receiver is "final" or a hook_q, hook_k or hook_v.')
         if name != "final" and (number is None or not 0 <= number < n_heads):
             raise ValueError(f"{name} has no head {number}: {n_heads} heads are numbered from 0.")
+    if any(name.endswith(("hook_k", "hook_v")) for name, _ in receivers):
+        refuse_shared_heads("a path to keys or values", model)
 
 
 def two_runs(
@@ -479,6 +486,7 @@ def name_copying_scores(model: Any, dataset: Any, sign: int = 1, k: int = 5) -> 
     turned round: the score of a head which takes away the name that it looks at.
     Source: Wang et al. 2022, section 3.1.
     """
+    refuse_shared_heads("name_copying_scores", model)
     place = "blocks.0.hook_resid_pre" if model.cfg.attn_only else "blocks.0.hook_resid_post"
     _, cache = run_with_cache(model, dataset.tokens, names=place)
     at = torch.stack([dataset.positions["IO"], dataset.positions["S1"]], dim=1)
@@ -768,6 +776,8 @@ def run_with_own_inputs(
     arrives there. What is added reaches this receiver alone: the stream stays as it is. The LayerNorm in front of a
     receiver is computed anew for its version. With zeros this is the usual run.
     """
+    refuse_shared_heads("run_with_own_inputs", model)
+    refuse_gated_mlp("run_with_own_inputs", model)
     n_heads, n_layers = model.cfg.n_heads, model.cfg.n_layers
     n_own = 3 * n_heads + (0 if model.cfg.attn_only else 1)  # receivers of one layer
     stream: dict[str, Tensor] = {}

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from course_utils.checks.keeping import keep
+from course_utils.checks.keeping import KeptWorld, keep
 from course_utils.checks.outcomes import CheckFailed, Stop
 from course_utils.checks.whose import is_library_module
 
@@ -84,7 +84,7 @@ def _watching(
             for label, value in given.items()
             if label not in allowed and not renamed
         }
-        world, random = _world(), torch.get_rng_state()
+        world, random = KeptWorld(), torch.get_rng_state()
         running.append(name)
         call.first = getattr(call, "first", (args, kwargs))  # type: ignore[attr-defined]
         stopped = None
@@ -95,7 +95,7 @@ def _watching(
         finally:
             running.pop()
             # Put back even when it failed: what one answer spoils must not count against the next.
-            changes = [change for kept in before.values() if kept and (change := kept.put_back())]
+            changes = [change for kept in [*before.values(), world] if kept and (change := kept.put_back())]
         if stopped:
             changes = [
                 change for change in changes if ".grad`" not in change
@@ -105,12 +105,6 @@ def _watching(
             raise stopped
         if changes:
             raise CheckFailed(f"{name}: {changes[0]}")
-        for what, was, now in zip(world, world.values(), _world().values(), strict=True):
-            if was != now and what not in allowed:
-                raise CheckFailed(
-                    f"{name}: after the call {what} is {now}; it was {was} before.\n"
-                    "  Next: put back what you change, or use a `with` block, which does it for you."
-                )
         if GLOBAL_RANDOM not in allowed and not torch.equal(random, torch.get_rng_state()):
             raise CheckFailed(
                 f"{name}: it drew from torch's global random numbers, so that a result depends on what ran before.\n"
@@ -155,11 +149,3 @@ def _call_again(answer: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[
 
 def _raise_stop(*given: Any, **options: Any) -> Any:
     raise Stop
-
-
-def _world() -> dict[str, Any]:
-    return {
-        "gradient recording (torch.is_grad_enabled)": torch.is_grad_enabled(),
-        "torch's default dtype": torch.get_default_dtype(),
-        "torch's default device": torch.get_default_device(),
-    }

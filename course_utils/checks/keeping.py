@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from course_utils.checks.comparing import identical
@@ -61,6 +62,38 @@ class KeptEntries(Kept):
     def put_back(self) -> str | None:
         changes = [self.undo(), *(kept.put_back() for kept in self.kept)]
         return next(filter(None, changes), None)
+
+
+class KeptWorld(Kept):
+    """What every call of torch depends on: whether gradients are recorded, the default dtype and device."""
+
+    def __init__(self) -> None:
+        super().__init__("the world")
+        self.before = self.now()
+
+    @staticmethod
+    def now() -> dict[str, Any]:
+        return {
+            "gradient recording (torch.is_grad_enabled)": torch.is_grad_enabled(),
+            "torch's default dtype": torch.get_default_dtype(),
+            "torch's default device": torch.get_default_device(),
+        }
+
+    def put_back(self) -> str | None:
+        now = self.now()
+        changed = [what for what in now if now[what] != self.before[what]]
+        if not changed:
+            return None
+        grad, dtype, device = self.before.values()
+        torch.set_grad_enabled(grad)
+        torch.set_default_dtype(dtype)
+        if torch.get_default_device() != device:
+            torch.set_default_device(None if device.type == "cpu" else device)
+        what = changed[0]
+        return (
+            f"it left {what} as {now[what]}; it was {self.before[what]} before.\n"
+            "  Next: put back what you change, or use a `with` block, which does it for you."
+        )
 
 
 def keep(value: Any, label: str, grads: bool = True) -> Kept | None:

@@ -8,6 +8,7 @@ import torch
 
 from course_utils.checks.finding import CheckFn, exercise_name, find_checks
 from course_utils.checks.guarding import guarded, interrupt
+from course_utils.checks.keeping import KeptWorld
 from course_utils.checks.mistakes import cause
 from course_utils.checks.outcomes import CheckFailed, NotWritten
 from course_utils.checks.translating import translated
@@ -53,8 +54,14 @@ def run_once(check_fn: CheckFn, obj: object) -> None:
     try:
         with torch.random.fork_rng(devices=[]), torch.enable_grad(), guarded(check_fn, name, obj) as answer:
             torch.default_generator.manual_seed(0)  # not torch.manual_seed, which would reach into every GPU
-            check_fn(answer)
-            interrupt(answer)
+            world = KeptWorld()
+            try:
+                check_fn(answer)
+                interrupt(answer)
+            finally:
+                change = world.put_back()  # by what is not guarded, such as a class that makes its object
+            if change:
+                raise CheckFailed(f"{name}: {change}")
     except (CheckFailed, NotWritten):
         raise
     except Exception as error:

@@ -12,16 +12,10 @@ from collections.abc import Iterator
 from concurrent.futures import CancelledError
 from typing import Any, NamedTuple
 
+from course_utils.exercises import course_exercises
 from course_utils.grading import sandbox
 from course_utils.grading.grade import grade_one
-from course_utils.grading.results import (
-    ExerciseResult,
-    Result,
-    Settings,
-    Submission,
-    course_exercises,
-    course_version,
-)
+from course_utils.grading.results import ExerciseResult, Result, Settings, Submission, course_version
 from course_utils.places import CourseError
 
 RESENT = 3  # times that a notebook is sent again; before that the scheduler itself has tried four workers

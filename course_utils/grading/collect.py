@@ -18,7 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from course_utils.grading.results import Submission, course_exercises
+from course_utils.exercises import course_exercises
+from course_utils.grading.results import Submission
 from course_utils.grading.unpack import LARGEST_UNPACKED, NOTEBOOK, unpack
 from course_utils.places import CourseError, chapters_folder
 

@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
+from course_utils.exercises import course_exercises
 from course_utils.grading import sandbox
 from course_utils.grading.results import (
     CAUSE,
@@ -25,7 +26,6 @@ from course_utils.grading.results import (
     Result,
     Settings,
     Submission,
-    course_exercises,
     key,
     load_part,
     save_part,

@@ -13,7 +13,8 @@ from html import escape
 from pathlib import Path
 from urllib.parse import quote
 
-from course_utils.grading.results import ExerciseResult, Result, course_exercises
+from course_utils.exercises import course_exercises
+from course_utils.grading.results import ExerciseResult, Result
 from course_utils.grading.text import file_name
 from course_utils.grading.weights import Weights, number, points
 

@@ -14,12 +14,13 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
+from course_utils.files import write_atomically
 from course_utils.grading.feedback import feedback
 from course_utils.grading.gradebook import gradebook
 from course_utils.grading.gradescope import gradescope
 from course_utils.grading.junit import junit
 from course_utils.grading.page import page
-from course_utils.grading.results import Result, Settings, to_json, write_atomically
+from course_utils.grading.results import Result, Settings, to_json
 from course_utils.grading.text import clean_result, file_name
 from course_utils.grading.weights import Weights
 

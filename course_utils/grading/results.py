@@ -5,18 +5,16 @@ graded, from which `--resume` goes on.
 """
 
 import dataclasses
-import functools
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from course_utils.places import COURSE, CourseError, chapters_folder
+from course_utils.files import write_atomically
+from course_utils.places import COURSE, CourseError
 
 SCHEMA = 1
 STATES = ("correct", "wrong", "not written yet", "timed out", "cheated", "error")
@@ -82,26 +80,6 @@ class Result:
 # --- the course -----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Exercise:
-    """An exercise as its lesson announces it."""
-
-    name: str
-    difficulty: int  # 1 to 5
-    minutes: int
-
-
-@functools.cache
-def course_exercises() -> Mapping[str, tuple[Exercise, ...]]:
-    """The exercises of each chapter, in the order of the lesson; read from the notebooks that the course hands out."""
-    found = {}
-    for path in sorted(chapters_folder().glob("[0-9][0-9]_*.ipynb")):
-        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-        marked = [cell["metadata"]["course"] for cell in cells if "course" in cell["metadata"]]
-        found[path.stem[:2]] = tuple(Exercise(m["exercise"], m["difficulty"], m["minutes"]) for m in marked)
-    return found
-
-
 def course_version() -> str:
     """The installed version of the course."""
     try:
@@ -146,22 +124,6 @@ def result_from_json(data: Mapping[str, Any]) -> Result:
     """One result; KeyError or TypeError where a field is missing or unknown."""
     exercises = tuple(ExerciseResult(**one) for one in data["exercises"])
     return Result(**{**data, "exercises": exercises, "problems": tuple(data["problems"])})
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that whoever looks sees the old text or the new one, and never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".part")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
 
 
 # --- parts, from which --resume goes on -----------------------------------------------------------------------------

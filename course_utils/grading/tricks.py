@@ -26,6 +26,7 @@ WATCHED_ALONE = (
     "torch torch._tensor torch.functional torch.nn torch.nn.functional torch.nn.parameter torch.autograd torch.linalg "
     "torch.random torch.special torch.fft torch.optim"
 ).split()
+REPLACED_BY_TORCH = {"torch.Storage"}  # by torch.set_default_dtype
 Entry = tuple[str, object, tuple[object, ...]]
 
 
@@ -56,6 +57,7 @@ class Watch:
             for name, value, inside in entries:
                 if space.get(name) is not value or (inside and not all(map(operator.is_, inside, _inside(value)))):
                     found.append(f"{place}.{name}")
+        found = [name for name in found if name not in REPLACED_BY_TORCH]
         for one, known in self.classes:
             if len(vars(one)) != len(known):  # a method that hides an inherited one
                 inherited = set().union(*(vars(base) for base in one.__mro__[1:]))

@@ -7,7 +7,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
 
-from course_utils.grading.results import Result, course_exercises
+from course_utils.exercises import course_exercises
+from course_utils.grading.results import Result
 from course_utils.places import CourseError
 
 Weights = Mapping[str, float]

@@ -1,8 +1,8 @@
 """A chapter as a page: its solution notebook, run, with every exercise folded back into what a learner sees.
 
 Where the notebook shows a solution, the page shows difficulty, time and the stub; hints stay folded, and after the
-last one comes the solution, folded too. Terms of the glossary become links where a chapter first uses them. The result
-is a notebook again, which myst-nb turns into a page.
+last one, in place of the command that prints it, comes the solution, folded too. Terms of the glossary become links
+where a chapter first uses them. The result is a notebook again, which myst-nb turns into a page.
 """
 
 import posixpath
@@ -14,7 +14,8 @@ import nbformat
 from figures import PLOTLY, circuitsvis_html, plotly_html
 from nbformat import NotebookNode
 
-HINTS = re.compile(r"\A\s*(?:<details><summary>Hint.*?</details>\s*)+", re.DOTALL)
+from course_utils.build import HINTS, WAY_OUT
+
 # What must stay as it is: code, formulas, links, tags with what is in a summary, headings, lines of a table.
 KEEP = re.compile(
     r"""^(`{3,}|~{3,}).*?^\1|^\$\$.*?^\$\$|^\#.*?$|^\|.*?$|<summary>.*?</summary>|<[^>\n]+>
@@ -27,14 +28,14 @@ def page(executed: NotebookNode, learner: NotebookNode, terms: Iterable[str], li
     """The notebook behind a chapter's page; `links` is put under its title, `terms` are linked to the glossary."""
     stubs = {cell.id: cell.source for cell in learner.cells}
     cells: list[NotebookNode] = []
-    solution = None  # of the exercise that we are in: it waits for the hints
+    symbol, solution = "", None  # of the exercise that we are in; the solution waits for the hints
     unlinked = set(terms)
     for cell in executed.cells:
         course = cell.metadata.get("course")
         if cell.id == "course-setup":
             continue
         if cell.cell_type == "markdown":
-            text = link_terms(cell.source, unlinked)
+            text = link_terms(cell.source.replace(WAY_OUT.format(name=symbol), ""), unlinked)
             if not cells:
                 title, _, rest = text.partition("\n")
                 text = f"{title}\n\n{links}\n{rest}"
@@ -45,7 +46,7 @@ def page(executed: NotebookNode, learner: NotebookNode, terms: Iterable[str], li
             cells.append(_prose(text))
         elif course:
             cells.append(_prose(exercise(stubs[cell.id], course)))
-            solution = folded_solution(cell.source, course)
+            symbol, solution = course["exercise"], folded_solution(cell.source, course)
         else:
             if solution and not is_check(cell.source):
                 cells.append(_prose(solution))
@@ -73,9 +74,10 @@ def without_header(source: str) -> str:
 def exercise(stub: str, course: dict[str, Any]) -> str:
     """The stub of an exercise, under its difficulty and time."""
     dots = "●" * course["difficulty"] + "○" * (5 - course["difficulty"])
+    optional = " · optional" if course.get("optional") else ""
     return (
         f'<p class="exercise">Your turn · difficulty <span role="img" aria-label="{course["difficulty"]} of 5">{dots}'
-        f"</span> · about {course['minutes']} minutes</p>\n\n```python\n{without_header(stub)}\n```"
+        f"</span> · about {course['minutes']} minutes{optional}</p>\n\n```python\n{without_header(stub)}\n```"
     )
 
 

@@ -291,7 +291,7 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
         ("the model was in evaluation mode before", then(lambda model: model.train())),
         ("ran in training mode", looking(training=True)),
         ("gradients are recorded", looking(recorded=True)),
-        ("after the call gradient recording", then(lambda model: torch.set_grad_enabled(False))),
+        ("it left gradient recording", then(lambda model: torch.set_grad_enabled(False))),
         ("got a Tensor", lambda *given: torch.tensor(ref.evaluate(*given))),
         ("after an exception in the model", looking()),
         ("after an exception in the batches", reads_batches_first),

@@ -125,7 +125,7 @@ def top_predictions(logits, tokenizer, k):
 
 
 def residual_components(cache, pos):
-    found = {"embed": cache["hook_embed"], "pos_embed": cache["hook_pos_embed"]}
+    found = {name.removeprefix("hook_"): cache[name] for name in cache.names() if name.endswith("embed")}
     for layer in range(cache.n_layers):
         result = cache[f"blocks.{layer}.attn.hook_result"]
         for head in range(result.shape[2]):
@@ -142,6 +142,8 @@ def logit_attribution(cache, model, tokens):
         n_pos = tokens.shape[1] - 1
         parts = torch.stack([residual_components(cache, pos)[1] for pos in range(n_pos)], dim=2)
         columns = model.unembed.W_U.T[tokens[:, 1:]]
+        if model.cfg.normalization == "none":
+            return (parts * columns).sum(-1)
         read = columns * model.ln_final.w
         read = (read - read.mean(-1, keepdim=True)) / cache["ln_final.hook_scale"][:, :-1]
         return (parts * read).sum(-1)

@@ -5,6 +5,7 @@ import math
 import torch
 
 from course_utils.hooks import hooks, run_with_cache
+from tests.ch02.other_transformer import apply_rotary
 
 
 def ablate_heads(model, tokens, heads, kind, reference=None):
@@ -141,6 +142,8 @@ def top1_accuracy(ov, rows_at_once=1024):
 
 def position_pattern(model, layer, head):
     found = {}
+    if not hasattr(model.pos_embed, "W_pos"):
+        raise ValueError("there are no vectors for positions")
     positions = model.pos_embed.W_pos[None]
     attn = model.blocks[layer].attn
     for letter in "QK":
@@ -155,7 +158,9 @@ def position_pattern(model, layer, head):
 
 
 def decompose_qk(cache, model, layer, head):
-    sources = {"embed": cache["hook_embed"], "pos_embed": cache["hook_pos_embed"]}
+    sources = {"embed": cache["hook_embed"]}
+    if "hook_pos_embed" in cache:
+        sources["pos_embed"] = cache["hook_pos_embed"]
     for earlier in range(layer):
         for number in range(model.cfg.n_heads):
             sources[f"head {earlier}.{number}"] = cache[f"blocks.{earlier}.attn.hook_result"][:, :, number]
@@ -175,6 +180,10 @@ def decompose_qk(cache, model, layer, head):
             side.append(vector @ W)
         constant = b + (block.ln1.b @ W if model.cfg.normalization == "LN" else 0)
         side.append(torch.zeros_like(side[0]) + constant)
+        if model.cfg.positions == "rotary":
+            n_pos = side[0].shape[1]
+            options = torch.arange(n_pos), model.cfg.rotary_dim, model.cfg.rotary_base
+            side = [apply_rotary(vectors[:, :, None], *options).squeeze(2) for vectors in side]
         sides.append(torch.stack(side, dim=1))
     q, k = sides
     terms = q[:, :, None] @ k[:, None].transpose(-2, -1)

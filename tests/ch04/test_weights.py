@@ -9,7 +9,7 @@ import torch
 
 import solutions.ch04_induction as ref
 from course_utils.checks import by_loops
-from course_utils.checks.ch04.weights import CFG, NO_NORM, WITH_MLP, circuit, copying, positions, terms
+from course_utils.checks.ch04.weights import CFG, NO_NORM, ROTARY, WITH_MLP, circuit, copying, positions, terms
 from course_utils.checks.modules import weights_of
 from course_utils.checks.standins.transformer import SmallModel, some_tokens
 from course_utils.checks.transformer_interface import transformer_hooks, transformer_parameters
@@ -218,8 +218,10 @@ ALSO_RIGHT: dict[str, list[Any]] = {name: [getattr(other, name)] for name in SUR
 
 # --------------------------------------------------------------------- the oracles and the reference, from other sides
 
+KINDS = {"attention only": CFG, "with MLPs": WITH_MLP, "no normalisation": NO_NORM, "rotary and parallel": ROTARY}
 
-@pytest.mark.parametrize("cfg", [CFG, WITH_MLP, NO_NORM], ids=["attention only", "with MLPs", "no normalisation"])
+
+@pytest.mark.parametrize("cfg", KINDS.values(), ids=KINDS.keys())
 def test_the_checks_model_is_the_courses(cfg: Any) -> None:
     model, tokens = SmallModel(cfg), some_tokens(cfg, 2, 5, seed=1)
     assert {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()} == transformer_parameters(cfg)
@@ -231,7 +233,7 @@ def test_the_checks_model_is_the_courses(cfg: Any) -> None:
         torch.testing.assert_close(cache[name], tensor, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("cfg", [CFG, WITH_MLP, NO_NORM], ids=["attention only", "with MLPs", "no normalisation"])
+@pytest.mark.parametrize("cfg", KINDS.values(), ids=KINDS.keys())
 def test_terms_sum_to_the_scores(cfg: Any) -> None:
     model, tokens = SmallModel(cfg), some_tokens(cfg, 2, 5, seed=1)
     _, cache = run_with_cache(model, tokens, names="*")
@@ -242,7 +244,7 @@ def test_terms_sum_to_the_scores(cfg: Any) -> None:
         torch.testing.assert_close(split.sum((1, 2))[visible], scores[visible], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("cfg", [CFG, WITH_MLP, NO_NORM], ids=["attention only", "with MLPs", "no normalisation"])
+@pytest.mark.parametrize("cfg", KINDS.values(), ids=KINDS.keys())
 def test_folding_changes_no_logit_and_leaves_the_model_alone(cfg: Any) -> None:
     model, tokens = SmallModel(cfg), some_tokens(cfg, 2, 5, seed=1)
     before = weights_of(model)

@@ -8,6 +8,7 @@ import math
 import torch
 
 from course_utils.hooks import hooks, run_with_cache, run_with_hooks
+from tests.ch02.other_transformer import apply_rotary
 
 
 def sender_outputs(model, cache):
@@ -78,7 +79,7 @@ def run_with_edges(model, clean, corrupted, edges):
         cfg = model.cfg
         _, there = run_with_cache(model, corrupted)
         other = sender_outputs(model, there)
-        now = [model.embed.W_E[clean] + model.pos_embed.W_pos[: clean.shape[1]]]
+        now = [model.embed.W_E[clean] + model.pos_embed(clean)]
         bias, column = torch.zeros(()), 0
 
         def read():
@@ -96,6 +97,9 @@ def run_with_edges(model, clean, corrupted, edges):
                     versions[head] @ getattr(attn, f"W_{letter}")[head] + getattr(attn, f"b_{letter}")[head]
                     for versions, letter in zip(inputs, "QKV", strict=True)
                 )
+                if cfg.positions == "rotary":
+                    options = torch.arange(clean.shape[1]), cfg.rotary_dim, cfg.rotary_base
+                    q, k = (apply_rotary(vectors[:, :, None], *options).squeeze(2) for vectors in (q, k))
                 scores = q @ k.transpose(1, 2) / math.sqrt(cfg.d_head)
                 past = torch.ones_like(scores, dtype=torch.bool).tril()
                 written.append(scores.where(past, -torch.inf).softmax(-1) @ v @ attn.W_O[head])

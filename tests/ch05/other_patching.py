@@ -38,14 +38,16 @@ def logit_lens(cache, model, directions):
 
 
 def head_attribution(cache, model, directions):
-    weighted = directions * model.ln_final.w
-    weighted = weighted - weighted.mean(-1, keepdim=True)  # centring is symmetric: do it to the direction instead
+    weighted, scale = directions, 1
+    if model.cfg.normalization == "LN":
+        weighted, scale = directions * model.ln_final.w, cache["ln_final.scale"][..., 0]
+        weighted = weighted - weighted.mean(-1, keepdim=True)  # centring is symmetric: do it to the direction instead
     n_heads = model.blocks[0].attn.W_O.shape[0]
     rows = []
     for layer in range(cache.n_layers):
         for head in range(n_heads):
             result = cache["z", layer][:, :, head] @ model.blocks[layer].attn.W_O[head]
-            rows.append((result * weighted[:, None]).sum(-1) / cache["ln_final.scale"][..., 0])
+            rows.append((result * weighted[:, None]).sum(-1) / scale)
     return torch.stack(rows).reshape(cache.n_layers, n_heads, *rows[0].shape)
 
 

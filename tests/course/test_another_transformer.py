@@ -14,7 +14,7 @@ import torch
 import solutions.ch02_transformer as reference
 import solutions.ch04_induction as ch04
 from course_utils.build import build_chapter
-from course_utils.checks.ch04.weights import CFG, NO_NORM, WITH_MLP
+from course_utils.checks.ch04.weights import CFG, NO_NORM, ROTARY, WITH_MLP
 from course_utils.checks.modules import noise
 from course_utils.cli import execute
 from course_utils.hooks import run_with_cache
@@ -34,22 +34,25 @@ def all_of(model: Any, tokens: torch.Tensor, other: torch.Tensor) -> dict[str, t
         "induction": ch04.induction_scores(cache, N_HALF),
         "by hook": ch04.induction_scores_by_hook(model, tokens, N_HALF),
         "components": ch04.residual_components(cache, -1)[1],
+        "attribution": ch04.logit_attribution(cache, model, tokens),
         "folded": ch04.fold_layer_norm(model)(tokens),
-        "positions": ch04.position_pattern(model, 1, 1),
         "terms": ch04.decompose_qk(cache, model, 1, 0)[1],
         "ov": ch04.ov_circuit(model, 1, 1).norm(),
         "qk": ch04.qk_circuit(model, 0, 1).norm(),
         "baseline": ch04.random_composition_baseline(model, "K", 3, torch.Generator().manual_seed(0)),
     }
     results |= {kind: ch04.composition_scores(model, kind) for kind in "QKV"}
-    if model.cfg.normalization == "LN":
-        results["attribution"] = ch04.logit_attribution(cache, model, tokens)
+    if model.cfg.positions == "learned":
+        results["positions"] = ch04.position_pattern(model, 1, 1)
     for kind in ("zero", "mean", "resample"):
         results[f"{kind} ablation"] = ch04.ablation_scores(model, tokens, N_HALF, kind, other)
     return results
 
 
-@pytest.mark.parametrize("cfg", [CFG, WITH_MLP, NO_NORM], ids=["attention only", "with MLPs", "no normalisation"])
+KINDS = {"attention only": CFG, "with MLPs": WITH_MLP, "no normalisation": NO_NORM, "rotary and parallel": ROTARY}
+
+
+@pytest.mark.parametrize("cfg", KINDS.values(), ids=KINDS.keys())
 def test_measurements_are_the_same(cfg: Any) -> None:
     models = [module.Transformer(cfg) for module in (reference, other_transformer)]
     weights = {

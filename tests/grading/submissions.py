@@ -15,7 +15,7 @@ from typing import Any
 
 import nbformat
 
-from course_utils.grading.results import course_exercises
+from course_utils.exercises import course_exercises
 from course_utils.places import chapters_folder
 from tests.ch02 import other_transformer
 

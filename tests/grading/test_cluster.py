@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from course_utils.exercises import course_exercises
 from course_utils.grading import cluster as cluster_module
 from course_utils.grading import sandbox
 from course_utils.grading.cluster import Cluster, connect
 from course_utils.grading.grade import grade_all
-from course_utils.grading.results import Result, Settings, Submission, course_exercises
+from course_utils.grading.results import Result, Settings, Submission
 from course_utils.places import CourseError
 from tests.conftest import ROOT
 

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from course_utils.exercises import course_exercises
 from course_utils.grading.reports import write_reports
-from course_utils.grading.results import Settings, course_exercises
+from course_utils.grading.results import Settings
 from course_utils.grading.weights import difficulty_weights
 from tests.support.made_up_results import NASTY, a_class, all_of, made_up
 

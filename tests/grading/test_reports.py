@@ -15,13 +15,14 @@ from xml.etree import ElementTree
 import jsonschema
 import pytest
 
+from course_utils.exercises import course_exercises
 from course_utils.grading.feedback import escaped, feedback, fenced
 from course_utils.grading.gradebook import gradebook, harmless
 from course_utils.grading.gradescope import gradescope
 from course_utils.grading.junit import junit
 from course_utils.grading.page import CELLS, commonest, failures, page
 from course_utils.grading.reports import write_reports
-from course_utils.grading.results import STATES, Result, Settings, course_exercises, from_json
+from course_utils.grading.results import STATES, Result, Settings, from_json
 from course_utils.grading.text import clean, clean_name, clean_result, file_name
 from course_utils.grading.weights import difficulty_weights, number, points, read_weights
 from course_utils.places import CourseError
@@ -154,6 +155,16 @@ def test_the_gradebook_has_a_row_for_each_learner_and_chapter() -> None:
     assert ada["points"] == ada["of"] == str(sum(e.difficulty for e in course_exercises()["02"]))
     assert (later["chapter"], later["points"], later["causal_mask"]) == ("04", "0", "")
     assert (zoe["learner"], zoe["timed out"], zoe["causal_mask"]) == ("Zoë", str(n), "timed out")
+
+
+def test_the_gradebook_counts_the_core_path_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    course = dict(course_exercises())
+    course["02"] = tuple(dataclasses.replace(e, optional=e.name != "causal_mask") for e in course["02"])
+    monkeypatch.setattr("course_utils.grading.gradebook.course_exercises", lambda: course)
+    ada, bob = rows(gradebook([all_of("02", "ada"), all_of("02", "bob", "wrong")], WEIGHTS))
+    [difficulty] = [e.difficulty for e in course["02"] if e.name == "causal_mask"]
+    assert (ada["core points"], ada["of core"]) == (str(difficulty), str(difficulty))
+    assert (bob["core points"], bob["of core"]) == ("0", str(difficulty))
 
 
 @pytest.mark.parametrize("start", ["=", "+", "-", "@", "\t", "\r"])

@@ -15,11 +15,12 @@ from pathlib import Path
 
 import pytest
 
+from course_utils.exercises import course_exercises
 from course_utils.grading import grade, sandbox
 from course_utils.grading.grade import close_servers, grade_all, grade_one
-from course_utils.grading.results import ExerciseResult, Result, Settings, Submission, course_exercises, load_part
+from course_utils.grading.results import ExerciseResult, Result, Settings, Submission, load_part
 from tests.conftest import ROOT
-from tests.grading.submissions import SYMBOLS, doing, packed, replaced, solved, untouched, written
+from tests.grading.submissions import RIGHT, SYMBOLS, doing, packed, replaced, solved, untouched, with_code, written
 from tests.support.environments import BIN, site_packages
 
 SOLUTIONS = sorted((ROOT / "solutions").glob("*.ipynb"))
@@ -63,6 +64,20 @@ def test_a_notebook_is_nobody_in_an_empty_folder(box: str):
     assert int(seen(box, "len([p for p in os.listdir('/proc') if p.isdigit()])")) == 2
     assert "lo" in seen(box, "[name for _, name in socket.if_nameindex()]", "socket")
     assert "eth" not in seen(box, "[name for _, name in socket.if_nameindex()]", "socket")
+
+
+@pytest.mark.parametrize("answer", ["3", "'three'", "3 nats", "1 / 0"])
+def test_guesses_are_not_graded(box: str, answer: str):
+    cell = f"""\
+        from course_utils.guesses import guess, my_guesses, reveal
+        guess("02.loss", {answer})
+        reveal("02.loss", "no number")
+        my_guesses("02")
+        """
+    result = grade_one(submission(packed(with_code(cell))), Settings(sandbox=box))
+    states = {one.exercise: one.state for one in result.exercises}
+    assert states == dict.fromkeys(SYMBOLS, "not written yet") | RIGHT
+    assert all("SyntaxError" in problem for problem in result.problems) and bool(result.problems) == ("nats" in answer)
 
 
 def test_nothing_but_python_and_the_course_is_there(box: str, tmp_path: Path):

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from course_utils.grading.results import course_exercises
+from course_utils.exercises import course_exercises
 from tests.conftest import ROOT
 
 GUIDE = (ROOT / "docs/teaching.md").read_text(encoding="utf-8")
@@ -87,19 +87,23 @@ def test_one_notebook_under_pytest(shell: dict[str, str]) -> None:
 
 # --- timetables -----------------------------------------------------------------------------------------------------
 
-ROW = r"^\|(?: day \d,)? (\d\d):(\d\d)–(\d\d):(\d\d) \| (\d\d) \| `(\w+)` \| `(\w+)` \| (\d+) \|$"
+ROW = (
+    r"^\|(?: day \d,)? (\d\d):(\d\d)–(\d\d):(\d\d) \| (\d\d) \| `(\w+)` \| `(\w+)` \| (\d+)(?: \((\d+) optional\))? \|$"
+)
 ROWS = re.findall(ROW, GUIDE, re.MULTILINE)
 
 
 def test_the_timetables_add_up() -> None:
     assert len(ROWS) == 5 + 13
     previous: Any = None
-    for *clock, chapter, first, last, minutes in ROWS:
+    for *clock, chapter, first, last, minutes, optional in ROWS:
         begin, end = (timedelta(hours=int(h), minutes=int(m)) for h, m in (clock[:2], clock[2:]))
         exercises = course_exercises()[chapter]
         names = [e.name for e in exercises]
         stated = sum(e.minutes for e in exercises[names.index(first) : names.index(last) + 1])
         assert int(minutes) == stated, (first, last)
+        left_out = sum(e.minutes for e in exercises[names.index(first) : names.index(last) + 1] if e.optional)
+        assert int(optional or 0) == left_out, (first, last)
         assert end - begin >= timedelta(minutes=stated * 4 / 3 - 3), (first, last)
         if first != names[0]:  # goes on where the row before ended
             assert previous == names[names.index(first) - 1], first

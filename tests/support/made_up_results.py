@@ -2,7 +2,8 @@
 
 import random
 
-from course_utils.grading.results import ExerciseResult, Result, course_exercises
+from course_utils.exercises import course_exercises
+from course_utils.grading.results import ExerciseResult, Result
 
 NASTY = '<script>alert("x")</script><img src=x onerror=alert(1)>'
 MISTAKES = (

@@ -241,6 +241,89 @@ def test_which_cells_wait(cell: str, waits: bool, later: str, later_waits: bool)
     assert waiting_cells([setup, stub, cell, later], {"f"}) == [False, False, waits, later_waits]
 
 
+# --- the core path, and the way out -----------------------------------------------------------------------------------
+
+MARK = "\n\n<!-- optional -->\n\n"
+
+
+def test_an_optional_section_says_so_and_where_to_go_on(small_course: Path) -> None:
+    edit(small_course, "## Shifting\n", f"## Shifting{MARK}By something.\n")
+    edit(small_course, 'print(Note("an end").text)', 'print("an end")\n```\n\n## Summary\n\n```{code-cell} python\n1')
+    for notebook in built(small_course):
+        prose = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+        assert "## Shifting (optional)\n\n*Optional. The core path goes on at “Summary”.*\n\nBy something." in prose
+        assert "<!--" not in prose and prose.count("ptional") == 2
+        optional = {cell.metadata.course.exercise: cell for cell in notebook.cells if "course" in cell.metadata}
+        assert optional["Shift"].source.startswith("# Exercise · difficulty ●●●○○ · about 15 minutes · optional\n")
+        assert optional["Shift"].metadata.course.optional is True
+        assert "optional" not in optional["double"].metadata.course
+        assert optional["double"].source.splitlines()[0].endswith("about 10 minutes")
+
+
+def test_an_optional_section_ends_with_the_next_heading_of_its_level(small_course: Path) -> None:
+    edit(
+        small_course, "## Shifting\n", f"### Exercise: `Shift`{MARK}Hi.\n\n```text\n# no heading\n```\n\n#### Deeper\n"
+    )
+    edit(
+        small_course,
+        'print(Note("an end").text)',
+        "1\n```\n\n### Aside\n\n<!-- optional -->\n\n## Summary\n\nEnd.\n\n```text\n",
+    )
+    prose = "\n".join(cell.source for cell in built(small_course)[0].cells if cell.cell_type == "markdown")
+    assert "### Exercise: `Shift` (optional)\n\n*Optional. The core path goes on at “Summary”.*" in prose
+    assert (
+        "#### Deeper\n" in prose and "### Aside (optional)\n\n*Optional. The core path goes on at “Summary”.*" in prose
+    )
+
+
+def test_a_whole_chapter_can_be_optional(small_course: Path) -> None:
+    edit(small_course, "# A small chapter\n", f"# A small chapter{MARK}")
+    learner, _ = built(small_course)
+    assert "*This chapter is optional: the core path goes without it.*" in learner.cells[0].source
+    assert all(cell.metadata.course.optional for cell in learner.cells if "course" in cell.metadata)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("Prose with", "Prose.\n\n<!-- optional -->\n\nMore with", r"toy\.md:\d+: .* right below the heading"),
+        ("# A small chapter\n", f"# A small chapter{MARK}## In it{MARK}", "around “In it” is optional already"),
+        (
+            "```{code-cell} python\nx = torch.ones(3)",
+            f"## Aside{MARK}```{{code-cell}} python\nx = torch.ones(3)",
+            r"toy\.md:\d+: this cell is on the core path, but `x` comes from an optional section",
+        ),
+        (
+            "```{code-cell} python\n:tags: [exercise]\n:difficulty: 2",
+            f"## Doubling{MARK}```{{code-cell}} python\n:tags: [exercise]\n:difficulty: 2",
+            r"toy\.md:\d+: this cell is on the core path, but `double` comes from",
+        ),
+    ],
+)
+def test_marks_out_of_place_and_what_the_core_path_would_lack(
+    small_course: Path, old: str, new: str, words: str
+) -> None:
+    edit(small_course, old, new)
+    with pytest.raises(BuildError, match=words):
+        build(small_course)
+
+
+def test_the_way_out_stands_below_the_last_hint(small_course: Path) -> None:
+    hints = "".join(f"<details><summary>Hint{n}</summary>\n\nSay.\n\n</details>\n\n" for n in ("", " 2"))
+    edit(small_course, "check(double)\n```\n", f"check(double)\n```\n\n{hints}What follows.\n")
+    for notebook in built(small_course):
+        cells = {number: cell.source for number, cell in enumerate(notebook.cells)}
+        [first] = [number for number, source in cells.items() if source == "check(double)"]
+        text = cells[first + 1]
+        parts = [
+            text.index(words) for words in ("Hint", "Hint 2", "Stuck?", "`!course solution double`", "What follows.")
+        ]
+        assert parts == sorted(parts) and text.count("<details>") == text.count("</details>") == 3
+        [second] = [number for number, source in cells.items() if source == "check(Shift)"]
+        assert "`!course solution Shift`" in cells[second + 1], "without hints it has a cell of its own"
+        assert sum("course solution" in source for source in cells.values()) == 2
+
+
 def test_building_again_changes_no_byte(small_course: Path) -> None:
     first = build(small_course)
     assert [path.name for path in first] == ["07_toy.ipynb"] * 2
@@ -312,6 +395,50 @@ def test_problems_are_named(small_course: Path, old: str, new: str, words: str) 
     with pytest.raises(BuildError, match=words):
         build(edit(small_course, old, new))
     assert not list(small_course.glob("*/*.ipynb")), "nothing is written"
+
+
+GUESSES = """\
+from course_utils.guesses import guess, my_guesses, reveal
+
+guess("07.sum", ..., unit="cm")
+```
+
+```{code-cell} python
+reveal("07.sum", 3)
+my_guesses("07")
+"""
+
+
+def test_guesses_of_a_lesson(small_course: Path) -> None:
+    edit(small_course, "x = torch.ones(3)\n", f"{GUESSES}x = torch.ones(3)\n")
+    learner, solution = built(small_course)
+    asks = GUESSES.partition("\n```")[0]
+    assert asks in code_of(solution)
+    [cell] = [cell for cell in learner.cells if cell.source == asks]
+    assert cell.metadata["tags"] == ["raises-exception"], "a guess that is refused stops nothing"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ('guess("07.sum"', 'guess("08.sum"', r"07_toy\.md:39: a guess needs a name of this chapter, such as '07.loss'"),
+        ('guess("07.sum"', 'guess("sum"', "a guess needs a name of this chapter"),
+        ("...", "3", r"07_toy\.md:39: the guess '07.sum' is the learner's to make"),
+        ('"cm")\n', '"cm")\nguess("07.sum", ...)\n', "two guesses have the name '07.sum'"),
+        ('"cm")\n', '"cm")\nguess("07.more", ...)\n', r"07_toy\.md:39: nothing reveals the guess '07.more'"),
+        (
+            'reveal("07.sum"',
+            'reveal("07.more"',
+            r"07_toy\.md:45: `reveal` comes before any guess of the name '07.more'",
+        ),
+        ('my_guesses("07")\n', "", "`my_guesses` has to come after the last guess"),
+    ],
+)
+def test_problems_of_guesses_are_named(small_course: Path, old: str, new: str, words: str) -> None:
+    assert old in GUESSES
+    edit(small_course, "x = torch.ones(3)\n", f"{GUESSES.replace(old, new)}x = torch.ones(3)\n")
+    with pytest.raises(BuildError, match=words):
+        build(small_course)
 
 
 def test_imports_that_only_the_solution_needs_are_fine(small_course: Path) -> None:

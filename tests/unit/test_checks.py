@@ -130,6 +130,34 @@ def test_a_check_works_where_gradients_are_off() -> None:
         run_check(find_checks()["02"]["LayerNorm"], reference.LayerNorm)
 
 
+@pytest.mark.parametrize(
+    "spoil, words",
+    [
+        (lambda: torch.set_grad_enabled(False), "it left gradient recording (torch.is_grad_enabled) as False"),
+        (lambda: torch.set_default_dtype(torch.float64), "it left torch's default dtype as torch.float64"),
+        (lambda: torch.set_default_device("meta"), "it left torch's default device as meta"),
+    ],
+)
+@pytest.mark.parametrize("ends", ["well", "with an error", "in its making"])
+def test_what_every_call_depends_on_is_put_back(spoil: Callable[[], Any], words: str, ends: str) -> None:
+    class Thing:
+        def __init__(self) -> None:
+            spoil()
+
+    def check_thing(fn: Callable[[], Any]) -> None:
+        fn()
+
+    def thing() -> None:
+        spoil()
+        if ends == "with an error":
+            raise ValueError("too early")
+
+    message = message_of(lambda: run_check(check_thing, Thing if ends == "in its making" else thing))
+    assert ("ValueError: too early" if ends == "with an error" else words) in message
+    now = torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_default_device().type
+    assert now == (True, torch.float32, "cpu")
+
+
 # ------------------------------------------------------------------------------------------------------- refusals
 
 

@@ -52,7 +52,9 @@ def edit(path: Path, old: str, new: str) -> None:
 def test_passages_are_written_from_the_lessons(course: Path) -> None:
     assert course / "README.md" in build(course)
     text = (course / "README.md").read_text()
-    assert "| [07 A small chapter](chapters/07_toy.ipynb) | twice: more | 2 | 2 h |\n\n<!-- end -->" in text
+    everything = "2 exercises, 2 h"
+    assert f"| [07 A small chapter](chapters/07_toy.ipynb) | twice: more | {everything} | {everything} |" in text
+    assert f"| **together** | | **{everything}** | **{everything}** |\n\n<!-- end -->" in text
     assert "first (<!-- generated: hours 07 -->about two hours<!-- end -->)." in text
     assert (
         "| 09:00–10:00 | 07 | `double` | `Shift` | 25 |\n| day 2, 09:00–10:00 | 07 | `Shift` | `Shift` | 15 |" in text
@@ -62,6 +64,20 @@ def test_passages_are_written_from_the_lessons(course: Path) -> None:
     edit(course / "chapters/src/07_toy.md", ":minutes: 10", ":minutes: 14")
     assert [path.name for path in build(course)] == ["07_toy.ipynb", "07_toy.ipynb", "README.md"]
     assert "`double` | `Shift` | 29 |" in (course / "README.md").read_text()
+
+
+def test_what_is_optional_is_left_out_of_the_core_path(course: Path) -> None:
+    edit(course / "chapters/src/07_toy.md", "## Shifting\n", "## Shifting\n\n<!-- optional -->\n")
+    build(course)
+    text = (course / "README.md").read_text()
+    assert "| twice: more | 1 exercise, 1 h | 2 exercises, 2 h |" in text
+    assert "| `double` | `Shift` | 25 (15 optional) |" in text
+    assert "| `Shift` | `Shift` | 15 (15 optional) |" in text
+    assert build(course) == [], "writing again changes nothing"
+    edit(course / "chapters/src/07_toy.md", "\n\n<!-- optional -->", "")
+    edit(course / "chapters/src/07_toy.md", f"\n{HEAD}", f"\n<!-- optional -->\n\n{HEAD}")
+    build(course)
+    assert "| twice: more | optional | 2 exercises, 2 h |" in (course / "README.md").read_text()
 
 
 @pytest.mark.parametrize(

@@ -301,6 +301,10 @@ def test_a_call_left_aside_is_mentioned(tmp_path: Path) -> None:
     message = verdict(load_notebook(write(tmp_path / "03_x.ipynb", *cells), ["answer"]), "answer").message
     assert message.startswith("answer: wrong.\n")
     assert message.endswith("\n  Not run here, though it may change `X`: code cell 4 of 03_x.ipynb, line 1: tidy(X, 1)")
+    shown = ["print(X)", "guess('03.x', 3)", "reveal('03.x', X)", "my_guesses('03')"]
+    cells = ["X = [3]", "from somewhere import guess, my_guesses, reveal", *shown, "def answer():\n    return X"]
+    message = verdict(load_notebook(write(tmp_path / "03_x.ipynb", *cells), ["answer"]), "answer").message
+    assert message.startswith("answer: wrong.\n") and "Not run here" not in message
     cells = ["X = []", "def keep(n):\n    X.append(n)\n    return n", "for n in range(3):\n    last = keep(n)", READS_X]
     message = verdict(load_notebook(write(tmp_path / "03_x.ipynb", *cells), ["answer"]), "answer").message
     assert message.endswith(

@@ -21,11 +21,18 @@ Fn = Callable[..., Any]
 N_BATCH, N_POS, N_HEADS, D_MODEL, D_VOCAB = 2, 5, 3, 7, 13
 
 
-def activations(n_layers: int, mlp: bool, n_batch: int = N_BATCH, n_pos: int = N_POS) -> dict[str, Tensor]:
-    """What a transformer's hook points see, but for the sizes of heads: random parts, and their true sums."""
+def activations(
+    n_layers: int, mlp: bool, n_batch: int = N_BATCH, n_pos: int = N_POS, learned: bool = True, norm: bool = True
+) -> dict[str, Tensor]:
+    """What a transformer's hook points see, but for the sizes of heads: random parts, and their true sums.
+
+    Without `learned` positions nothing sees them, and without a `norm` there is no scale.
+    """
     shape = (n_batch, n_pos, D_MODEL)
-    seen = {"hook_embed": noise(*shape, seed=1) + 0.4, "hook_pos_embed": noise(*shape, seed=2) - 0.2}
-    resid = seen["hook_embed"] + seen["hook_pos_embed"]
+    seen = {"hook_embed": noise(*shape, seed=1) + 0.4}
+    if learned:
+        seen["hook_pos_embed"] = noise(*shape, seed=2) - 0.2
+    resid = sum(seen.values(), torch.zeros(shape))
     for layer in range(n_layers):
         result = noise(n_batch, n_pos, N_HEADS, D_MODEL, seed=10 + layer) + 0.3
         attn_out = result.sum(2) + noise(D_MODEL, seed=20 + layer)
@@ -37,6 +44,8 @@ def activations(n_layers: int, mlp: bool, n_batch: int = N_BATCH, n_pos: int = N
             seen[f"blocks.{layer}.hook_mlp_out"] = noise(*shape, seed=30 + layer) + 0.1
             resid = resid + seen[f"blocks.{layer}.hook_mlp_out"]
         seen[f"blocks.{layer}.hook_resid_post"] = resid
+    if not norm:
+        return seen
     centred = resid - resid.mean(-1, keepdim=True)
     scale = (centred.square().mean(-1, keepdim=True) + 0.2).sqrt()
     return seen | {"ln_final.hook_scale": scale, "ln_final.hook_normalized": centred / scale}
@@ -44,7 +53,8 @@ def activations(n_layers: int, mlp: bool, n_batch: int = N_BATCH, n_pos: int = N
 
 def components(cache: ActivationCache) -> tuple[list[str], Tensor]:
     """The definition, part by part, at all positions: labels and [component batch pos d_model]."""
-    labels, parts = ["embed", "pos_embed"], [cache["hook_embed"], cache["hook_pos_embed"]]
+    labels = [label for label in ("embed", "pos_embed") if f"hook_{label}" in cache]
+    parts = [cache[f"hook_{label}"] for label in labels]
     for layer in range(cache.n_layers):
         bias = cache[f"blocks.{layer}.hook_attn_out"]
         for head in range(N_HEADS):
@@ -97,13 +107,18 @@ def of_first_text(cache: ActivationCache, pos: int) -> tuple[list[str], Tensor]:
     }
 )
 def check_residual_components(fn: Fn) -> None:
-    """With MLPs and without, twelve layers; first, middle and last positions; labels, and each vector."""
+    """With MLPs and without, twelve layers, no table of positions; several places; labels, and each vector."""
     name, axes = "residual_components", "component batch d_model"
-    for n_layers, mlp, n_batch in [(2, False, 2), (3, True, 2), (12, False, 1)]:
-        cache = ActivationCache(activations(n_layers, mlp, n_batch), n_layers)
+    for n_layers, mlp, n_batch, learned in [
+        (2, False, 2, True),
+        (3, True, 2, True),
+        (12, False, 1, True),
+        (1, True, 2, False),
+    ]:
+        cache = ActivationCache(activations(n_layers, mlp, n_batch, learned=learned), n_layers)
         labels, everything = components(cache)
         for pos in (1, -1, 0):
-            case = f"{'with' if mlp else 'without'} MLPs, pos={pos}"
+            case = f"{'with' if mlp else 'without'} MLPs{'' if learned else ', rotary positions'}, pos={pos}"
             with during(case):
                 returned = fn(cache, pos)
             if not (isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[0], list)):
@@ -136,8 +151,9 @@ def _follows(name: str, fn: Fn, axes: str) -> None:
     follows_input(name, vectors, tuple(seen.values()), axes)
 
 
-def config(n_layers: int, mlp: bool) -> TransformerConfig:
-    size = {"d_mlp": 11} if mlp else {"attn_only": True}
+def config(n_layers: int, mlp: bool, learned: bool = True, norm: bool = True) -> TransformerConfig:
+    size: dict[str, Any] = {"d_mlp": 11} if mlp else {"attn_only": True}
+    size |= {} if learned else {"positions": "rotary", "rotary_dim": 4}
     return TransformerConfig(
         d_vocab=D_VOCAB,
         n_ctx=9,
@@ -145,6 +161,7 @@ def config(n_layers: int, mlp: bool) -> TransformerConfig:
         n_heads=N_HEADS,
         d_model=D_MODEL,
         d_head=6,
+        normalization="LN" if norm else "none",
         layer_norm_eps=0.2,
         **size,
     )
@@ -179,6 +196,9 @@ def attributed(
 ) -> Tensor:
     """The right answer, or what comes of other components, scales or targets; `end` may bring the constants in."""
     asked, W_U = targets(tokens), model.unembed.W_U.detach()
+    if model.cfg.normalization == "none":  # only the last step is left
+        vectors = parts(components(cache)[1])
+        return end((vectors * W_U.T[asked]).sum(-1), torch.zeros(()), model.unembed.b_U.detach()[asked])
     entries = attribution(parts(components(cache)[1]), model, scale(cache["ln_final.hook_scale"]), asked, **wrong)
     return end(entries, (model.ln_final.b.detach() @ W_U)[asked], model.unembed.b_U.detach()[asked])
 
@@ -233,15 +253,21 @@ def first_text(tensor: Tensor, batch_axis: int = 0) -> Tensor:
     }
 )
 def check_logit_attribution(fn: Fn) -> None:
-    """Every entry, so that no right sum can hide a wrong part; with MLPs and without."""
+    """Every entry, so that no right sum can hide a wrong part; with MLPs and without, in every family."""
     name, axes = "logit_attribution", "component batch next"
-    for n_layers, mlp, n_batch, n_pos in [(2, False, 2, 5), (12, False, 1, 3), (1, True, 3, 4)]:
-        seen, model = activations(n_layers, mlp, n_batch, n_pos), End(config(n_layers, mlp))
+    for n_layers, mlp, n_batch, n_pos, *kind in [
+        (2, False, 2, 5),
+        (2, True, 1, 3, True, False),
+        (12, False, 1, 3, False, True),
+        (1, True, 3, 4),
+    ]:
+        seen, model = activations(n_layers, mlp, n_batch, n_pos, *kind), End(config(n_layers, mlp, *kind))
         tokens = torch.randint(D_VOCAB, (n_batch, n_pos), generator=torch.Generator().manual_seed(6))
         cache = ActivationCache(seen, n_layers)
         right = attributed(cache, model, tokens)
         logits = attributed(cache, model, tokens, end=lambda entries, b, b_U: entries.sum(0) + b + b_U)
-        actual = fn(cache, model, tokens)
+        with during(f"for {model.cfg.positions} positions, normalization {model.cfg.normalization!r}"):
+            actual = fn(cache, model, tokens)
         full = right.shape[0], right.shape[1], right.shape[2] + 1
         if isinstance(actual, Tensor) and tuple(actual.shape) == full:
             raise CheckFailed(

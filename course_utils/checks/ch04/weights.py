@@ -36,6 +36,10 @@ WITH_MLP = TransformerConfig(d_vocab=11, n_ctx=6, n_layers=3, n_heads=2, d_model
 NO_NORM = TransformerConfig(
     d_vocab=11, n_ctx=6, n_layers=2, n_heads=2, d_model=5, d_head=3, attn_only=True, normalization="none"
 )
+ROTARY = TransformerConfig(
+    d_vocab=11, n_ctx=6, n_layers=2, n_heads=2, d_model=5, d_head=5, d_mlp=8, positions="rotary", rotary_dim=4,
+    rotary_base=30.0, parallel=True,
+)  # fmt: skip
 
 
 def factored(fn: Fn, A: Tensor, B: Tensor) -> Any:
@@ -635,7 +639,10 @@ def positions(
     }
 )
 def check_position_pattern(fn: Fn) -> None:
-    """The attention that loops give, when the residual stream is W_pos alone; no normalisation; scores beyond 88."""
+    """The attention that loops give, when the residual stream is W_pos alone; no normalisation; scores beyond 88.
+
+    Where there is no W_pos, it is refused.
+    """
     name = "position_pattern"
     for cfg, layer, head, scale in [(CFG, 1, 1, 1.0), (WITH_MLP, 0, 1, 1.0), (NO_NORM, 1, 0, 1.0), (CFG, 0, 1, 100.0)]:
         model = SmallModel(cfg)
@@ -648,13 +655,15 @@ def check_position_pattern(fn: Fn) -> None:
             actual = fn(model, layer, head)
         compare(f"{name} of head {layer}.{head}", actual, expected, "query key")
     follows_input(name, lambda moved: fn(moved, 0, 1), (model,), "query key")
+    must_raise(name, ValueError, "for a model with rotary positions it", lambda: fn(SmallModel(ROTARY), 0, 1))
 
 
 def _sources(
     cache: ActivationCache, weights: dict[str, Tensor], cfg: TransformerConfig, layer: int
 ) -> tuple[list[str], list[Tensor]]:
     """What was added to the residual stream before a layer, in order."""
-    labels, vectors = ["embed", "pos_embed"], [cache["hook_embed"], cache["hook_pos_embed"]]
+    labels = [label for label in ("embed", "pos_embed") if f"hook_{label}" in cache]
+    vectors = [cache[f"hook_{label}"] for label in labels]
     for earlier in range(layer):
         block = f"blocks.{earlier}"
         for head in range(cfg.n_heads):
@@ -679,6 +688,7 @@ def terms(
     b: float = 1.0,
     biases: float = 1.0,
     divisor: float | None = None,
+    turn: bool = True,
     end: Callable[[Tensor], Tensor] = lambda terms: terms,
 ) -> tuple[list[str], Tensor]:
     """The labels, and a term for each pair of sources, one pair after the other; with switches."""
@@ -695,7 +705,11 @@ def terms(
     sides = []
     for letter in "QK":
         W, bias = attn[f"W_{letter}"][head], biases * attn[f"b_{letter}"][head]
-        sides.append([vector @ W for vector in vectors] + [(shift @ W + bias).expand(*vectors[0].shape[:2], -1)])
+        side = [vector @ W for vector in vectors] + [(shift @ W + bias).expand(*vectors[0].shape[:2], -1)]
+        if turn and cfg.positions == "rotary":
+            places = range(vectors[0].shape[1])
+            side = [by_loops.rotated(x[:, :, None], places, cfg.rotary_dim, cfg.rotary_base)[:, :, 0] for x in side]
+        sides.append(side)
     pairs = [torch.stack([q @ k.mT for k in sides[1]], 1) for q in sides[0]]
     return [*labels, "constant"], end(torch.stack(pairs, 1) / (divisor or cfg.d_head**0.5))
 
@@ -718,6 +732,7 @@ def swapped_sides(split: Tensor) -> Tensor:
         "`ln1.b` is left out; it belongs to the constant source.": partial(terms, b=0.0),
         "b_Q and b_K are left out; they belong to the constant source.": partial(terms, biases=0.0),
         "the terms are not divided by sqrt(d_head).": partial(terms, divisor=1.0),
+        "with rotary positions, queries and keys are not turned.": partial(terms, turn=False),
         "W_Q and W_K are swapped.": partial(terms, end=swapped_sides),
         "the two axes of sources are swapped: the query's comes first.": partial(
             terms, end=lambda terms: terms.transpose(1, 2)
@@ -733,13 +748,14 @@ def swapped_sides(split: Tensor) -> Tensor:
     }
 )
 def check_decompose_qk(fn: Fn) -> None:
-    """Pair by pair, with the labels; with MLPs, without normalisation, and in the first layer."""
+    """Pair by pair, with the labels; with MLPs, without normalisation, turned, and in the first layer."""
     name = "decompose_qk"
     axes = "batch query_source key_source query key"
     for cfg, layer, head, n_batch, n_pos in [
         (CFG, 1, 2, 2, 5),
         (WITH_MLP, 1, 1, 1, 4),
         (NO_NORM, 1, 0, 2, 3),
+        (ROTARY, 1, 1, 1, 4),
         (CFG, 0, 1, 2, 5),
     ]:
         model, tokens = SmallModel(cfg), some_tokens(cfg, n_batch, n_pos, seed=7)

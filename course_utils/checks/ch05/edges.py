@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from course_utils.checks.by_loops import rotated
 from course_utils.checks.ch05.case import compare, counted, gradients_stay, hooks_stay
 from course_utils.checks.mistakes import known_mistakes
 from course_utils.checks.modules import noise
@@ -29,8 +30,8 @@ USUAL = TransformerConfig(d_vocab=13, n_ctx=9, n_layers=2, n_heads=3, d_model=7,
 ATTENTION_ONLY = TransformerConfig(
     d_vocab=11, n_ctx=10, n_layers=3, n_heads=2, d_model=5, d_head=3, attn_only=True, normalization="none"
 )
-# More than ten layers, and more than ten heads: names that do not sort as text.
-DEEP = replace(ATTENTION_ONLY, n_layers=11, n_heads=1)
+# More than ten layers, and more than ten heads: names that do not sort as text. The deep one has rotary positions.
+DEEP = replace(ATTENTION_ONLY, n_layers=11, n_heads=1, positions="rotary", rotary_dim=2)
 WIDE = replace(USUAL, n_layers=1, n_heads=11)
 
 
@@ -57,7 +58,7 @@ def walk(
     It is told what was written before the layer's part at work. With `moved` the embeddings are elsewhere.
     """
     cfg = model.cfg
-    resid = model.embed.W_E[tokens] + moved + model.pos_embed.W_pos[: tokens.shape[1]]
+    resid = model.embed.W_E[tokens] + moved + model.pos_embed(tokens)
     outputs = [resid]
     future = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool).triu(1)
     for layer, block in enumerate(model.blocks):
@@ -69,6 +70,10 @@ def walk(
                 + getattr(attn, f"b_{letter.upper()}")[head]
                 for letter in "qkv"
             )
+            if cfg.positions == "rotary":
+                q, k = (
+                    rotated(x[:, :, None], range(x.shape[1]), cfg.rotary_dim, cfg.rotary_base)[:, :, 0] for x in (q, k)
+                )
             scores = (q @ k.mT / cfg.d_head**0.5).masked_fill(future, -torch.inf)
             heads.append(scores.softmax(-1) @ v @ attn.W_O[head])
         outputs += heads
@@ -103,7 +108,7 @@ class Case:
         self.weights = noise(n_batch, cfg.d_vocab, seed=3).to(dtype)
         self.words = (
             f"on {counted(n_batch, 'prompt')}, {counted(cfg.n_layers, 'layer')} of {counted(cfg.n_heads, 'head')}"
-            f"{', no MLPs' * cfg.attn_only}"
+            f"{', no MLPs' * cfg.attn_only}{', rotary positions' * (cfg.positions == 'rotary')}"
         )
 
     def metric(self, logits: Tensor) -> Tensor:

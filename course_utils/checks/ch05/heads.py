@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from course_utils.checks import comparing
-from course_utils.checks.by_loops import layer_norm
+from course_utils.checks.by_loops import layer_norm, part
 from course_utils.checks.ch05.case import Case, case_of, compare, leaves_no_trace, worked_out
 from course_utils.checks.ch05.patching import no_graph
 from course_utils.checks.ch05.path_loops import FINAL, Head, Prompts, Receiver, path_scores
@@ -106,7 +106,7 @@ def copied(
     scores = torch.zeros(cfg.n_layers, cfg.n_heads, dtype=stream.dtype)
 
     def norm(owner: str, vector: Tensor) -> Tensor:
-        parts = {letter: weights[f"{owner}.{letter}"] for letter in "wb"}
+        parts = part(weights, owner)
         return vector if owner in wrong.get("without", ()) else layer_norm(parts, vector, cfg.layer_norm_eps)["output"]
 
     for layer, head in product(range(cfg.n_layers), range(cfg.n_heads)):
@@ -151,14 +151,15 @@ def copied(
     }
 )
 def check_name_copying_scores(fn: Fn) -> None:
-    """With MLPs and without; both signs, two values of k."""
+    """With MLPs and without; both signs, two values of k; rotary positions, no normalisation."""
     name, axes = "name_copying_scores", "layer head"
-    for attn_only, sign, k, n in [
-        (False, 1, 5, 2),
-        (True, 1, 3, 2),
-        (False, -1, 3, 2),
-        (False, 1, 3, 1),
-        (True, -1, 5, 2),
+    rotary = {"positions": "rotary", "rotary_dim": 2}
+    for attn_only, sign, k, n, kind in [
+        (False, 1, 5, 2, {}),
+        (True, 1, 3, 2, {}),
+        (False, -1, 3, 2, rotary),
+        (False, 1, 3, 1, {}),
+        (True, -1, 5, 2, {"normalization": "none"}),
     ]:
         sizes: dict[str, Any] = {
             "n_layers": n,
@@ -167,10 +168,12 @@ def check_name_copying_scores(fn: Fn) -> None:
             "d_head": 4,
             "n_ctx": 7,
             "d_vocab": 13,
+            **kind,
         }
         model = SmallModel(TransformerConfig(**sizes, d_mlp=0 if attn_only else 6, attn_only=attn_only))
         dataset = named_prompts(13, 10 if n > 1 else 1, 6)
         words = f"with sign={sign}, k={k}, {'no MLPs' if attn_only else 'MLPs'}, {n} layer{'s' * (n > 1)}"
+        words += "".join(f", {field}={choice!r}" for field, choice in kind.items())
         with unchanged(name, tokens=dataset.tokens), during(words):
             actual = fn(model, dataset, sign, k)
         compare(f"{name} {words}", actual, copied(model, dataset, sign, k), axes)

@@ -14,8 +14,10 @@ from course_utils.checks.comparing import follows_input, unchanged
 from course_utils.checks.mistakes import known_mistakes
 from course_utils.checks.modules import noise
 from course_utils.checks.plain import must_raise
+from course_utils.checks.standins.transformer import SmallModel, some_tokens
 from course_utils.checks.translating import during
-from course_utils.hooks import ActivationCache
+from course_utils.config import TransformerConfig
+from course_utils.hooks import ActivationCache, run_with_cache
 
 Fn = Callable[..., Any]
 
@@ -215,6 +217,18 @@ def norm_with_the_last_scale(rows: Tensor, cache: Any, model: Any) -> Tensor:
     return centred / cache["ln_final.hook_scale"] * model.ln_final.w + model.ln_final.b
 
 
+def run_without_norm() -> tuple[Any, ActivationCache, Tensor]:
+    """A model that does not normalise and turns its queries and keys, what its places saw, and directions."""
+    cfg = TransformerConfig(
+        d_vocab=11, n_ctx=6, n_layers=2, n_heads=3, d_model=8, d_head=4, d_mlp=6, normalization="none",
+        positions="rotary", rotary_dim=2,
+    )  # fmt: skip
+    model = SmallModel(cfg)
+    with torch.no_grad():
+        _, cache = run_with_cache(model, some_tokens(cfg, 2, 4, seed=1))
+    return model, cache, noise(2, 8, seed=2)
+
+
 @known_mistakes(
     {
         "the final LayerNorm is left out.": lens(norm=lambda rows, cache, model: rows),
@@ -237,6 +251,10 @@ def check_logit_lens(fn: Fn) -> None:
         final = case.model.ln_final
         right = onto(F.layer_norm(depths(cache), (8,), final.w, final.b, eps=0.1), directions)
         compare(f"{name} {case.words}", fn(cache, case.model, directions), right, "depth batch pos")
+    model, cache, directions = run_without_norm()
+    with during("without normalisation"), torch.no_grad():
+        actual = fn(cache, model, directions)
+    compare(f"{name} without normalisation", actual, onto(depths(cache), directions), "depth batch pos")
 
 
 def table_of_heads(cache: ActivationCache, model: Any, through: Callable[[Tensor], Tensor]) -> Tensor:
@@ -305,3 +323,8 @@ def check_head_attribution(fn: Fn) -> None:
         case, cache, directions = run(sizes)
         right = attributing()(cache, case.model, directions)
         compare(f"{name} {case.words}", fn(cache, case.model, directions), right, "layer head batch pos")
+    model, cache, directions = run_without_norm()
+    with during("without normalisation"), torch.no_grad():
+        actual = fn(cache, model, directions)
+        right = onto(table_of_heads(cache, model, unchanging), directions)
+    compare(f"{name} without normalisation", actual, right, "layer head batch pos")

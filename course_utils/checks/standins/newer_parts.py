@@ -1,19 +1,12 @@
 """Parts of newer models than GPT-2, as shells for a `forward`: their parameters, their hook points, nothing more."""
 
 from course_utils.checks.standins.transformer import Attention, Block, Part
-from course_utils.checks.transformer_interface import NORM_HOOKS, ROTARY_HOOKS
+from course_utils.checks.transformer_interface import NORM_HOOKS
 from course_utils.config import TransformerConfig
-from course_utils.hooks import HookPoint
 
 
 class RotaryAttention(Attention):
     """Attention with hook points for turned queries and keys."""
-
-    def __init__(self, cfg: TransformerConfig) -> None:
-        super().__init__(cfg)
-        self.cfg = cfg
-        for name in ROTARY_HOOKS:
-            setattr(self, name, HookPoint())
 
 
 class ParallelBlock(Block):

@@ -15,6 +15,7 @@ from course_utils.checks.transformer_interface import (
     ATTENTION_HOOKS,
     MLP_HOOKS,
     NORM_HOOKS,
+    ROTARY_HOOKS,
     Shapes,
     attention_parameters,
     mlp_parameters,
@@ -69,11 +70,34 @@ class PosEmbed(Part):
         return self.W_pos[: tokens.shape[1]].expand(*tokens.shape, -1)
 
 
+class NoPosEmbed(Part):
+    """No table, and so nothing to add."""
+
+    def __init__(self, cfg: TransformerConfig) -> None:
+        super().__init__({})
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return torch.zeros(())
+
+
+def turned(x: Tensor, cfg: TransformerConfig) -> Tensor:
+    """Each pair of coordinates as a complex number, turned by an angle that grows with the position."""
+    if cfg.positions == "learned":
+        return x
+    turning, still = x[..., : cfg.rotary_dim].unflatten(-1, (2, -1)), x[..., cfg.rotary_dim :]
+    steps = cfg.rotary_base ** (-torch.arange(0, cfg.rotary_dim, 2, dtype=torch.float64) / cfg.rotary_dim)
+    angles = torch.arange(x.shape[1])[:, None, None] * steps
+    pairs = torch.complex(turning[..., 0, :], turning[..., 1, :]) * torch.exp(1j * angles)
+    return torch.cat([pairs.real, pairs.imag, still], -1).to(x.dtype)
+
+
 class Attention(Part):
     """Multi-head causal attention, spelled out."""
 
     def __init__(self, cfg: TransformerConfig) -> None:
-        super().__init__(attention_parameters(cfg), ATTENTION_HOOKS)
+        rotary = ROTARY_HOOKS if cfg.positions == "rotary" else ()
+        super().__init__(attention_parameters(cfg), ATTENTION_HOOKS + rotary)
+        self.cfg = cfg
 
     def forward(self, resid: Tensor) -> Tensor:
         q, k, v = (
@@ -83,6 +107,8 @@ class Attention(Part):
             )
             for letter in "qkv"
         )
+        if self.cfg.positions == "rotary":
+            q, k = self.hook_rot_q(turned(q, self.cfg)), self.hook_rot_k(turned(k, self.cfg))
         scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / q.shape[-1] ** 0.5
         future = torch.ones_like(scores, dtype=torch.bool).triu(1)
         pattern = self.hook_pattern(self.hook_attn_scores(scores.masked_fill(future, -torch.inf)).softmax(-1))
@@ -102,7 +128,10 @@ class MLP(Part):
 
 
 class Block(nn.Module):
-    """Attention, and an MLP where there is one; each reads the normalised stream and adds to it."""
+    """Attention, and an MLP where there is one; each reads the normalised stream and adds to it.
+
+    In parallel the MLP reads the stream as the block found it.
+    """
 
     def __init__(self, cfg: TransformerConfig) -> None:
         super().__init__()
@@ -111,14 +140,15 @@ class Block(nn.Module):
         self.hook_resid_pre, self.hook_attn_out, self.hook_resid_post = HookPoint(), HookPoint(), HookPoint()
         if not cfg.attn_only:
             self.ln2, self.mlp = Norm(cfg), MLP(cfg)
-            self.hook_resid_mid, self.hook_mlp_out = HookPoint(), HookPoint()
+            self.hook_mlp_out = HookPoint()
+            self.hook_resid_mid = nn.Identity() if cfg.parallel else HookPoint()
 
     def forward(self, resid: Tensor) -> Tensor:
-        resid = self.hook_resid_pre(resid)
+        found = resid = self.hook_resid_pre(resid)
         resid = resid + self.hook_attn_out(self.attn(self.ln1(resid)))
         if not self.cfg.attn_only:
             resid = self.hook_resid_mid(resid)
-            resid = resid + self.hook_mlp_out(self.mlp(self.ln2(resid)))
+            resid = resid + self.hook_mlp_out(self.mlp(self.ln2(found if self.cfg.parallel else resid)))
         return self.hook_resid_post(resid)
 
 
@@ -144,7 +174,9 @@ class SmallModel(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.embed, self.hook_embed = Embed(cfg), HookPoint()
-        self.pos_embed, self.hook_pos_embed = PosEmbed(cfg), HookPoint()
+        rotary = cfg.positions == "rotary"
+        self.pos_embed = NoPosEmbed(cfg) if rotary else PosEmbed(cfg)
+        self.hook_pos_embed = nn.Identity() if rotary else HookPoint()
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
         self.ln_final = Norm(cfg)
         self.unembed = Unembed(cfg)
