@@ -22,7 +22,7 @@ class MyHookPoint(nn.Module):
 
     `fns` holds hook functions. Each is called with the activation; a tensor that it returns takes the activation's
     place, both for the next function and for the model. None leaves things as they are. The functions run in the order
-    of the list, and without any the activation itself comes out.
+    of the list; without functions, the activation itself comes out.
     """
 
     def __init__(self) -> None:  # given
@@ -31,11 +31,11 @@ class MyHookPoint(nn.Module):
 
     @property
     def is_watched(self) -> bool:  # given
-        """Whether there is any hook function: a model may spare itself what nobody looks at."""
+        """Whether there is any hook function: a model may skip what nobody looks at."""
         return len(self.fns) > 0
 
     def forward(self, activation: Tensor) -> Tensor:
-        """Show the activation to each hook function in turn, and return what they have left."""
+        """Show the activation to each hook function in turn, and return the result."""
         for fn in self.fns:
             replacement = fn(activation)
             if replacement is not None:
@@ -49,8 +49,8 @@ def my_run_with_hooks(
     """Run `model(tokens)` with these hook functions attached, and return what the model returns.
 
     `hooks` are pairs: the path of a `MyHookPoint` in the model, as `model.named_modules()` has it, and a function to
-    append to its `fns`. Several may be for one place; they run in the order in which they stand. After the run, also
-    one that ended in an exception, exactly these functions are gone: those that others had attached are still there.
+    append to its `fns`. Several may be for one place; they run in the order of the list. After the run, even one that
+    ended in an exception, exactly these functions are gone; those that others had attached are still there.
     Raises KeyError, before anything is attached, for a name that no `MyHookPoint` has.
     """
     points = {name: module for name, module in model.named_modules() if isinstance(module, MyHookPoint)}
@@ -70,8 +70,8 @@ def my_run_with_cache(
 ) -> tuple[Any, dict[str, Tensor]]:
     """Run `model(tokens)`; return what it returns, and what each `MyHookPoint` saw, by its path in the model.
 
-    With `names` only those places are kept. Hook functions that are there already run first, so that the cache holds
-    what they have left. Afterwards, also after an exception, nothing of ours is left in the model.
+    With `names` only those places are kept. Hook functions that are already there run first, so the cache holds their
+    result. Afterwards, even after an exception, no function of yours is left in the model.
     Raises KeyError for a name that no `MyHookPoint` has.
     """
     if names is None:
@@ -117,8 +117,8 @@ def repeated_tokens(
 ) -> Int[Tensor, "batch pos"]:
     """Write texts that nobody can predict, until they repeat: `bos`, `n_half` random tokens, and the same once more.
 
-    Each token is drawn from the whole vocabulary, all equally likely, each row for itself, and every random number
-    comes from `generator`; the result is on its device. The shape is [n_batch, 1 + 2 n_half].
+    Each token is drawn from the whole vocabulary, all equally likely, independently in each row, and every random
+    number comes from `generator`; the result is on its device. The shape is [n_batch, 1 + 2 n_half].
     """
     half = torch.randint(d_vocab, (n_batch, n_half), generator=generator, device=generator.device)
     start = half.new_full((n_batch, 1), bos)
@@ -128,9 +128,9 @@ def repeated_tokens(
 def per_token_losses(
     logits: Float[Tensor, "batch pos d_vocab"], tokens: Int[Tensor, "batch pos"]
 ) -> Float[Tensor, "batch next"]:
-    """How much each token surprised the model, in nats: -log of the probability that it had given to it.
+    """How much each token surprised the model, in nats: -log of the probability that the model gave it.
 
-    The logits at position p are about token p + 1. So there are pos - 1 losses: the first is that of token 1, and the
+    The logits at position p are about token p + 1. So there are pos - 1 losses: the first is about token 1, and the
     last logits are not needed.
     """
     log_probabilities = logits[:, :-1].log_softmax(dim=-1)
@@ -200,7 +200,7 @@ def residual_components(cache: ActivationCache, pos: int) -> tuple[list[str], Fl
     """Take the final residual stream at one position apart, into all that was ever added to it.
 
     Returns labels and vectors in the same order: "embed", "pos_embed"; then for each layer its heads ("head 0.0" is
-    layer 0, head 0), what attention adds besides its heads ("bias 0"), and, where the layer has an MLP, "mlp 0" (with
+    layer 0, head 0), what attention adds on top of its heads ("bias 0"), and, where the layer has an MLP, "mlp 0" (with
     the MLP's own bias). Where positions are rotary the cache has no "pos_embed", and neither has the list. The vectors
     sum to the last layer's `resid_post` at `pos`, which may be negative, to count from the end. The cache must hold
     each head's `result`, which is kept only where `names=` asks for it. The bias is in no cache: it is what `attn_out`
@@ -328,7 +328,7 @@ def ablation_scores(
 
 
 class FactoredMatrix:
-    """The matrix `A @ B` of low rank, known by its two thin factors: whatever is asked of it, it is never formed.
+    """The matrix `A @ B` of low rank, kept as its two thin factors: no method forms the whole matrix.
 
     `A` is [rows inner] and `B` [inner columns], and `inner` is small, while `rows x columns` may be far too large for
     memory. Factors may have the same axes in front, or ones that broadcast: these are batch axes, as with `@` itself,
@@ -446,8 +446,8 @@ def bigram_logits(model: nn.Module) -> Float[Tensor, "d_vocab d_vocab"]:
 def ov_circuit(model: nn.Module, layer: int, head: int) -> FactoredMatrix:
     """What a head writes for a token that it attends to: W_E W_V W_O W_U, [d_vocab d_vocab], by its thin factors.
 
-    Row: the token that is attended to. Column: the token whose logit changes. LayerNorm and biases are left out: hand
-    in a model from `fold_layer_norm`, and what is missing is two positive factors per position and a constant.
+    Row: the token that is attended to. Column: the token whose logit changes. LayerNorm and biases are left out: with
+    a model from `fold_layer_norm`, only two positive factors per position and a constant are missing.
     Source: Elhage et al. 2021, "One-layer attention-only transformers".
     """
     refuse_shared_heads("ov_circuit", model)
@@ -485,8 +485,8 @@ def skip_trigrams(qk: FactoredMatrix, ov: FactoredMatrix, source: int, k: int) -
 def copying_score(ov: FactoredMatrix) -> Float[Tensor, ""]:
     """How far a head's OV circuit copies: the sum of its eigenvalues' real parts over the sum of their sizes.
 
-    1 where all eigenvalues are positive (what is attended to becomes likelier), -1 where all are negative, near 0 where
-    they point anywhere. The size of a complex number is its absolute value.
+    1 if all eigenvalues are positive (what is attended to becomes likelier), -1 if all are negative, near 0 if they
+    point in all directions. The size of a complex number is its absolute value.
     Source: Elhage et al. 2021, "Summarizing OV/QK matrices".
     """
     eigenvalues = ov.eigenvalues()
@@ -497,7 +497,7 @@ def top1_accuracy(ov: FactoredMatrix, rows_at_once: int = 1024) -> float:
     """The share of tokens for which a head writes that same token most: rows with their largest entry on the diagonal.
 
     All rows count. The matrix is built in blocks of at most `rows_at_once` rows, each of which is thrown away before
-    the next one comes: over GPT-2's vocabulary the whole would take ten gigabytes.
+    the next is built: over GPT-2's vocabulary the whole would take ten gigabytes.
     """
     hits = 0
     for start in range(0, ov.shape[0], rows_at_once):
@@ -581,7 +581,7 @@ def composition_score(W_A: Tensor | FactoredMatrix, W_B: Tensor | FactoredMatrix
     """How much of what A writes B reads: |W_A W_B| / (|W_A| |W_B|), with Frobenius norms.
 
     Rows are what goes in, as in `x @ W`: W_A is [... d_model], W_B is [d_model ...]. The score is at most 1; for two
-    matrices that know nothing of each other it is about 1 / sqrt(d_model). Both may be factored, with batch axes too.
+    unrelated matrices it is about 1 / sqrt(d_model). Both may be factored, with batch axes too.
     Source: Elhage et al. 2021, "Two-layer attention-only transformers".
     """
 
@@ -626,17 +626,17 @@ def composition_scores(model: nn.Module, kind: str) -> Float[Tensor, "layer head
 def random_rotation(d_model: int, generator: torch.Generator) -> Float[Tensor, "d_model d_model"]:
     """A rotation, or a reflection, drawn with equal chances from all there are."""
     Q, R = torch.linalg.qr(torch.randn(d_model, d_model, generator=generator))
-    return Q * R.diagonal().sign()  # without the signs some rotations would come more often than others
+    return Q * R.diagonal().sign()  # without the signs some rotations would be more frequent than others
 
 
 def random_composition_baseline(model: nn.Module, kind: str, n: int, generator: torch.Generator) -> Float[Tensor, " n"]:
-    """`n` composition scores of pairs in which what is written and what is read have nothing to do with each other.
+    """`n` composition scores of pairs in which what is written and what is read are unrelated.
 
-    For each, draw a layer but the last, a later layer, and a head in each, all with equal chances; then rotate the
-    residual stream between the two by a rotation of its own, drawn with equal chances from all rotations (reflections
-    included): the score of W_OV R and what `kind` says is read. So the heads keep their own singular values, and only
-    the directions are by chance. All random numbers come from `generator`. Raises ValueError for another `kind`, and
-    for a model of one layer, which has no pairs.
+    For each score, draw a layer (any but the last), a later layer, and a head in each, all with equal chances. Then
+    rotate the residual stream between the two by a new rotation R, drawn with equal chances from all rotations
+    (reflections included): it is the score of W_OV R and what `kind` says is read. So the heads keep their own singular
+    values, and only the directions are random. All random numbers come from `generator`. Raises ValueError for another
+    `kind`, and for a model of one layer, which has no pairs.
     """
     first, second = read_by(model, kind)
     W_V, W_O = read_by(model, "V")

@@ -176,7 +176,7 @@ def test_scores_by_hook_are_those_of_the_cache(module: Any, model: nn.Module, to
     ("cause", "second"),
     [
         ("the second half is the first one backwards", lambda half: half.flip(1)),
-        ("the second half is that of another row", lambda half: half.roll(-1, 0)),
+        ("the second half comes from another row", lambda half: half.roll(-1, 0)),
         ("the tokens come only once", lambda half: half[:, :0]),
     ],
 )

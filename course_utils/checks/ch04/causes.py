@@ -163,7 +163,7 @@ CASES: list[tuple[str, Heads, int]] = [
     {hint: partial(ablated, stand_ins={**KINDS, "resample": wrong}) for hint, wrong in WRONG_SAMPLES.items()},
     {hint: partial(ablated, where=where) for hint, where in WRONG_PLACES.items()},
     {
-        "the mean is that of `tokens`; take it over `reference`.": partial(
+        "the mean is taken over `tokens`; take it over `reference`.": partial(
             ablated, of=lambda tokens, reference: tokens
         ),
     },
@@ -258,7 +258,7 @@ def scores(
         hint: partial(scores, reduce=reduce)
         for hint, reduce in {
             "the loss is taken over the whole text; only its second half counts.": lambda losses, n: losses.mean(),
-            "the loss is that of the first half.": lambda losses, n: losses[:, :n].mean(),
+            "it is the loss on the first half.": lambda losses, n: losses[:, :n].mean(),
             "the losses are summed; take their mean.": lambda losses, n: losses[:, 1 - n :].sum(),
             "the texts of the batch are summed; take the mean over them too.": lambda losses, n: (
                 losses[:, 1 - n :].mean(1).sum()

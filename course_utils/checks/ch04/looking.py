@@ -284,7 +284,7 @@ def repeating(join: Callable[[Tensor, Tensor], Sequence[Tensor]]) -> Fn:
             lambda bos, half: [bos, half.repeat_interleave(2, 1)]
         ),
         "the second half is the first one backwards.": repeating(lambda bos, half: [bos, half, half.flip(1)]),
-        "the second half is that of another row.": repeating(lambda bos, half: [bos, half, half.roll(1, 0)]),
+        "the second half comes from another row.": repeating(lambda bos, half: [bos, half, half.roll(1, 0)]),
     }
 )
 def check_repeated_tokens(fn: Fn) -> None:

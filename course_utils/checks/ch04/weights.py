@@ -312,7 +312,7 @@ def _check_circuit(name: str, fn: Fn, axes: str, right: Callable[..., Tensor]) -
 
 
 def parts(model: Any, layer: int, head: int) -> SimpleNamespace:
-    """The weights that a circuit may use, by their letters; `w` is that of the layer's ln1, if it has one."""
+    """The weights that a circuit may use, by their letters; `w` is the one of the layer's ln1, if it has one."""
     block = model.blocks[layer]
     own = {letter: getattr(block.attn, f"W_{letter}")[head].detach() for letter in "QKVO"}
     ends = {"E": model.embed.W_E.detach(), "U": model.unembed.W_U.detach(), "b_U": model.unembed.b_U.detach()}
@@ -329,10 +329,10 @@ def circuit_mistakes(
 ) -> dict[str, Fn]:
     """Wrong factors, and the right ones of other heads."""
     others: dict[str, Callable[[int, int], tuple[int, int]]] = {
-        "it is the head after the one that was asked for.": lambda layer, head: (layer, (head + 1) % CFG.n_heads),
-        "it is head 0, whichever was asked for.": lambda layer, head: (layer, 0),
+        "it is the next head.": lambda layer, head: (layer, (head + 1) % CFG.n_heads),
+        "it is always head 0.": lambda layer, head: (layer, 0),
         "it is the head of that number in the next layer.": lambda layer, head: ((layer + 1) % CFG.n_layers, head),
-        "it is the head of that number in layer 0, whichever layer was asked for.": lambda layer, head: (0, head),
+        "it is always a head of layer 0.": lambda layer, head: (0, head),
     }
     return {hint: circuit(factors, lambda layer, head: (layer, head)) for hint, factors in wrong.items()} | {
         hint: circuit(right, of) for hint, of in others.items()
@@ -427,7 +427,7 @@ def triples(
         ),
         "the weakest come first.": triples(chosen=lambda order, k: order[::-1][:k]),
         "the strongest come last.": triples(chosen=lambda order, k: order[:k][::-1]),
-        "the softmax over the keys is taken; the scores are asked for.": triples(
+        "the softmax over the keys is taken; compare the scores.": triples(
             column=lambda qk, source: qk.softmax(1)[:, source]
         ),
         "the largest scores are taken by their size, so that negative ones count.": triples(
@@ -553,7 +553,7 @@ def of_whole_blocks(blocks: Sequence[Tensor]) -> Tensor:
 
 @known_mistakes(
     {
-        "the largest entry of each column is looked for; take that of each row.": lambda ov, rows_at_once=1024: (
+        "it takes the largest entry of each column; take the largest of each row.": lambda ov, rows_at_once=1024: (
             hits((ov.A @ ov.B).T).mean().item()
         ),
         "only the first block is looked at.": share(lambda blocks, n: blocks[0].mean()),
@@ -724,7 +724,7 @@ def swapped_sides(split: Tensor) -> Tensor:
         "the sources are not divided by the scale of ln1.": partial(
             terms, scale=lambda scale, vector: torch.ones_like(scale)
         ),
-        "each source is divided by a scale of its own; the scale is that of their sum.": partial(
+        "each source is divided by a scale of its own; use the scale of their sum.": partial(
             terms, scale=lambda scale, vector: (vector.square().mean(-1, keepdim=True) + 1e-5).sqrt()
         ),
         "the sources are not centred: LayerNorm subtracts the mean.": partial(terms, centred=False),
