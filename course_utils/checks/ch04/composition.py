@@ -229,7 +229,8 @@ def check_random_composition_baseline(fn: Fn) -> None:
         raise CheckFailed(f"{name}: expected dtype float32, got {first.dtype}.\n  Next: it should follow the model's.")
     if not torch.equal(before, torch.random.get_rng_state()) or not torch.equal(first, again):
         raise CheckFailed(
-            f"{name}: the same generator, seeded alike, does not give the same scores, or random numbers come from elsewhere too.\n"
+            f"{name}: the same generator, seeded alike, does not give the same scores, or some "
+            "random numbers come from elsewhere.\n"
             "  Next: hand `generator=generator` to everything that draws."
         )
     if torch.equal(first, other):
