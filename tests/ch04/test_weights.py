@@ -25,6 +25,8 @@ STILL_RIGHT = {
     "-1 -> 1",  # of two axes, the last
     "1 -> 2",
     "1 -> 0",
+    "wanted.topk(k).indices.tolist() -> wanted.topk(k).indices",  # a tensor of them is as good
+    "written.topk(k).indices.tolist() -> written.topk(k).indices",
     "0 -> 1",  # of a vector's first entry, or of a batch in which all rows are alike
     "0 -> -1",
     "(self.A.mT @ self.A * (self.B @ self.B.mT)).sum(dim=(-2, -1)).clamp(min=0) -> "
