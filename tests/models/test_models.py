@@ -154,8 +154,8 @@ def test_some_heads_of_attn_only_2l_late_copy_and_others_do_not() -> None:
         usual = per_token_losses(logits, tokens)[:, 1 - n_half :].mean()
         losses = [
             per_token_losses(ablate_heads(model, tokens, [(1, int(h)) for h in heads], "mean", other), tokens)
-            for heads in ((scores > 0.4).nonzero(), (scores < 0.4).nonzero())
+            for heads in ((scores > 0.5).nonzero(), (scores < 0.5).nonzero())
         ]
     lost = [loss[:, 1 - n_half :].mean() - usual for loss in losses]
-    assert 2 <= (scores > 0.4).sum() <= 5 and (scores < 0.3).sum() >= 3
+    assert 2 <= (scores > 0.5).sum() <= 5 and (scores < 0.3).sum() >= 3
     assert lost[0] > 4 and lost[1] < 1
