@@ -48,8 +48,8 @@ REFUSED = {
 }  # fmt: skip
 NOT_ABOUT_MODELS = {
     "MyHookPoint", "my_run_with_hooks", "my_run_with_cache", "repeated_tokens", "per_token_losses", "top_predictions",
-    "FactoredMatrix", "copying_score", "top1_accuracy", "composition_score", "random_rotation", "logit_difference",
-    "normalised_metric", "head_roles",
+    "FactoredMatrix", "skip_trigrams", "copying_score", "top1_accuracy", "composition_score", "random_rotation",
+    "logit_difference", "normalised_metric", "head_roles",
 }  # fmt: skip
 N_HALF = 3
 LAST = "blocks.1.hook_resid_post"
@@ -74,7 +74,7 @@ class SharedKeys(ch02.Attention):
         pattern = self.hook_pattern(
             self.hook_attn_scores(ch02.causal_mask(ch02.attention_scores(q, k))).softmax(dim=-1)
         )
-        z = self.hook_z(ch04.z_from_pattern(pattern, v))
+        z = self.hook_z(torch.einsum("bhqk,bkhd->bqhd", pattern, v))
         return self.hook_result(torch.einsum("bphd,hdm->bphm", z, self.W_O)).sum(2) + self.b_O
 
 
@@ -160,21 +160,6 @@ def holds(check: Callable[[Setting], None]) -> Callable[[Setting], None]:
 
 
 @holds
-def pattern_from_qk(s: Setting) -> None:
-    for layer in range(2):
-        same(ch04.pattern_from_qk(s.turned("q", layer), s.turned("k", layer)), s.cache["pattern", layer])
-
-
-@holds
-def z_from_pattern(s: Setting) -> None:
-    for layer in range(2):
-        v = s.cache["v", layer]
-        same(
-            ch04.z_from_pattern(s.cache["pattern", layer], v.repeat_interleave(4 // v.shape[2], 2)), s.cache["z", layer]
-        )
-
-
-@holds
 def current_token_scores(s: Setting) -> None:
     same(ch04.current_token_scores(s.cache), s.scores(0))
 
@@ -250,6 +235,12 @@ def fold_layer_norm(s: Setting) -> None:
 
 def whole(matrix: Any) -> Tensor:
     return matrix.A @ matrix.B
+
+
+@holds
+def bigram_logits(s: Setting) -> None:
+    every_token = torch.arange(s.cfg.d_vocab)[None]
+    same(ch04.bigram_logits(s.model), s.model.unembed(s.model.embed(every_token))[0])
 
 
 @holds
@@ -633,5 +624,6 @@ def test_no_function_is_left_out(module: ModuleType) -> None:
 
 def test_unturned_queries_and_keys_are_not_those_of_the_scores() -> None:
     s = setting_of("Pythia")
-    off = ch04.pattern_from_qk(s.cache["q", 0], s.cache["k", 0]) - s.cache["pattern", 0]
+    unturned = ch02.causal_mask(ch02.attention_scores(s.cache["q", 0], s.cache["k", 0])).softmax(dim=-1)
+    off = unturned - s.cache["pattern", 0]
     assert off.abs().max() > 0.01
