@@ -14,10 +14,15 @@ from typing import Any
 
 from course_utils.plots import BLUE, GREY, RED, Figure, Ticks, label_axes, visible
 
-Edges = Mapping[tuple[str, str], str | float] | Sequence[tuple[str, str]]
+Edges = Mapping[tuple[str, str], str | int | float] | Sequence[tuple[str, str]]
+Nodes = Mapping[str, tuple[int | float, int]]  # `int | float`: what checks types in tests takes no int for a float
 Point = tuple[float, float]
 
-ROOM, ROW, GAP = 600, 84, 26  # the width of the drawing at least, the height of a layer, the space between two boxes
+ROOM, ROW, GAP = (
+    600.0,
+    84.0,
+    26.0,
+)  # the width of the drawing at least, the height of a layer, the space between two boxes
 STEPS = 120  # in which an edge is measured
 MARGIN = {"l": 110, "r": 20, "b": 70}
 BOX: dict[str, Any] = {"bgcolor": "#e3ecf7", "bordercolor": GREY, "borderpad": 4, "font": {"size": 13}}
@@ -25,9 +30,7 @@ LABEL: dict[str, Any] = {"bgcolor": "rgba(255, 255, 255, 0.9)", "font": {"size":
 EMBEDDINGS = -1  # the layer below the first
 
 
-def draw_circuit(
-    nodes: Mapping[str, tuple[float, int]], edges: Edges, *, tokens: Ticks, title: str, layers: Ticks | None = None
-) -> Figure:
+def draw_circuit(nodes: Nodes, edges: Edges, *, tokens: Ticks, title: str, layers: Ticks | None = None) -> Figure:
     """Nodes by name at (layer, position): layers go up, positions go across, and the ticks below are the tokens.
 
     Edges are pairs of names. In a mapping each has a label: a text, or a number, which makes the edge blue where it is
@@ -110,10 +113,10 @@ def _lines(name: str) -> list[str]:
     return textwrap.wrap(name, 12) or [""]
 
 
-def _arrange(nodes: Mapping[str, tuple[float, int]]) -> tuple[dict[str, Box], dict[int, float], float]:
+def _arrange(nodes: Nodes) -> tuple[dict[str, Box], dict[int, float], float]:
     """The box of each node, the middle of each column, and the width of all; its fullest layer makes a column wide."""
     together: defaultdict[tuple[int, float], list[str]] = defaultdict(list)
-    sizes = {name: (7.2 * max(map(len, _lines(name))) + 12, 17 * len(_lines(name)) + 10) for name in nodes}
+    sizes = {name: (7.2 * max(map(len, _lines(name))) + 12, 17.0 * len(_lines(name)) + 10) for name in nodes}
     for name, (layer, position) in nodes.items():
         together[position, layer].append(name)
     widths: dict[int, float] = dict.fromkeys(sorted({position for position, _ in together}), 0.0)
@@ -150,7 +153,7 @@ def _path(start: Box, end: Box, others: Sequence[Box], inside: Box) -> list[Poin
 
 
 def _touches(point: Point, box: Box) -> bool:
-    return box.overlaps(Box(*point, 0, 0), 4)
+    return box.overlaps(Box(*point, 0.0, 0.0), 4.0)
 
 
 def _on_arc(start: Point, middle: Point, end: Point, share: float) -> Point:
@@ -159,13 +162,17 @@ def _on_arc(start: Point, middle: Point, end: Point, share: float) -> Point:
     return x, y
 
 
-def _draw_edge(figure: Figure, points: list[Point], start: Box, end: Box, label: str | float, largest: float) -> None:
+def _draw_edge(
+    figure: Figure, points: list[Point], start: Box, end: Box, label: str | int | float, largest: float
+) -> None:
     """The line from border to border, and on its last piece an arrow's head."""
     colour, width = GREY, 1.5
     if not isinstance(label, str):
         colour = "rgb({}, {}, {})".format(*(BLUE if label > 0 else RED))
         width = 1.0 + 3.0 * abs(float(label)) / largest
-    outside = [one for one in points if not start.overlaps(Box(*one, 0, 0)) and not end.overlaps(Box(*one, 0, 0), 2)]
+    outside = [
+        one for one in points if not start.overlaps(Box(*one, 0.0, 0.0)) and not end.overlaps(Box(*one, 0.0, 0.0), 2.0)
+    ]
     outside = outside if len(outside) > 1 else [points[0], points[-1]]  # boxes that touch
     path = "M" + " L".join(f"{x:.1f},{y:.1f}" for x, y in [*outside[:-1:6], outside[-1]])
     figure.add_shape(type="path", path=path, line={"color": colour, "width": width}, layer="below")
@@ -179,5 +186,5 @@ def _free_place(points: Sequence[Point], text: str, taken: Sequence[Box]) -> Box
     """A place for the label on its edge, near the half of it, where it covers no box and no other label."""
     width = 6.5 * len(text) + 6
     near_half = sorted(range(STEPS // 6, STEPS - STEPS // 6), key=lambda step: abs(step - STEPS // 2))
-    places = [Box(*points[step], width, 16) for step in near_half]
-    return next((place for place in places if not any(place.overlaps(other, 2) for other in taken)), places[0])
+    places = [Box(*points[step], width, 16.0) for step in near_half]
+    return next((place for place in places if not any(place.overlaps(other, 2.0) for other in taken)), places[0])

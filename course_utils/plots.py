@@ -351,7 +351,7 @@ def _log_axes(figure: Figure, across: list[Tensor] | None, up: list[Tensor] | No
 
 
 def log_axis(numbers: Tensor) -> dict[str, Any]:
-    """A logarithmic axis with round numbers on it, about six; plotly's own would be "3 2 10 9 8 7" or "100µ"."""
+    """A logarithmic axis with round numbers on it, about seven; plotly's own are "3 2 10 9 8 7" or "100µ"."""
     positive = numbers[(numbers > 0) & numbers.isfinite()]
     if not len(positive):
         return {"type": "log"}
@@ -362,7 +362,7 @@ def log_axis(numbers: Tensor) -> dict[str, Any]:
     for digits in LOG_DIGITS:
         numbers_on_it = [digit / 10 * 10.0**decade for decade in decades for digit in digits]
         inside.append([number for number in numbers_on_it if lowest <= number <= highest * 1.001])
-    best = min(range(len(inside)), key=lambda i: abs(len(inside[i]) - 6))
+    best = min(range(len(inside)), key=lambda i: abs(len(inside[i]) - 7))
     if len(inside[best]) < 2:  # too short for any of them
         return {"type": "log"}
     ticks = [(digit, decade) for decade in decades for digit in LOG_DIGITS[best]]
