@@ -1,15 +1,16 @@
 """A few plots with labelled axes: each returns a figure, which a notebook shows as the last expression of a cell.
 
 The colours follow the meaning: blue is positive, red negative and white zero (a pair that colour-blind readers can tell
-apart); probabilities run from white to blue on [0, 1]; each model of the course has one colour, whatever random is grey.
+apart); probabilities run from white to blue on [0, 1]; each model of the course has one colour, and chance is grey.
 Values may be on any device, of any dtype, and in a graph. Nothing here needs the network.
 """
 
 import functools
+import itertools
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
-from html import escape
+from html import escape, unescape
 from typing import Any
 
 import torch
@@ -20,21 +21,21 @@ Ticks = Sequence[str]
 
 BLUE, RED = (33, 102, 172), (178, 24, 43)
 FEW = 20  # up to here every index gets its tick
-WIDE = 70  # characters of a title that a figure in a notebook has room for; on a phone it is scrolled
+WIDE = 58  # characters of a title that fit into 560 pixels, which a figure has even on the site's narrowest page
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart; a series named after a model gets the model's.
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
-MODEL_COLOURS = {
-    "tales": "#0072B2",
-    "attn-only-2l": "#D55E00",
-    "attn-only-4l": "#009E73",
-    "reverse-increment": "#CC79A7",
-    "gpt2": "#E69F00",
-    "smollm2": "#000000",
-    "pythia": "#56B4E9",
-}
-GREY = "#80868f"
-BY_CHANCE = ("random", "chance", "uniform", "untrained", "shuffled")  # series that begin so are what others are held to
+# Okabe and Ito's colours, which colour-blind readers can tell apart; those that are faint on white come last.
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9"]
+GREY = "#5f6670"
+MODEL_COLOURS = dict(
+    zip(
+        ("tales", "attn-only-2l", "attn-only-4l", "reverse-increment", "gpt2", "smollm2", "pythia"),
+        COLOURS,
+        strict=True,
+    )
+)
+# The digits of the ticks on a logarithmic axis, in tenths, from the sparsest to the densest.
+LOG_DIGITS = ((10,), (10, 20, 50), (10, 15, 20, 30, 50, 70), range(10, 100, 5), range(10, 100, 2), range(10, 100))
+BY_CHANCE = ("random", "chance", "uniform", "untrained", "shuffled")  # names of series that others are compared with
 
 
 def heatmap(
@@ -58,21 +59,10 @@ def heatmap(
     matrix = _finite(_numbers(values, 2, "heatmap"))
     scale, lowest, highest = _colours([matrix], signed, "heatmap")
     n_rows, n_columns = matrix.shape
-    columns = _texts(x_ticks, n_columns, "x_ticks")
-    rows = _texts(y_ticks, n_rows, "y_ticks")
-    cells = [[f"{escape(y)} {row}, {escape(x)} {column}" for column in columns] for row in rows]
-    figure = go.Figure(
-        go.Heatmap(
-            z=matrix.numpy(),
-            text=cells,
-            hovertemplate="%{text}: %{z:.4g}<extra></extra>",
-            colorscale=scale,
-            zmin=lowest,
-            zmax=highest,
-            colorbar=_bar_title(colour),
-        )
-    )
-    _label(figure, x, y, title)
+    cells = _cells(x, y, _texts(x_ticks, n_columns, "x_ticks"), _texts(y_ticks, n_rows, "y_ticks"))
+    colours = {"colorscale": scale, "zmin": lowest, "zmax": highest, "colorbar": _colour_bar(colour)}
+    figure = go.Figure(go.Heatmap(z=matrix.numpy(), **cells, **colours))
+    label_axes(figure, x, y, title)
     figure.update_xaxes(_axis(x_ticks, n_columns), showgrid=False, zeroline=False)
     figure.update_yaxes(_axis(y_ticks, n_rows), showgrid=False, zeroline=False, autorange="reversed")
     return figure
@@ -95,61 +85,22 @@ def heatmaps(
 
     values = [_finite(_numbers(table, 2, "heatmaps")) for table in tables.values()]
     scale, lowest, highest = _colours(values, signed, "heatmaps")
-    names = [escape(name) for name in tables]
+    names = [_wrapped(name, max(12, WIDE // len(tables))) for name in tables]
     figure = make_subplots(1, len(tables), subplot_titles=names, horizontal_spacing=0.25 / len(tables))
     for column, table in enumerate(values, start=1):
         n_rows, n_columns = table.shape
-        columns, rows = _texts(x_ticks, n_columns, "x_ticks"), _texts(y_ticks, n_rows, "y_ticks")
-        cells = [[f"{escape(y)} {row}, {escape(x)} {one}" for one in columns] for row in rows]
-        hover = "%{text}: %{z:.4g}<extra></extra>"
-        picture = go.Heatmap(z=table.numpy(), text=cells, coloraxis="coloraxis", hovertemplate=hover)
-        figure.add_trace(picture, 1, column)
+        cells = _cells(x, y, _texts(x_ticks, n_columns, "x_ticks"), _texts(y_ticks, n_rows, "y_ticks"))
+        figure.add_trace(go.Heatmap(z=table.numpy(), coloraxis="coloraxis", **cells), 1, column)
         crowded = n_columns * len(values) > 2 * FEW and x_ticks is None  # together they have the width of one figure
         figure.update_yaxes(_axis(y_ticks, n_rows), showgrid=False, zeroline=False, row=1, col=column)
         x_axis = {} if crowded else _axis(x_ticks, n_columns)
         figure.update_xaxes(x_axis, showgrid=False, zeroline=False, row=1, col=column)
-    _label(figure, x, y, title)
+    label_axes(figure, x, y, title)
     figure.update_yaxes(autorange="reversed")
     figure.update_yaxes(title=None, selector=lambda axis: axis.anchor != "x")  # only the first needs its name
-    colours = {"colorscale": scale, "cmin": lowest, "cmax": highest, "colorbar": _bar_title(colour)}
-    return figure.update_layout(coloraxis=colours, margin={"t": figure.layout.margin.t + 30, "b": 60})
-
-
-def slider_heatmap(
-    tables: Mapping[str, Tensor],
-    *,
-    x: str,
-    y: str,
-    title: str,
-    slider: str,
-    x_ticks: Ticks | None = None,
-    y_ticks: Ticks | None = None,
-    signed: bool = True,
-    colour: str = "",
-) -> Figure:
-    """One matrix of several, chosen by a slider whose steps are the names; the colours mean the same at every step.
-
-    `slider` says what its steps are, such as "step" or "layer". The matrices have one shape; the first is shown.
-    """
-    import plotly.graph_objects as go
-
-    values = [_finite(_numbers(table, 2, "slider_heatmap")) for table in tables.values()]
-    if len({tuple(table.shape) for table in values}) != 1:
-        shapes = ", ".join(str(tuple(table.shape)) for table in values) or "none"
-        raise ValueError(f"slider_heatmap: its matrices need one shape, got {shapes}.")
-    scale, lowest, highest = _colours(values, signed, "slider_heatmap")
-    options: dict[str, Any] = {"x_ticks": x_ticks, "y_ticks": y_ticks, "signed": signed, "colour": colour}
-    figure = heatmap(values[0], x=x, y=y, title=title, **options)
-    figure.update_traces(zmin=lowest, zmax=highest, colorscale=scale)
-    names = [escape(visible(name)) for name in tables]
-    figure.frames = [
-        go.Frame(name=name, data=[{"type": "heatmap", "z": table.numpy().astype("float32")}])
-        for name, table in zip(names, values, strict=True)
-    ]
-    at_once = {"mode": "immediate", "frame": {"duration": 0, "redraw": True}, "transition": {"duration": 0}}
-    steps = [{"method": "animate", "label": name, "args": [[name], at_once]} for name in names]
-    shown = {"prefix": f"{escape(slider)}: "}
-    return figure.update_layout(sliders=[{"steps": steps, "currentvalue": shown, "pad": {"t": 50}, "len": 1.0}])
+    colours = {"colorscale": scale, "cmin": lowest, "cmax": highest, "colorbar": _colour_bar(colour)}
+    n_lines = 1 + max((name.count("<br>") for name in names), default=0)
+    return figure.update_layout(coloraxis=colours, margin={"t": figure.layout.margin.t + 10 + 20 * n_lines, "b": 60})
 
 
 def line(
@@ -182,7 +133,7 @@ def line(
         figure.add_scatter(x=positions.numpy(), y=heights.numpy(), name=name, mode="lines", line=style, marker=style)
         x_all.append(positions)
         y_all.append(heights)
-    _label(figure, x, y, title)
+    label_axes(figure, x, y, title)
     if x_values is None and not x_log:
         figure.update_xaxes(_axis(None, n_longest))
     return _log_axes(figure, x_all if x_log else None, y_all if y_log else None)
@@ -207,7 +158,7 @@ def bar(values: Tensor | Mapping[str, Tensor], *, x: str, y: str, title: str, ti
             hovertext=texts,
             hovertemplate="%{hovertext}: %{y:.4g}",
         )
-    _label(figure, x, y, title)
+    label_axes(figure, x, y, title)
     figure.update_xaxes(_axis(ticks, n_bars))
     return figure
 
@@ -235,6 +186,7 @@ def scatter(
         raise ValueError(f"scatter: {len(across)} horizontal values do not pair with {len(up)} vertical ones.")
     hover = _texts(labels, len(across), "labels")
     beside = _texts([text or "" for text in texts], len(across), "texts") if texts is not None else None
+    places = _free_places(_shares(across, x_log), _shares(up, y_log), beside) if beside is not None else None
     figure = go.Figure(
         go.Scatter(
             x=across.numpy(),
@@ -242,14 +194,17 @@ def scatter(
             mode="markers" if beside is None else "markers+text",
             marker={"color": COLOURS[0], "size": 7},
             text=beside,
-            textposition="top center",
+            textposition=places,
             cliponaxis=False,
             hovertext=hover,
             hovertemplate="%{hovertext}: (%{x:.4g}, %{y:.4g})<extra></extra>",
         )
     )
-    _label(figure, x, y, title)
+    label_axes(figure, x, y, title)
     return _log_axes(figure, [across] if x_log else None, [up] if y_log else None)
+
+
+KEY_AND_QUERY = "In this view, the source is the key's token, and the destination is the query's token."
 
 
 class Html:
@@ -265,6 +220,7 @@ class Html:
 def attention_pattern(pattern: Tensor, tokens: Ticks, head_names: Sequence[str] | None = None) -> Html:
     """CircuitsVis's view of one layer's attention, [head query key]: choose a head, point at a token.
 
+    CircuitsVis calls the query's token the destination and the key's token the source; the view says so below itself.
     The script comes from the installed package, never from a server: 1.3 MB in the output of the cell.
     """
     from circuitsvis.attention import attention_heads
@@ -280,7 +236,7 @@ def attention_pattern(pattern: Tensor, tokens: Ticks, head_names: Sequence[str] 
     view = attention_heads(
         weights.float(), shown, attention_head_names=names, min_value=0.0, max_value=1.0, mask_upper_tri=True
     )
-    return Html(view.local_src)
+    return Html(f"{view.local_src}<p><small>{KEY_AND_QUERY}</small></p>")
 
 
 def token_colours(tokens: Ticks, values: Tensor, *, title: str) -> Html:
@@ -364,54 +320,97 @@ def _axis(ticks: Ticks | None, n: int) -> dict[str, Any]:
     return {"dtick": 1} if n <= FEW else {}
 
 
-def _bar_title(colour: str) -> dict[str, Any]:
-    """The colour bar, which says beside it what its colours measure."""
-    return {"title": {"text": escape(colour), "side": "right"}, "thickness": 14} if colour else {"thickness": 14}
+def _cells(x: str, y: str, columns: Sequence[str], rows: Sequence[str]) -> dict[str, Any]:
+    """What the pointer reads on each cell of a heatmap: its row and column in words, then its value."""
+    words = [[f"{escape(y)} {row}, {escape(x)} {column}" for column in columns] for row in rows]
+    return {"text": words, "hovertemplate": "%{text}: %{z:.4g}<extra></extra>"}
+
+
+def _colour_bar(colour: str) -> dict[str, Any]:
+    return {"title": {"text": escape(colour), "side": "right"}, "thickness": 14}
 
 
 def _series_colours(names: Sequence[str]) -> list[str]:
     """One colour per series: its model's, grey for what is there by chance, else the next that is free."""
     chosen: list[str | None] = []
     for name in names:
-        models = [colour for model, colour in MODEL_COLOURS.items() if name.startswith(model)]
-        by_chance = GREY if name.startswith(BY_CHANCE) else None
-        wanted = models[0] if models else by_chance
-        chosen.append(None if wanted in chosen else wanted)
-    free = [colour for colour in COLOURS if colour not in chosen] or COLOURS
-    unnamed = iter(range(len(names)))
-    return [colour or free[next(unnamed) % len(free)] for colour in chosen]
+        known = [colour for model, colour in MODEL_COLOURS.items() if name.startswith(model)]
+        known += [GREY] if name.startswith(BY_CHANCE) else []
+        free = [colour for colour in known if colour not in chosen]  # a second line of one model must look different
+        chosen.append(free[0] if free else None)
+    others = itertools.cycle([colour for colour in COLOURS if colour not in chosen] or COLOURS)
+    return [colour or next(others) for colour in chosen]
 
 
 def _log_axes(figure: Figure, across: list[Tensor] | None, up: list[Tensor] | None) -> Figure:
     if across is not None:
-        figure.update_xaxes(_log_axis(torch.cat(across)))
+        figure.update_xaxes(log_axis(torch.cat(across)))
     if up is not None:
-        figure.update_yaxes(_log_axis(torch.cat(up)))
+        figure.update_yaxes(log_axis(torch.cat(up)))
     return figure
 
 
-def _log_axis(numbers: Tensor) -> dict[str, Any]:
-    """A logarithmic axis with round numbers on it: 1, 2, 5 where it is short, powers of ten where it is long."""
+def log_axis(numbers: Tensor) -> dict[str, Any]:
+    """A logarithmic axis with round numbers on it, about seven; plotly's own are "3 2 10 9 8 7" or "100µ"."""
     positive = numbers[(numbers > 0) & numbers.isfinite()]
     if not len(positive):
         return {"type": "log"}
-    lowest, highest = math.log10(float(positive.min())), math.log10(float(positive.max()))
-    decades = range(math.floor(lowest), math.ceil(highest) + 1)
-    steps = (1, 2, 5) if highest - lowest <= 2 else (1,)
-    every = max(1, math.ceil(len(decades) / 8))
-    ticks = [(step, decade) for decade in decades[::every] for step in steps]
-    return {
-        "type": "log",
-        "tickmode": "array",
-        "tickvals": [step * 10.0**decade for step, decade in ticks],
-        "ticktext": [_round_number(step, decade) for step, decade in ticks],
-    }
+    lowest, highest = float(positive.min()), float(positive.max())
+    decades = range(math.floor(math.log10(lowest)), math.ceil(math.log10(highest)) + 1)
+    decades = decades[:: math.ceil(len(decades) / 8)]
+    inside: list[list[float]] = []
+    for digits in LOG_DIGITS:
+        numbers_on_it = [digit / 10 * 10.0**decade for decade in decades for digit in digits]
+        inside.append([number for number in numbers_on_it if lowest <= number <= highest * 1.001])
+    best = min(range(len(inside)), key=lambda i: abs(len(inside[i]) - 7))
+    if len(inside[best]) < 2:  # too short for any of them
+        return {"type": "log"}
+    ticks = [(digit, decade) for decade in decades for digit in LOG_DIGITS[best]]
+    values = [digit / 10 * 10.0**decade for digit, decade in ticks]
+    return {"type": "log", "tickmode": "array", "tickvals": values, "ticktext": [_round(*tick) for tick in ticks]}
 
 
-def _round_number(step: int, decade: int) -> str:
-    if -4 <= decade <= 5:
-        return f"{step * 10.0**decade:.{max(0, -decade)}f}"
-    return f"{step}·10<sup>{decade}</sup>" if step > 1 else f"10<sup>{decade}</sup>"
+def _round(digit: int, decade: int) -> str:
+    if -5 < decade < 6:
+        return f"{digit / 10 * 10.0**decade:.6f}".rstrip("0").rstrip(".")
+    return f"{digit / 10:g}·10<sup>{decade}</sup>" if digit > 10 else f"10<sup>{decade}</sup>"
+
+
+def _shares(numbers: Tensor, log: bool) -> Tensor:
+    """Where on an axis they stand, from 0 to 1."""
+    places = numbers.log10() if log else numbers
+    finite = places[places.isfinite()]
+    if not len(finite) or finite.min() == finite.max():
+        return torch.full_like(places, 0.5)
+    return (places - finite.min()) / (finite.max() - finite.min())
+
+
+def _free_places(across: Tensor, up: Tensor, texts: Sequence[str]) -> list[str]:
+    """On which side of its dot each text stands: where it covers the fewest texts and dots, above if that is free.
+
+    The texts' sizes are those in a figure of 700 by 450 pixels; in another they are about right.
+    """
+    taken: list[tuple[float, float, float, float]] = []
+    chosen = []
+    for x, y, text in zip(across.tolist(), up.tolist(), texts, strict=True):
+        width, height, gap = 0.013 * len(unescape(text)), 0.055, 0.015
+        boxes = {
+            "top center": (x - width / 2, x + width / 2, y + gap, y + gap + height),
+            "bottom center": (x - width / 2, x + width / 2, y - gap - height, y - gap),
+            "middle right": (x + gap, x + gap + width, y - height / 2, y + height / 2),
+            "middle left": (x - gap - width, x - gap, y - height / 2, y + height / 2),
+        }
+        costs = {}
+        for side, (left, right, low, high) in boxes.items():
+            covered = (across > left) & (across < right) & (up > low) & (up < high)
+            crossed = [a < right and left < b and c < high and low < d for a, b, c, d in taken]
+            outside = max(0.0, -0.05 - left, right - 1.05)
+            costs[side] = int(covered.sum()) + 5 * sum(crossed) + 20 * outside
+        side = min(costs, key=lambda one: costs[one])
+        chosen.append(side)
+        if text:
+            taken.append(boxes[side])
+    return chosen
 
 
 @functools.cache
@@ -447,10 +446,14 @@ def template() -> Any:
     return go.layout.Template(layout=layout)
 
 
-def _label(figure: Figure, x: str, y: str, title: str) -> None:
-    lines = textwrap.wrap(title, WIDE) or [""]
-    text = "<br>".join(escape(one) for one in lines)
-    figure.update_layout(template=template(), title=text, margin={"t": 40 + 20 * len(lines), "b": 60})
+def _wrapped(text: str, width: int) -> str:
+    """A title in lines, which plotly does not make by itself: it cuts."""
+    return "<br>".join(escape(line) for line in textwrap.wrap(text, width))
+
+
+def label_axes(figure: Figure, x: str, y: str, title: str) -> None:
+    text = _wrapped(title, WIDE)
+    figure.update_layout(template=template(), title=text, margin={"t": 60 + 20 * text.count("<br>"), "b": 60})
     # automargin: long tokens make room for themselves; standoff keeps the axis' name clear of them
     figure.update_xaxes(title={"text": escape(x), "standoff": 10}, automargin=True)
     figure.update_yaxes(title={"text": escape(y), "standoff": 10}, automargin=True)

@@ -30,6 +30,7 @@ from course_utils.build import build_chapter
 from course_utils.links import Release, read_release
 from course_utils.lint import in_parts, read_lesson
 from course_utils.overview import words
+from course_utils.plots import template
 from course_utils.pretrained import shipped_models, shipped_steps
 
 HERE = Path(__file__).resolve().parent
@@ -40,8 +41,6 @@ GLOSSARY = ROOT / "docs" / "glossary.md"
 SITE = ROOT / "site"  # a copy of HTML, beside which myst-nb leaves notes of its own
 # Whose scripts, fonts and styles are part of the site; their licences travel with it.
 SHIPPED = ("plotly", "circuitsvis", "sphinx-mathjax-offline", "furo", "sphinx-basic-ng", "sphinx", "pygments")
-# Okabe and Ito's colours for lines and bars, which people with any kind of colour blindness can tell apart.
-TOLD_APART = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"]
 TOCTREE = ":::{{toctree}}\n{options}\n\n{entries}\n:::\n"
 
 
@@ -199,8 +198,6 @@ def summary(lesson: Path) -> str:
 
 def write_scripts(static: Path) -> None:
     """The scripts of plotly and CircuitsVis from the installed packages, and the template that all figures share."""
-    import plotly.io
-
     static.mkdir(parents=True, exist_ok=True)
     for package, path, name in [
         ("plotly", "package_data/plotly.min.js", "plotly.min.js"),
@@ -209,9 +206,7 @@ def write_scripts(static: Path) -> None:
         spec = find_spec(package)
         assert spec is not None and spec.origin is not None  # the course needs both
         shutil.copyfile(Path(spec.origin).parent / path, static / name)
-    template = plotly.io.templates[plotly.io.templates.default].to_plotly_json()
-    template["layout"]["colorway"] = TOLD_APART
-    text = f"window.plotlyTemplate = {json.dumps(template)};\n"
+    text = f"window.plotlyTemplate = {json.dumps(template().to_plotly_json())};\n"
     (static / "plotly-template.js").write_text(text, encoding="utf-8")
 
 

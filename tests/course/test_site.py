@@ -20,7 +20,8 @@ import pytest
 import torch
 
 from course_utils.build import build_chapter
-from course_utils.plots import attention_pattern, bar, heatmap, line
+from course_utils.plots import attention_pattern, bar, heatmap, line, scatter, template
+from course_utils.sliders import slider
 from tests.conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "docs" / "site"))
@@ -28,6 +29,7 @@ sys.path.insert(0, str(ROOT / "docs" / "site"))
 import executed as runs
 from conf import docstring_as_rst
 from figures import PLOTLY, circuitsvis_html, plotly_words
+from make import write_scripts
 from pages import glossary_page, glossary_terms, link_terms, moved_links, page, shown, without_header
 
 LESSONS = sorted((ROOT / "chapters" / "src").glob("[0-9][0-9]_*.md"))
@@ -125,6 +127,17 @@ def test_figures_in_words() -> None:
     assert words.startswith("Loss. loss against step. Line “model”: begins at 4, ends at 2; values from 1 to 4. Line")
     words = plotly_words(json.loads(bar(torch.tensor([1.0, 3.0]), x="token", y="p", title="Chance").to_json()))
     assert words.endswith("Bars: values from 1 to 3.") or "Bars “p”: values from 1 to 3." in words
+    dots = scatter(falling["model"], falling["model"], x="a", y="b", title="c", texts=["x", None, None])
+    assert "Points: values from 1 to 4." in plotly_words(json.loads(dots.to_json()))
+    heights = {name: bar(series, x="token", y="p", title="Chance") for name, series in falling.items()}
+    words = plotly_words(json.loads(slider(heights, steps="kind").to_json()))
+    assert words.endswith("A slider, kind: model, grammar.")
+
+
+def test_the_site_has_the_look_of_the_course(tmp_path: Path) -> None:
+    write_scripts(tmp_path)
+    text = (tmp_path / "plotly-template.js").read_text(encoding="utf-8")
+    assert json.loads(text.removeprefix("window.plotlyTemplate = ").rstrip(";\n")) == template().to_plotly_json()
 
 
 def test_an_attention_view_keeps_its_data_and_leaves_the_script() -> None:
