@@ -204,6 +204,8 @@ def check_run_patched(fn: Fn) -> None:
         ]:
             assert_one_patch(name, fn, case, place, index)
     assert_one_patch(name, fn, case_of(*DEEP), "blocks.1.attn.hook_z", (ALL, 0))
+    # with one prompt this activation is the parameter itself, seen from elsewhere
+    assert_one_patch(name, fn, case_of(2, 3, 1, 5), "hook_pos_embed", (2,))
 
 
 def assert_one_patch(name: str, fn: Fn, case: Case, place: str, index: tuple[Any, ...]) -> None:
