@@ -39,6 +39,7 @@ from course_utils.lint import (
 from course_utils.overview import FILES, read_chapter, with_passages
 from course_utils.scopes import FUNCTIONS, scan
 from course_utils.slicing import DEFINITIONS
+from course_utils.wording import MEANT
 
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
@@ -56,7 +57,7 @@ if "google.colab" in sys.modules:
 if not importlib.util.find_spec("course_utils"):
     raise ModuleNotFoundError("No course here. With a network: `pip install {requirement}`, then restart the kernel.")
 %load_ext course_utils"""
-LINKS = "[Open in Colab]({colab}) · [Download this notebook]({download})"
+LINKS = "[Open in Colab]({colab}) · [Download this notebook]({download}) · [Glossary]({glossary})"
 # The hints with which the prose below a check begins, and what stands after the last of them.
 HINTS = re.compile(r"\A\s*(?:<details><summary>Hint.*?</details>\s*)+", re.DOTALL)
 WAY_OUT = """\
@@ -230,7 +231,7 @@ def changed(tree: ast.Module) -> set[str]:
 
 
 def with_marks(parts: list[list[Part]]) -> list[str]:
-    """The prose of each cell, in which every optional section says so and names where the core path goes on."""
+    """The prose of each cell as readers see it: every optional section says so, and where the core path goes on."""
     following = [part for cell in parts for part in cell if part.level]
     result = []
     for cell in parts:
@@ -238,7 +239,7 @@ def with_marks(parts: list[list[Part]]) -> list[str]:
         for part in cell:
             following = following[1:] if part.level else following
             texts.append(with_mark(part, following) if part.marked else part.source)
-        result.append("".join(texts))
+        result.append(MEANT.sub("", "".join(texts)))
     return result
 
 
@@ -314,7 +315,9 @@ def build_chapter(lesson: Path, root: Path) -> tuple[str, str]:
 
     release, name = read_release(root), f"{lesson.stem}.ipynb"
     setup = SETUP.format(requirement=release.requirement)
-    links = LINKS.format(colab=release.colab(name), download=release.download(name))
+    links = LINKS.format(
+        colab=release.colab(name), download=release.download(name), glossary=release.page("docs/glossary.md")
+    )
     learner: list[nbformat.NotebookNode] = []
     solution: list[nbformat.NotebookNode] = []
 

@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from collections import Counter
@@ -74,13 +75,18 @@ def main(argv: list[str] | None = None) -> int:
 def carry_out(args: argparse.Namespace, rest: list[str]) -> int:
     """Do what was asked for; returns the exit code."""
     if args.command == "lab":
-        return lab(args.port, args.no_browser, rest)
+        return copy_only() if args.copy_only else lab(args.port, args.no_browser, rest)
     if args.command == "check":
         return check(args.chapter, args.notebook)
     if args.command == "run":
-        return run(args.chapter, args.html)
+        return run(args.chapter, args.html, args.mine)
     if args.command == "status":
         return status(args.notebook)
+    if args.command == "solution":
+        from course_utils.solution import described, solution
+
+        print(described(solution(args.name)))
+        return 0
     if args.command == "doctor":
         from course_utils.doctor import doctor
 
@@ -107,13 +113,17 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     add = commands.add_parser("lab", help="open your chapters in JupyterLab (further arguments go to it)")
     add.add_argument("--port", type=int, help="the port to serve on")
     add.add_argument("--no-browser", action="store_true", help="print the address, but open no browser")
+    add.add_argument("--copy-only", action="store_true", help="copy the missing chapters into work/ and open nothing")
     add = commands.add_parser("check", help="check the exercises of a chapter")
     add.add_argument("chapter", metavar="NN", help="a chapter's number, such as 02")
-    add.add_argument("--notebook", type=Path, help="the notebook to check, instead of the one in work/")
-    add = commands.add_parser("status", help="which exercises are done")
-    add.add_argument("--notebook", type=Path, help="look at this notebook only, instead of those in work/")
-    add = commands.add_parser("run", help="run a chapter with the solutions in place")
+    add.add_argument("--notebook", type=Path, help="the notebook to check instead of the one in work/")
+    add = commands.add_parser("status", help="count the exercises that are done")
+    add.add_argument("--notebook", type=Path, help="look only at this notebook, not at those in work/")
+    add = commands.add_parser("solution", help="print the reference solution of an exercise, and where it stands")
+    add.add_argument("name", metavar="NAME", help="the exercise, such as causal_mask")
+    add = commands.add_parser("run", help="run a chapter with its solutions")
     add.add_argument("chapter", metavar="NN", help="a chapter's number, such as 02")
+    add.add_argument("--mine", action="store_true", help="run your own notebook, in work/, instead")
     add.add_argument("--html", type=Path, metavar="OUT", help="write what came out to this file")
     add = commands.add_parser("grade", help="check many learners' notebooks, each in a sandbox, and write a report")
     add.add_argument("submissions", type=Path, help="a folder of notebooks or of learners' folders, or a zip of either")
@@ -125,21 +135,23 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     )
     add.add_argument("--weights", type=Path, metavar="FILE", help="points for exercises, instead of their difficulty")
     add.add_argument("--scheduler", metavar="ADDRESS", help="a dask scheduler, whose workers do the work")
-    commands.add_parser("doctor", help="what this machine lacks, and the command that helps")
+    commands.add_parser("doctor", help="list what this machine lacks, and the command that helps")
     commands.add_parser("build", help="build the notebooks from chapters/src and solutions (for authors)")
-    add = commands.add_parser("where", help="where the pieces of an exercise are (for authors)")
+    add = commands.add_parser("where", help="list where the pieces of an exercise are (for authors)")
     add.add_argument("name", metavar="NAME", help="the exercise, such as causal_mask")
-    add = commands.add_parser("new-exercise", help="begin an exercise in all of its places (for authors)")
+    add = commands.add_parser("new-exercise", help="begin an exercise in all its places (for authors)")
     add.add_argument("chapter", metavar="NN", help="a chapter's number, such as 02")
     add.add_argument("name", metavar="NAME", help="the function or class that the learner will write")
-    add.add_argument("--section", metavar="NAME", help="the module of checks for it, where there are several")
-    add = commands.add_parser("models", help="the models that ship with the course; `models train NAME` repeats one")
+    add.add_argument("--section", metavar="NAME", help="the module of checks for it, if there are several")
+    add = commands.add_parser(
+        "models", help="list the models that ship with the course; `models train NAME` trains one again"
+    )
     actions = add.add_subparsers(dest="action", metavar="ACTION")
     add = actions.add_parser("train", help="train a model again and compare it with its card")
     add.add_argument("name", metavar="NAME", help="a model's name, such as tales")
     add.add_argument("--out", type=Path, help="where its checkpoint is kept (default: runs/NAME)")
     add.add_argument("--device", help="where to train, such as cuda (default: the recipe's choice)")
-    add.add_argument("--steps", type=int, help="fewer make a worse model sooner")
+    add.add_argument("--steps", type=int, help="train for fewer steps: faster, and a worse model")
     args, rest = parser.parse_known_args(argv)
     if rest and args.command != "lab":
         parser.error(f"unknown arguments: {' '.join(rest)}")
@@ -170,9 +182,11 @@ def lab(port: int | None, no_browser: bool, rest: list[str]) -> int:
     for path in shadows(work):
         print(warning(path))
     command = lab_command(work, rest)
+    # So that `!course solution NAME` in a cell finds this course's command, also where nobody has activated it.
+    environment = {**os.environ, "PATH": os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])}
     command += [f"--port={port}"] * (port is not None) + ["--no-browser"] * no_browser
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through `finally`: Jupyter must not outlive the command
-    server = subprocess.Popen(command, cwd=work)
+    server = subprocess.Popen(command, cwd=work, env=environment)
     try:
         address = wait_for_address(server)
         if address:
@@ -186,6 +200,12 @@ def lab(port: int | None, no_browser: bool, rest: list[str]) -> int:
         return 0
     finally:
         server.terminate()
+
+
+def copy_only() -> int:
+    """Put the missing chapters into the work folder, for those who open them elsewhere."""
+    print(f"Your chapters are in {fill_work_folder()}")
+    return 0
 
 
 def lab_command(work: Path, rest: list[str]) -> list[str]:
@@ -328,8 +348,12 @@ def status(notebook: Path | None) -> int:
 # --- run ------------------------------------------------------------------------------------------------------------
 
 
-def run(chapter: str, html: Path | None) -> int:
-    """Run a solution notebook in a folder of its own, with a line for each cell; the notebook itself stays as it is."""
+def run(chapter: str, html: Path | None, mine: bool = False) -> int:
+    """Run a notebook, with a line for each cell; the notebook itself stays as it is.
+
+    It is the one with the solutions, in an empty folder, or the learner's own, where it is: there later chapters find
+    the `Transformer` of an earlier one.
+    """
     from nbclient.exceptions import CellExecutionError, DeadKernelError
 
     if html is not None and not html.resolve().parent.is_dir():
@@ -339,11 +363,14 @@ def run(chapter: str, html: Path | None) -> int:
     verify_solutions()
     spec = find_spec("solutions")
     assert spec is not None and spec.origin is not None  # verified above
-    path = find_chapter(Path(spec.origin).parent, chapter)
+    path = find_chapter(chapters_folder() if mine else Path(spec.origin).parent, chapter)
+    if mine:
+        path = learners_notebooks(path.stem[:2])[0]
     notebook = read_notebook(path)
     start = time.perf_counter()
     try:
-        execute(notebook, {"PLOTLY_RENDERER": "plotly_mimetype+notebook"} if html else {})
+        renderer = {"PLOTLY_RENDERER": "plotly_mimetype+notebook"} if html else {}
+        execute(notebook, renderer, folder=path.parent if mine else None)
     except CellExecutionError as error:
         print(f"{path.name}: a cell failed.\n{error}", file=sys.stderr)
         return 1
@@ -361,8 +388,12 @@ def run(chapter: str, html: Path | None) -> int:
     return 0
 
 
-def execute(notebook, environment: dict[str, str], timeout: int | None = None) -> None:  # type: ignore[no-untyped-def]
-    """Run all cells in place, in an empty folder, printing a line for each; `timeout` is in seconds, for one cell.
+def execute(  # type: ignore[no-untyped-def]
+    notebook, environment: dict[str, str], timeout: int | None = None, folder: Path | None = None
+) -> None:
+    """Run all cells in place, printing a line for each; `timeout` is in seconds, for one cell.
+
+    Without a `folder` they run in an empty one.
 
     The packages of this course come first on the kernel's path, whatever else is called `solutions`.
     """
@@ -372,13 +403,13 @@ def execute(notebook, environment: dict[str, str], timeout: int | None = None) -
     path = os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])])
     total = sum(cell.cell_type == "code" for cell in notebook.cells)
     number = 0
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as empty:
         client = NotebookClient(
             notebook,
             timeout=timeout,
             startup_timeout=600,  # a busy machine takes more than the usual minute
             kernel_name="python3",
-            resources={"metadata": {"path": folder}},
+            resources={"metadata": {"path": str(folder or empty)}},
             extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
         )
         # Not client.execute(), which catches Ctrl-C in a way of its own.

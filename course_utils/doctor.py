@@ -41,7 +41,7 @@ def doctor() -> int:
             print(f"{subject:<11} {finding.state:<8} {finding.words}")
             if finding.command:
                 print(f"{'':<20} try: {finding.command}")
-    print("\n" + ("Nothing is in the way." if not problems else f"Problems: {problems}."))
+    print("\n" + ("No problems found." if not problems else f"Problems: {problems}."))
     return int(problems > 0)
 
 
@@ -143,9 +143,7 @@ def memory() -> Iterator[Finding]:
         yield Finding("fine", words)
     else:
         command = f"{sys.executable} -m jupyter server list"
-        yield Finding(
-            "problem", f"{words}, but {MEMORY:g} GB are needed: close other programs and JupyterLabs", command
-        )
+        yield Finding("problem", f"{words}, {MEMORY:g} are needed: close other programs and JupyterLabs", command)
 
 
 def disk() -> Iterator[Finding]:
@@ -155,7 +153,7 @@ def disk() -> Iterator[Finding]:
     if free >= DISK:
         yield Finding("fine", words)
     else:
-        yield Finding("problem", f"{words}, but {DISK:g} GB are needed", f"{sys.executable} -m pip cache purge")
+        yield Finding("problem", f"{words}, {DISK:g} are needed", f"{sys.executable} -m pip cache purge")
 
 
 def existing(folder: Path) -> Path:

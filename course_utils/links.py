@@ -37,6 +37,10 @@ class Release(NamedTuple):
         """The address of a learner's notebook as a file."""
         return f"{self.repository}/raw/{self.tag}/chapters/{notebook}"
 
+    def page(self, file: str) -> str:
+        """The address of a file of the repository, to be read there."""
+        return f"{self.repository}/blob/{self.tag}/{file}"
+
 
 def read_release(root: Path) -> Release:
     """What the pyproject.toml in this folder says. Raises KeyError where it does not say all of it."""

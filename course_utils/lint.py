@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from course_utils.cells import names, plain_python
+from course_utils.wording import UNREAD, findings
 
 FENCED = re.compile(r"^(`{3,}|~{3,}).*?^\1", re.MULTILINE | re.DOTALL)
 HEADING = re.compile(r"^(#{1,6})[ \t]+(.*)$", re.MULTILINE)
@@ -93,7 +94,7 @@ def front_matter(path: Path) -> Mapping[str, Any]:
 def lesson_problems(cells: list[LessonCell], exercises: Mapping[int, str]) -> list[str]:
     """What is wrong with the prose and the order of cells; `exercises` maps cell numbers to the symbol asked for."""
     problems = prose_problems(cell for cell in cells if cell.kind == "markdown")
-    problems += misplaced_marks(cells)
+    problems += [*misplaced_marks(cells), *wording_problems(cells)]
     code = [number for number, cell in enumerate(cells) if cell.kind == "code"]
     if not code or "setup" not in cells[code[0]].tags:
         problems.append(
@@ -179,6 +180,14 @@ def prose_problems(cells: Iterable[LessonCell]) -> list[str]:
                 problems.append(f"{cell.where}: heading `{marks} {title}` is out of order; {wanted}")
             level = len(marks)
     return problems
+
+
+def wording_problems(cells: Iterable[LessonCell]) -> Iterator[str]:
+    """Words in the prose for which the course has a better one."""
+    for cell in cells:
+        file, _, line = cell.where.rpartition(":")
+        if cell.kind == "markdown" and Path(file).name[:2] not in UNREAD:
+            yield from (f"{file}:{int(line) + finding.line}: {finding}" for finding in findings(cell.source))
 
 
 def misplaced_marks(cells: list[LessonCell]) -> Iterator[str]:

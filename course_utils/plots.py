@@ -1,12 +1,16 @@
 """A few plots with labelled axes: each returns a figure, which a notebook shows as the last expression of a cell.
 
 The colours follow the meaning: blue is positive, red negative and white zero (a pair that colour-blind readers can tell
-apart); probabilities run from white to blue on [0, 1]. Values may be on any device, of any dtype, and in a graph.
-Nothing here needs the network.
+apart); probabilities run from white to blue on [0, 1]; each model of the course has one colour, and chance is grey.
+Values may be on any device, of any dtype, and in a graph. Nothing here needs the network.
 """
 
+import functools
+import itertools
+import math
+import textwrap
 from collections.abc import Mapping, Sequence
-from html import escape
+from html import escape, unescape
 from typing import Any
 
 import torch
@@ -17,6 +21,21 @@ Ticks = Sequence[str]
 
 BLUE, RED = (33, 102, 172), (178, 24, 43)
 FEW = 20  # up to here every index gets its tick
+WIDE = 58  # characters of a title that fit into 560 pixels, which a figure has even on the site's narrowest page
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart; those that are faint on white come last.
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9"]
+GREY = "#5f6670"
+MODEL_COLOURS = dict(
+    zip(
+        ("tales", "attn-only-2l", "attn-only-4l", "reverse-increment", "gpt2", "smollm2", "pythia"),
+        COLOURS,
+        strict=True,
+    )
+)
+# The digits of the ticks on a logarithmic axis, in tenths, from the sparsest to the densest.
+LOG_DIGITS = ((10,), (10, 20, 50), (10, 15, 20, 30, 50, 70), range(10, 100, 5), range(10, 100, 2), range(10, 100))
+BY_CHANCE = ("random", "chance", "uniform", "untrained", "shuffled")  # names of series that others are compared with
 
 
 def heatmap(
@@ -28,8 +47,9 @@ def heatmap(
     x_ticks: Ticks | None = None,
     y_ticks: Ticks | None = None,
     signed: bool = True,
+    colour: str = "",
 ) -> Figure:
-    """A matrix, its first row at the top; `x` says what the columns are, `y` what the rows are.
+    """A matrix, its first row at the top; `x` says what the columns are, `y` what the rows are, `colour` what it shows.
 
     `signed` centres the colours on zero; otherwise they run over [0, 1], or up to the maximum where that is larger.
     Infinite values and NaN stay blank. Ticks are texts, one per column or row; the same text may come several times.
@@ -39,68 +59,84 @@ def heatmap(
     matrix = _finite(_numbers(values, 2, "heatmap"))
     scale, lowest, highest = _colours([matrix], signed, "heatmap")
     n_rows, n_columns = matrix.shape
-    columns = _texts(x_ticks, n_columns, "x_ticks")
-    rows = _texts(y_ticks, n_rows, "y_ticks")
-    cells = [[f"{escape(y)} {row}, {escape(x)} {column}" for column in columns] for row in rows]
-    figure = go.Figure(
-        go.Heatmap(
-            z=matrix.numpy(),
-            text=cells,
-            hovertemplate="%{text}: %{z:.4g}<extra></extra>",
-            colorscale=scale,
-            zmin=lowest,
-            zmax=highest,
-        )
-    )
-    _label(figure, x, y, title)
+    cells = _cells(x, y, _texts(x_ticks, n_columns, "x_ticks"), _texts(y_ticks, n_rows, "y_ticks"))
+    colours = {"colorscale": scale, "zmin": lowest, "zmax": highest, "colorbar": _colour_bar(colour)}
+    figure = go.Figure(go.Heatmap(z=matrix.numpy(), **cells, **colours))
+    label_axes(figure, x, y, title)
     figure.update_xaxes(_axis(x_ticks, n_columns), showgrid=False, zeroline=False)
     figure.update_yaxes(_axis(y_ticks, n_rows), showgrid=False, zeroline=False, autorange="reversed")
     return figure
 
 
-def heatmaps(tables: Mapping[str, Tensor], *, x: str, y: str, title: str, signed: bool = True) -> Figure:
-    """Several matrices side by side, in the same colours, each under its name; otherwise as `heatmap`."""
+def heatmaps(
+    tables: Mapping[str, Tensor],
+    *,
+    x: str,
+    y: str,
+    title: str,
+    x_ticks: Ticks | None = None,
+    y_ticks: Ticks | None = None,
+    signed: bool = True,
+    colour: str = "",
+) -> Figure:
+    """Several matrices side by side, in the same colours and with the same ticks, each under its name; as `heatmap`."""
     import plotly.graph_objects as go
     from plotly.subplots import make_subplots
 
     values = [_finite(_numbers(table, 2, "heatmaps")) for table in tables.values()]
     scale, lowest, highest = _colours(values, signed, "heatmaps")
-    names = [escape(name) for name in tables]
+    names = [_wrapped(name, max(12, WIDE // len(tables))) for name in tables]
     figure = make_subplots(1, len(tables), subplot_titles=names, horizontal_spacing=0.25 / len(tables))
     for column, table in enumerate(values, start=1):
-        hover = f"{escape(y)} %{{y}}, {escape(x)} %{{x}}: %{{z:.4g}}<extra></extra>"
-        figure.add_trace(go.Heatmap(z=table.numpy(), coloraxis="coloraxis", hovertemplate=hover), 1, column)
         n_rows, n_columns = table.shape
-        crowded = n_columns * len(values) > 2 * FEW  # together they have the width of one figure
-        figure.update_yaxes(_axis(None, n_rows), showgrid=False, zeroline=False, row=1, col=column)
-        x_axis = {} if crowded else _axis(None, n_columns)
+        cells = _cells(x, y, _texts(x_ticks, n_columns, "x_ticks"), _texts(y_ticks, n_rows, "y_ticks"))
+        figure.add_trace(go.Heatmap(z=table.numpy(), coloraxis="coloraxis", **cells), 1, column)
+        crowded = n_columns * len(values) > 2 * FEW and x_ticks is None  # together they have the width of one figure
+        figure.update_yaxes(_axis(y_ticks, n_rows), showgrid=False, zeroline=False, row=1, col=column)
+        x_axis = {} if crowded else _axis(x_ticks, n_columns)
         figure.update_xaxes(x_axis, showgrid=False, zeroline=False, row=1, col=column)
-    _label(figure, x, y, title)
+    label_axes(figure, x, y, title)
     figure.update_yaxes(autorange="reversed")
     figure.update_yaxes(title=None, selector=lambda axis: axis.anchor != "x")  # only the first needs its name
-    colours = {"colorscale": scale, "cmin": lowest, "cmax": highest}
-    return figure.update_layout(coloraxis=colours, margin={"t": 90, "b": 60})
+    colours = {"colorscale": scale, "cmin": lowest, "cmax": highest, "colorbar": _colour_bar(colour)}
+    n_lines = 1 + max((name.count("<br>") for name in names), default=0)
+    return figure.update_layout(coloraxis=colours, margin={"t": figure.layout.margin.t + 10 + 20 * n_lines, "b": 60})
 
 
 def line(
-    values: Tensor | Mapping[str, Tensor], *, x: str, y: str, title: str, x_values: Tensor | None = None
+    values: Tensor | Mapping[str, Tensor],
+    *,
+    x: str,
+    y: str,
+    title: str,
+    x_values: Tensor | None = None,
+    x_log: bool = False,
+    y_log: bool = False,
 ) -> Figure:
-    """One line, or one per name in a mapping; the horizontal position is the index unless `x_values` says otherwise."""
+    """One line, or one per name in a mapping; the horizontal position is the index unless `x_values` says otherwise.
+
+    `x_log` and `y_log` make an axis logarithmic; what is not positive has no place on it.
+    """
     import plotly.graph_objects as go
 
     figure = go.Figure()
     n_longest = 0
-    for name, series in _named(values, y):
+    x_all, y_all = [], []
+    named = _named(values, y)
+    for (name, series), colour in zip(named, _series_colours([name for name, _ in named]), strict=True):
         heights = _numbers(series, 1, "line")
         n_longest = max(n_longest, len(heights))
         positions = torch.arange(len(heights)) if x_values is None else _numbers(x_values, 1, "line")
         if len(positions) != len(heights):
             raise ValueError(f"line: {name} has {len(heights)} values, but x_values has {len(positions)}.")
-        figure.add_scatter(x=positions.numpy(), y=heights.numpy(), name=name, mode="lines")
-    _label(figure, x, y, title)
-    if x_values is None:
+        style = {"color": colour}
+        figure.add_scatter(x=positions.numpy(), y=heights.numpy(), name=name, mode="lines", line=style, marker=style)
+        x_all.append(positions)
+        y_all.append(heights)
+    label_axes(figure, x, y, title)
+    if x_values is None and not x_log:
         figure.update_xaxes(_axis(None, n_longest))
-    return figure
+    return _log_axes(figure, x_all if x_log else None, y_all if y_log else None)
 
 
 def bar(values: Tensor | Mapping[str, Tensor], *, x: str, y: str, title: str, ticks: Ticks | None = None) -> Figure:
@@ -109,7 +145,8 @@ def bar(values: Tensor | Mapping[str, Tensor], *, x: str, y: str, title: str, ti
 
     figure = go.Figure()
     n_bars = 0
-    for name, series in _named(values, y):
+    named = _named(values, y)
+    for (name, series), colour in zip(named, _series_colours([name for name, _ in named]), strict=True):
         heights = _numbers(series, 1, "bar")
         n_bars = max(n_bars, len(heights))
         texts = _texts(ticks, len(heights), "ticks")
@@ -117,33 +154,57 @@ def bar(values: Tensor | Mapping[str, Tensor], *, x: str, y: str, title: str, ti
             x=list(range(len(heights))),
             y=heights.numpy(),
             name=name,
+            marker={"color": colour},
             hovertext=texts,
             hovertemplate="%{hovertext}: %{y:.4g}",
         )
-    _label(figure, x, y, title)
+    label_axes(figure, x, y, title)
     figure.update_xaxes(_axis(ticks, n_bars))
     return figure
 
 
-def scatter(horizontal: Tensor, vertical: Tensor, *, x: str, y: str, title: str, labels: Ticks | None = None) -> Figure:
-    """One dot per pair of values; `labels` are the texts that appear when the pointer is on a dot."""
+def scatter(
+    horizontal: Tensor,
+    vertical: Tensor,
+    *,
+    x: str,
+    y: str,
+    title: str,
+    labels: Ticks | None = None,
+    texts: Sequence[str | None] | None = None,
+    x_log: bool = False,
+    y_log: bool = False,
+) -> Figure:
+    """One dot per pair of values; `labels` appear when the pointer is on a dot, `texts` stand beside it for good.
+
+    A dot whose text is None or "" has none; give texts to the few dots that the prose names.
+    """
     import plotly.graph_objects as go
 
     across, up = _numbers(horizontal, 1, "scatter"), _numbers(vertical, 1, "scatter")
     if len(across) != len(up):
         raise ValueError(f"scatter: {len(across)} horizontal values do not pair with {len(up)} vertical ones.")
-    texts = _texts(labels, len(across), "labels")
+    hover = _texts(labels, len(across), "labels")
+    beside = _texts([text or "" for text in texts], len(across), "texts") if texts is not None else None
+    places = _free_places(_shares(across, x_log), _shares(up, y_log), beside) if beside is not None else None
     figure = go.Figure(
         go.Scatter(
             x=across.numpy(),
             y=up.numpy(),
-            mode="markers",
-            hovertext=texts,
+            mode="markers" if beside is None else "markers+text",
+            marker={"color": COLOURS[0], "size": 7},
+            text=beside,
+            textposition=places,
+            cliponaxis=False,
+            hovertext=hover,
             hovertemplate="%{hovertext}: (%{x:.4g}, %{y:.4g})<extra></extra>",
         )
     )
-    _label(figure, x, y, title)
-    return figure
+    label_axes(figure, x, y, title)
+    return _log_axes(figure, [across] if x_log else None, [up] if y_log else None)
+
+
+KEY_AND_QUERY = "In this view, the source is the key's token, and the destination is the query's token."
 
 
 class Html:
@@ -159,6 +220,7 @@ class Html:
 def attention_pattern(pattern: Tensor, tokens: Ticks, head_names: Sequence[str] | None = None) -> Html:
     """CircuitsVis's view of one layer's attention, [head query key]: choose a head, point at a token.
 
+    CircuitsVis calls the query's token the destination and the key's token the source; the view says so below itself.
     The script comes from the installed package, never from a server: 1.3 MB in the output of the cell.
     """
     from circuitsvis.attention import attention_heads
@@ -174,7 +236,7 @@ def attention_pattern(pattern: Tensor, tokens: Ticks, head_names: Sequence[str] 
     view = attention_heads(
         weights.float(), shown, attention_head_names=names, min_value=0.0, max_value=1.0, mask_upper_tri=True
     )
-    return Html(view.local_src)
+    return Html(f"{view.local_src}<p><small>{KEY_AND_QUERY}</small></p>")
 
 
 def token_colours(tokens: Ticks, values: Tensor, *, title: str) -> Html:
@@ -258,8 +320,140 @@ def _axis(ticks: Ticks | None, n: int) -> dict[str, Any]:
     return {"dtick": 1} if n <= FEW else {}
 
 
-def _label(figure: Figure, x: str, y: str, title: str) -> None:
-    figure.update_layout(title=escape(title), margin={"t": 60, "b": 60})
+def _cells(x: str, y: str, columns: Sequence[str], rows: Sequence[str]) -> dict[str, Any]:
+    """What the pointer reads on each cell of a heatmap: its row and column in words, then its value."""
+    words = [[f"{escape(y)} {row}, {escape(x)} {column}" for column in columns] for row in rows]
+    return {"text": words, "hovertemplate": "%{text}: %{z:.4g}<extra></extra>"}
+
+
+def _colour_bar(colour: str) -> dict[str, Any]:
+    return {"title": {"text": escape(colour), "side": "right"}, "thickness": 14}
+
+
+def _series_colours(names: Sequence[str]) -> list[str]:
+    """One colour per series: its model's, grey for what is there by chance, else the next that is free."""
+    chosen: list[str | None] = []
+    for name in names:
+        known = [colour for model, colour in MODEL_COLOURS.items() if name.startswith(model)]
+        known += [GREY] if name.startswith(BY_CHANCE) else []
+        free = [colour for colour in known if colour not in chosen]  # a second line of one model must look different
+        chosen.append(free[0] if free else None)
+    others = itertools.cycle([colour for colour in COLOURS if colour not in chosen] or COLOURS)
+    return [colour or next(others) for colour in chosen]
+
+
+def _log_axes(figure: Figure, across: list[Tensor] | None, up: list[Tensor] | None) -> Figure:
+    if across is not None:
+        figure.update_xaxes(log_axis(torch.cat(across)))
+    if up is not None:
+        figure.update_yaxes(log_axis(torch.cat(up)))
+    return figure
+
+
+def log_axis(numbers: Tensor) -> dict[str, Any]:
+    """A logarithmic axis with round numbers on it, about seven; plotly's own are "3 2 10 9 8 7" or "100µ"."""
+    positive = numbers[(numbers > 0) & numbers.isfinite()]
+    if not len(positive):
+        return {"type": "log"}
+    lowest, highest = float(positive.min()), float(positive.max())
+    decades = range(math.floor(math.log10(lowest)), math.ceil(math.log10(highest)) + 1)
+    decades = decades[:: math.ceil(len(decades) / 8)]
+    inside: list[list[float]] = []
+    for digits in LOG_DIGITS:
+        numbers_on_it = [digit / 10 * 10.0**decade for decade in decades for digit in digits]
+        inside.append([number for number in numbers_on_it if lowest <= number <= highest * 1.001])
+    best = min(range(len(inside)), key=lambda i: abs(len(inside[i]) - 7))
+    if len(inside[best]) < 2:  # too short for any of them
+        return {"type": "log"}
+    ticks = [(digit, decade) for decade in decades for digit in LOG_DIGITS[best]]
+    values = [digit / 10 * 10.0**decade for digit, decade in ticks]
+    return {"type": "log", "tickmode": "array", "tickvals": values, "ticktext": [_round(*tick) for tick in ticks]}
+
+
+def _round(digit: int, decade: int) -> str:
+    if -5 < decade < 6:
+        return f"{digit / 10 * 10.0**decade:.6f}".rstrip("0").rstrip(".")
+    return f"{digit / 10:g}·10<sup>{decade}</sup>" if digit > 10 else f"10<sup>{decade}</sup>"
+
+
+def _shares(numbers: Tensor, log: bool) -> Tensor:
+    """Where on an axis they stand, from 0 to 1."""
+    places = numbers.log10() if log else numbers
+    finite = places[places.isfinite()]
+    if not len(finite) or finite.min() == finite.max():
+        return torch.full_like(places, 0.5)
+    return (places - finite.min()) / (finite.max() - finite.min())
+
+
+def _free_places(across: Tensor, up: Tensor, texts: Sequence[str]) -> list[str]:
+    """On which side of its dot each text stands: where it covers the fewest texts and dots, above if that is free.
+
+    The texts' sizes are those in a figure of 700 by 450 pixels; in another they are about right.
+    """
+    taken: list[tuple[float, float, float, float]] = []
+    chosen = []
+    for x, y, text in zip(across.tolist(), up.tolist(), texts, strict=True):
+        width, height, gap = 0.013 * len(unescape(text)), 0.055, 0.015
+        boxes = {
+            "top center": (x - width / 2, x + width / 2, y + gap, y + gap + height),
+            "bottom center": (x - width / 2, x + width / 2, y - gap - height, y - gap),
+            "middle right": (x + gap, x + gap + width, y - height / 2, y + height / 2),
+            "middle left": (x - gap - width, x - gap, y - height / 2, y + height / 2),
+        }
+        costs = {}
+        for side, (left, right, low, high) in boxes.items():
+            covered = (across > left) & (across < right) & (up > low) & (up < high)
+            crossed = [a < right and left < b and c < high and low < d for a, b, c, d in taken]
+            outside = max(0.0, -0.05 - left, right - 1.05)
+            costs[side] = int(covered.sum()) + 5 * sum(crossed) + 20 * outside
+        side = min(costs, key=lambda one: costs[one])
+        chosen.append(side)
+        if text:
+            taken.append(boxes[side])
+    return chosen
+
+
+@functools.cache
+def template() -> Any:
+    """The look that all figures share: white paper, a thin grid, black text; plotly's own is a grey ground."""
+    import plotly.graph_objects as go
+
+    axis = {
+        "gridcolor": "#e8ebef",
+        "linecolor": "#9aa3ad",
+        "zerolinecolor": "#b9c0c8",
+        "zerolinewidth": 1,
+        "showline": True,
+        "ticks": "outside",
+        "tickcolor": "#9aa3ad",
+        "exponentformat": "power",
+    }
+    layout = go.Layout(
+        paper_bgcolor="white",
+        plot_bgcolor="white",
+        colorway=COLOURS,
+        font={
+            "family": "system-ui, -apple-system, Segoe UI, Helvetica, Arial, sans-serif",
+            "size": 13,
+            "color": "#1f2328",
+        },
+        title={"x": 0.0, "xref": "paper", "xanchor": "left", "font": {"size": 16}},
+        xaxis=axis,
+        yaxis=axis,
+        hoverlabel={"font": {"size": 13}},
+        legend={"bgcolor": "rgba(255, 255, 255, 0.7)"},
+    )
+    return go.layout.Template(layout=layout)
+
+
+def _wrapped(text: str, width: int) -> str:
+    """A title in lines, which plotly does not make by itself: it cuts."""
+    return "<br>".join(escape(line) for line in textwrap.wrap(text, width))
+
+
+def label_axes(figure: Figure, x: str, y: str, title: str) -> None:
+    text = _wrapped(title, WIDE)
+    figure.update_layout(template=template(), title=text, margin={"t": 60 + 20 * text.count("<br>"), "b": 60})
     # automargin: long tokens make room for themselves; standoff keeps the axis' name clear of them
     figure.update_xaxes(title={"text": escape(x), "standoff": 10}, automargin=True)
     figure.update_yaxes(title={"text": escape(y), "standoff": 10}, automargin=True)

@@ -31,4 +31,4 @@ def shadows(folder: Path) -> list[Path]:
 
 def warning(path: Path) -> str:
     """What to say about one of them."""
-    return f"{path} is called like a module that Python or the course needs, and may be imported instead: rename it."
+    return f"{path} has the name of a module that Python or the course needs, and may be imported instead: rename it."

@@ -1,4 +1,4 @@
-"""Chapter 02: a GPT-2 written from nothing, with hook points, and the ways to draw text from it."""
+"""Chapter 02: a GPT-2 written from scratch, with hook points, and the ways to draw text from it."""
 
 import math
 from collections.abc import Callable
@@ -17,8 +17,8 @@ class LayerNorm(nn.Module):
 
     Mean and variance are taken over d_model, separately for each position. The variance divides by d_model (not by
     d_model - 1), and `cfg.layer_norm_eps` is added to it inside the root. `hook_scale` sees that root, which keeps its
-    last axis (size 1); `hook_normalized` sees the vector before `w` and `b`. In float16 the square of 256 is inf
-    already, so inputs in half precision are computed with in float32; hook points and output have the input's dtype.
+    last axis (size 1); `hook_normalized` sees the vector before `w` and `b`. In float16 the square of 256 is already
+    inf, so half precision is computed in float32; hook points and output have the input's dtype.
     Source: Ba et al. 2016, section 3.
     """
 
@@ -109,7 +109,7 @@ def project_heads(
 
 
 class Attention(nn.Module):
-    """Multi-head causal self-attention: every position gathers what its heads find at earlier ones, or its own.
+    """Multi-head causal self-attention: every position gathers what its heads find at earlier positions and its own.
 
     Each head has its own `W_Q`, `W_K`, `W_V` and biases. Queries score keys (`attention_scores`), the future is masked
     (`causal_mask`), a softmax over the keys makes the pattern, the pattern averages the values into `z`, and the heads'
@@ -117,8 +117,8 @@ class Attention(nn.Module):
 
     Hook points: `hook_q`, `hook_k`, `hook_v`, `hook_attn_scores` (masked), `hook_pattern`, `hook_z`, and
     `hook_result`, each head's own [batch query head d_model] output before `b_O`. The last is large: compute it only
-    when `hook_result.is_watched`. While neither scores nor pattern is watched, the fused
-    `torch.nn.functional.scaled_dot_product_attention` may replace the steps in between: it never builds the pattern.
+    when `hook_result.is_watched`. While neither scores nor pattern is watched, `fused_attention` may replace the steps
+    in between: it never builds the pattern.
 
     Source: Vaswani et al. 2017, section 3.2; per-head weights as in Elhage et al. 2021.
     """
@@ -177,7 +177,7 @@ def fused_attention(
 
 
 def gelu_new(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """Let large values pass, stop very negative ones, smoothly: GPT-2's formula for the GELU.
+    """Let large values pass and stop very negative ones, smoothly: GPT-2's formula for the GELU.
 
     0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))), element by element.
     Source: Hendrycks and Gimpel 2016, section 2.
@@ -298,8 +298,8 @@ def init_weights(model: nn.Module, std: float, generator: torch.Generator) -> No
     """Give a fresh model the small random weights from which GPT-2 starts, in place.
 
     Every weight matrix (its name begins with `W_`) is drawn from a normal distribution with mean 0 and deviation `std`,
-    but for those that write into the residual stream (`W_O` and `W_out`): 2 n_layers of them add up, so theirs is
-    std / sqrt(2 n_layers). Biases are 0; LayerNorm starts as plain normalisation: `w` 1, `b` 0.
+    except those that write into the residual stream (`W_O` and `W_out`): 2 n_layers of them add up, so their deviation
+    is std / sqrt(2 n_layers). Biases are 0; LayerNorm starts as plain normalisation: `w` 1, `b` 0.
     All draws come from `generator`, so that the same seed gives the same model.
     Source: Radford et al. 2019, section 2.3.
     """
@@ -374,7 +374,7 @@ def apply_temperature(logits: Float[Tensor, "batch d_vocab"], temperature: float
 def apply_frequency_penalty(
     logits: Float[Tensor, "batch d_vocab"], tokens: Int[Tensor, "batch pos"], penalty: float
 ) -> Float[Tensor, "batch d_vocab"]:
-    """Make repetition dearer: subtract `penalty` from a token's logit for every time its row already holds it.
+    """Make repetition more expensive: subtract `penalty` from a token's logit for every time it is in its row already.
 
     `tokens` are the sequences so far, one row per row of `logits`. The input is left unchanged.
     """
@@ -400,7 +400,7 @@ def keep_top_p(
     """Keep each row's smallest set of likeliest tokens whose probabilities sum to at least `p`; the rest become -inf.
 
     The token with which the sum crosses `p` is kept. At least `min_tokens_to_keep` tokens stay, however small `p` is.
-    With `p` = 1 every token stays, also where rounding makes the sum reach 1 before the last of them.
+    With `p` = 1 every token stays, even where rounding makes the sum reach 1 before the last of them.
     Raises ValueError for a `p` outside (0, 1]. The input is left unchanged.
     Source: Holtzman et al. 2020, section 3.1 (nucleus sampling).
     """
@@ -438,8 +438,8 @@ def generate(
     generation stops. It also stops when the sequence is `model.cfg.n_ctx` long. An `eos` in the prompt finishes
     nothing. No gradients are recorded.
 
-    With a key-value cache, hand it to the model, `model(unread, cache)`, together with the tokens that it does not hold
-    yet: those from position `cache.length` on. The result is the same, sooner. Raises ValueError for a cache that holds
+    With a key-value cache, call `model(unread, cache)`, where `unread` are the tokens that the cache does not hold yet:
+    those from position `cache.length` on. The result is the same, only faster. Raises ValueError for a cache that holds
     as many positions as `tokens` has, or more: it has been used for another text.
     """
     if cache is not None and cache.length >= tokens.shape[1]:
@@ -461,7 +461,7 @@ def generate(
 
 
 class KVCache:
-    """The keys and values of the positions that a model has already read, so that they need not be computed again.
+    """The keys and values of the positions that a model has already read, kept so as not to compute them again.
 
     `cfg` says how many layers there are, each with keys and values of its own, and how long a sequence may grow
     (`n_ctx`); `batch` is the number of rows. Heads, dtype and device are those of what is appended.
@@ -487,8 +487,8 @@ class KVCache:
     ) -> tuple[Float[Tensor, "batch key head d_head"], Float[Tensor, "batch key head d_head"]]:
         """Store the new keys and values of a layer; return all of that layer's, the old before the new.
 
-        Raises ValueError, and stores nothing, where the sequence would grow beyond n_ctx, or the number of rows is not
-        that of the cache.
+        Raises ValueError, and stores nothing, if the sequence would grow beyond n_ctx, or if the number of rows is not
+        `batch`.
         """
         start, end = self.lengths[layer], self.lengths[layer] + k.shape[1]
         if end > self.n_ctx:
@@ -503,9 +503,9 @@ class KVCache:
         return both[0, :, :end], both[1, :, :end]
 
     def select(self, rows: Int[Tensor, " beam"]) -> None:
-        """Go on with these rows of the batch, in this order: some may come several times, others not at all.
+        """Go on with these rows of the batch, in this order: some may appear several times, others not at all.
 
-        Where nothing is stored yet, it is the number of rows that changes.
+        From then on `len(rows)` is the number of rows, even where nothing is stored yet.
         """
         self.batch = len(rows)
         for layer, old in self.stored.items():
@@ -553,14 +553,14 @@ def beam_search(
     prompt finishes nothing.
 
     With `no_repeat_ngram`, a beam may not produce a token that completes an n-gram of that length which this same beam
-    (prompt included) already holds; the log p of the other tokens stay what the model said. A beam that may not go on
-    at all is dropped, unless that would leave none: then the search ends.
+    (prompt included) already holds; the log p of the other tokens stay as the model gave them. A beam for which every
+    token is banned is dropped, unless that would leave no beam: then the search ends and returns the beams so far.
 
-    Returns pairs of log probability and tokens (prompt included, nothing after `eos`); log probabilities are not
-    divided by the length. Fewer than `n_beams` come back where there are fewer candidates. With a key-value cache for
-    one row, the model reads only what is new: `cache.select` makes its rows follow the beams. No gradients are
-    recorded. Raises ValueError for `n_beams` below 1, for more than one row of `tokens`, and for a cache that holds as
-    many positions as `tokens` has, or more.
+    Returns a list of pairs of log probability (a float) and tokens [pos] (prompt included, nothing after `eos`); log
+    probabilities are not divided by the length. Fewer than `n_beams` come back where there are fewer candidates. With a
+    key-value cache for one row, the model reads only what is new: `cache.select` makes its rows follow the beams. No
+    gradients are recorded. Raises ValueError for `n_beams` below 1, for more than one row of `tokens`, and for a cache
+    that holds as many positions as `tokens` has, or more.
     """
     if n_beams < 1:
         raise ValueError(f"beam_search: n_beams must be at least 1, got {n_beams}.")
@@ -611,8 +611,8 @@ def apply_rotary(
     Coordinates i and i + rotary_dim / 2 are a pair, for i = 0 ... rotary_dim / 2 - 1 (GPT-NeoX's layout). At position p
     the pair (a, b) is turned by the angle p / base^(2 i / rotary_dim), which makes it
     (a cos - b sin, a sin + b cos). The coordinates from rotary_dim on stay as they are, whatever the position.
-    `positions[n]` is the position of `x[:, n]`. The result has the dtype of `x`, but angles are worked out in float32
-    at least: bfloat16 has no number 701. The input is left unchanged.
+    `positions[n]` is the position of `x[:, n]`. The result has the dtype of `x`, but angles are computed in float32 at
+    least: bfloat16 has no number 701. The input is left unchanged.
     Source: Su et al. 2021, section 3.2; only some of the coordinates: Black et al. 2022, section 2.1.
     """
     half = rotary_dim // 2
@@ -626,10 +626,10 @@ def apply_rotary(
 class RotaryAttention(Attention):
     """Attention that is told distances, not places: queries and keys are turned by their positions.
 
-    Parameters and steps are those of `Attention`, with one step more: after `hook_q`, `hook_k` and `hook_v`,
+    Parameters and steps are those of `Attention`, with one more step: after `hook_q`, `hook_k` and `hook_v`,
     `apply_rotary` turns queries and keys, not values, and `hook_rot_q` and `hook_rot_k` see what it returns. Scores
     come from the turned vectors, and a key-value cache is given turned keys. The positions are 0, 1, 2, ...; with a
-    cache they begin at `cache.length`, as it is *before* `append` makes it longer.
+    cache they begin at `cache.length`, read *before* `append` makes it longer.
     Source: Su et al. 2021, section 3.2.2.
     """
 
@@ -705,10 +705,10 @@ def convert_neox_weights(state_dict: dict[str, Tensor], cfg: TransformerConfig) 
 
     All their matrices are stored [out, in] (`nn.Linear`), ours are [in, out]. The rows of `query_key_value` go head by
     head: first the d_head rows of head 0's queries, then those of its keys, then of its values, then head 1. Its bias
-    goes alike. The columns of `attention.dense` are the heads one after the other. The unembedding is named
-    `lm_head.weight`, or `embed_out.weight` where transformers is older: take the one that is there. It has no bias:
-    ours is zero. Rotary positions have no weights, so there is no `pos_embed`; masks and tables stored among the
-    weights (`attention.bias`, `attention.masked_bias`, `attention.rotary_emb.inv_freq`) are left behind.
+    is arranged in the same way. The columns of `attention.dense` are the heads, one after the other. The unembedding is
+    named `lm_head.weight`, or `embed_out.weight` in older versions of transformers: take the one that is there. It has
+    no bias: ours is zero. Rotary positions have no weights, so there is no `pos_embed`; masks and tables stored among
+    the weights (`attention.bias`, `attention.masked_bias`, `attention.rotary_emb.inv_freq`) are left behind.
     """
     neox = {name.removeprefix("gpt_neox."): weight for name, weight in state_dict.items()}
     unembed = neox["lm_head.weight"] if "lm_head.weight" in neox else neox["embed_out.weight"]
@@ -753,7 +753,7 @@ class RMSNorm(nn.Module):
 
     The mean of the squares is taken over d_model, separately for each position, and `cfg.layer_norm_eps` is added to it
     inside the root. `hook_scale` sees that root, which keeps its last axis (size 1); `hook_normalized` sees the vector
-    before `w`. There is no `b`. Half precision is treated as in `LayerNorm`: computed in float32, returned as it came.
+    before `w`. There is no `b`. As in `LayerNorm`, half precision is computed in float32, and returned in half.
     Source: Zhang and Sennrich 2019, section 4.
     """
 
@@ -771,7 +771,7 @@ class RMSNorm(nn.Module):
 
 
 class GatedMLP(nn.Module):
-    """An MLP whose neurons are products: what `W_in` proposes, times how far the gate of `W_gate` is open. No biases.
+    """An MLP whose neurons are products: what `W_in` proposes, times how far `W_gate` opens the gate. No biases.
 
     The gate goes through the SiLU, x sigmoid(x); what `W_in` gives goes through nothing. `W_out` takes the products
     back to d_model. `hook_pre` sees the gate before the SiLU, `hook_pre_linear` what `W_in` gives, `hook_post` the

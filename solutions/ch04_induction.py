@@ -1,4 +1,4 @@
-"""Chapter 04: hooks, heads that copy from context, and three ways to prove what they do."""
+"""Chapter 04: hooks, heads that copy from context, and three ways to find out what they do."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from course_utils.families import refuse_gated_mlp, refuse_rms_norm, refuse_shared_heads
 from course_utils.hooks import ActivationCache, HookPoint, run_with_cache, run_with_hooks
+from solutions.ch00_tensors import diagonal_mean
 from solutions.ch02_transformer import apply_rotary
 
 # ------------------------------------------------------------------------------------------------------ seeing inside
@@ -21,7 +22,7 @@ class MyHookPoint(nn.Module):
 
     `fns` holds hook functions. Each is called with the activation; a tensor that it returns takes the activation's
     place, both for the next function and for the model. None leaves things as they are. The functions run in the order
-    of the list, and without any the activation itself comes out.
+    of the list; without functions, the activation itself comes out.
     """
 
     def __init__(self) -> None:  # given
@@ -30,11 +31,11 @@ class MyHookPoint(nn.Module):
 
     @property
     def is_watched(self) -> bool:  # given
-        """Whether there is any hook function: a model may spare itself what nobody looks at."""
+        """Whether there is any hook function: a model may skip what nobody looks at."""
         return len(self.fns) > 0
 
     def forward(self, activation: Tensor) -> Tensor:
-        """Show the activation to each hook function in turn, and return what they have left."""
+        """Show the activation to each hook function in turn, and return the result."""
         for fn in self.fns:
             replacement = fn(activation)
             if replacement is not None:
@@ -48,8 +49,8 @@ def my_run_with_hooks(
     """Run `model(tokens)` with these hook functions attached, and return what the model returns.
 
     `hooks` are pairs: the path of a `MyHookPoint` in the model, as `model.named_modules()` has it, and a function to
-    append to its `fns`. Several may be for one place; they run in the order in which they stand. After the run, also
-    one that ended in an exception, exactly these functions are gone: those that others had attached are still there.
+    append to its `fns`. Several may be for one place; they run in the order of the list. After the run, even one that
+    ended in an exception, exactly these functions are gone; those that others had attached are still there.
     Raises KeyError, before anything is attached, for a name that no `MyHookPoint` has.
     """
     points = {name: module for name, module in model.named_modules() if isinstance(module, MyHookPoint)}
@@ -69,8 +70,8 @@ def my_run_with_cache(
 ) -> tuple[Any, dict[str, Tensor]]:
     """Run `model(tokens)`; return what it returns, and what each `MyHookPoint` saw, by its path in the model.
 
-    With `names` only those places are kept. Hook functions that are there already run first, so that the cache holds
-    what they have left. Afterwards, also after an exception, nothing of ours is left in the model.
+    With `names` only those places are kept. Hook functions that are already there run first, so the cache holds their
+    result. Afterwards, even after an exception, no function of yours is left in the model.
     Raises KeyError for a name that no `MyHookPoint` has.
     """
     if names is None:
@@ -87,34 +88,12 @@ def my_run_with_cache(
     return output, cache
 
 
-def pattern_from_qk(
-    q: Float[Tensor, "batch pos head d_head"], k: Float[Tensor, "batch pos head d_head"]
-) -> Float[Tensor, "batch head query key"]:
-    """Compute the attention pattern from the queries and keys of a cache.
-
-    Scores are dot products divided by sqrt(d_head); a query sees its own position and earlier ones; the weights of
-    each query sum to 1. Of a model with rotary positions, hand in what the cache has as `rot_q` and `rot_k`.
-    Source: Vaswani et al. 2017, section 3.2.
-    """
-    scores = einops.einsum(q, k, "batch query head d_head, batch key head d_head -> batch head query key")
-    future = torch.ones_like(scores, dtype=torch.bool).triu(diagonal=1)
-    return (scores / q.shape[-1] ** 0.5).masked_fill(future, -torch.inf).softmax(dim=-1)
-
-
-def z_from_pattern(
-    pattern: Float[Tensor, "batch head query key"], v: Float[Tensor, "batch key head d_head"]
-) -> Float[Tensor, "batch query head d_head"]:
-    """Average the values with the weights of the pattern: what each head brings to each query, before `W_O`."""
-    return einops.einsum(pattern, v, "batch head query key, batch key head d_head -> batch query head d_head")
-
-
 # ------------------------------------------------------------------------------------------------------------ looking
 
 
 def current_token_scores(cache: ActivationCache) -> Float[Tensor, "layer head"]:
-    """How much each head attends to the position that it stands at: the mean over the batch and all queries."""
-    diagonal = cache.stack("pattern").diagonal(dim1=-2, dim2=-1)
-    return einops.reduce(diagonal, "layer batch head query -> layer head", "mean")
+    """How much each head attends to its own position: the mean over the batch and all queries."""
+    return diagonal_mean(cache.stack("pattern"), 0).mean(dim=1)  # over the batch
 
 
 def previous_token_scores(cache: ActivationCache) -> Float[Tensor, "layer head"]:
@@ -122,14 +101,12 @@ def previous_token_scores(cache: ActivationCache) -> Float[Tensor, "layer head"]
 
     Query 0 has none, and does not count.
     """
-    diagonal = cache.stack("pattern").diagonal(offset=-1, dim1=-2, dim2=-1)
-    return einops.reduce(diagonal, "layer batch head query -> layer head", "mean")
+    return diagonal_mean(cache.stack("pattern"), -1).mean(dim=1)
 
 
 def first_token_scores(cache: ActivationCache) -> Float[Tensor, "layer head"]:
     """How much each head attends to position 0: the mean over the batch and all queries, query 0 included."""
-    column = cache.stack("pattern")[..., 0]
-    return einops.reduce(column, "layer batch head query -> layer head", "mean")
+    return cache.stack("pattern")[..., 0].mean(dim=(1, -1))
 
 
 # ---------------------------------------------------------------------------------------------------------- induction
@@ -140,8 +117,8 @@ def repeated_tokens(
 ) -> Int[Tensor, "batch pos"]:
     """Write texts that nobody can predict, until they repeat: `bos`, `n_half` random tokens, and the same once more.
 
-    Each token is drawn from the whole vocabulary, all equally likely, each row for itself, and every random number
-    comes from `generator`; the result is on its device. The shape is [n_batch, 1 + 2 n_half].
+    Each token is drawn from the whole vocabulary, all equally likely, independently in each row, and every random
+    number comes from `generator`; the result is on its device. The shape is [n_batch, 1 + 2 n_half].
     """
     half = torch.randint(d_vocab, (n_batch, n_half), generator=generator, device=generator.device)
     start = half.new_full((n_batch, 1), bos)
@@ -151,9 +128,9 @@ def repeated_tokens(
 def per_token_losses(
     logits: Float[Tensor, "batch pos d_vocab"], tokens: Int[Tensor, "batch pos"]
 ) -> Float[Tensor, "batch next"]:
-    """How much each token surprised the model, in nats: -log of the probability that it had given to it.
+    """How much each token surprised the model, in nats: -log of the probability that the model gave it.
 
-    The logits at position p are about token p + 1. So there are pos - 1 losses: the first is that of token 1, and the
+    The logits at position p are about token p + 1. So there are pos - 1 losses: the first is about token 1, and the
     last logits are not needed.
     """
     log_probabilities = logits[:, :-1].log_softmax(dim=-1)
@@ -223,7 +200,7 @@ def residual_components(cache: ActivationCache, pos: int) -> tuple[list[str], Fl
     """Take the final residual stream at one position apart, into all that was ever added to it.
 
     Returns labels and vectors in the same order: "embed", "pos_embed"; then for each layer its heads ("head 0.0" is
-    layer 0, head 0), what attention adds besides its heads ("bias 0"), and, where the layer has an MLP, "mlp 0" (with
+    layer 0, head 0), what attention adds on top of its heads ("bias 0"), and, where the layer has an MLP, "mlp 0" (with
     the MLP's own bias). Where positions are rotary the cache has no "pos_embed", and neither has the list. The vectors
     sum to the last layer's `resid_post` at `pos`, which may be negative, to count from the end. The cache must hold
     each head's `result`, which is kept only where `names=` asks for it. The bias is in no cache: it is what `attn_out`
@@ -330,13 +307,14 @@ def ablation_scores(
 ) -> Float[Tensor, "layer head"]:
     """How much worse the second half is predicted without each head: the mean loss with it ablated minus the usual one.
 
-    `tokens` are those of `repeated_tokens`, so the second half is the last `n_half` tokens of each row; the loss is the
-    mean over these and over the rows. One head at a time is ablated, with `ablate_heads`, which `kind` and `reference`
-    are for. A positive score means that the head helps. No gradients are recorded.
+    `tokens` come from `repeated_tokens`. The first token of the second half is left out, because nobody can know yet
+    that the text repeats: the loss is the mean over the last `n_half - 1` tokens of each row, and over the rows. One
+    head at a time is ablated, with `ablate_heads`, which takes `kind` and `reference`. A positive score means that the
+    head helps. No gradients are recorded.
     """
 
     def loss(logits: Tensor) -> Tensor:
-        return per_token_losses(logits, tokens)[:, -n_half:].mean()
+        return per_token_losses(logits, tokens)[:, 1 - n_half :].mean()
 
     usual = loss(model(tokens))
     scores = usual.new_empty(model.cfg.n_layers, model.cfg.n_heads)
@@ -350,7 +328,7 @@ def ablation_scores(
 
 
 class FactoredMatrix:
-    """The matrix `A @ B` of low rank, known by its two thin factors: whatever is asked of it, it is never formed.
+    """The matrix `A @ B` of low rank, kept as its two thin factors: no method forms the whole matrix.
 
     `A` is [rows inner] and `B` [inner columns], and `inner` is small, while `rows x columns` may be far too large for
     memory. Factors may have the same axes in front, or ones that broadcast: these are batch axes, as with `@` itself,
@@ -455,11 +433,21 @@ def fold_layer_norm(model: nn.Module) -> nn.Module:
     return folded
 
 
+def bigram_logits(model: nn.Module) -> Float[Tensor, "d_vocab d_vocab"]:
+    """What the current token alone says about the next one, with no layer in between: W_E W_U + b_U.
+
+    Row: the current token. Column: the next token. For a model without layers, positions and LayerNorm this is all
+    there is. In a deeper model it is the direct path: hand in a model from `fold_layer_norm`.
+    Source: Elhage et al. 2021, "Zero-layer transformers".
+    """
+    return model.embed.W_E @ model.unembed.W_U + model.unembed.b_U
+
+
 def ov_circuit(model: nn.Module, layer: int, head: int) -> FactoredMatrix:
     """What a head writes for a token that it attends to: W_E W_V W_O W_U, [d_vocab d_vocab], by its thin factors.
 
-    Row: the token that is attended to. Column: the token whose logit changes. LayerNorm and biases are left out: hand
-    in a model from `fold_layer_norm`, and what is missing is two positive factors per position and a constant.
+    Row: the token that is attended to. Column: the token whose logit changes. LayerNorm and biases are left out: with
+    a model from `fold_layer_norm`, only two positive factors per position and a constant are missing.
     Source: Elhage et al. 2021, "One-layer attention-only transformers".
     """
     refuse_shared_heads("ov_circuit", model)
@@ -480,11 +468,25 @@ def qk_circuit(model: nn.Module, layer: int, head: int) -> FactoredMatrix:
     return FactoredMatrix(W_E @ attn.W_Q[head], (W_E @ attn.W_K[head]).T)
 
 
+def skip_trigrams(qk: FactoredMatrix, ov: FactoredMatrix, source: int, k: int) -> tuple[list[int], list[int]]:
+    """Read off what a head does with one token, `source`: which tokens look for it, and what they then say.
+
+    `qk` and `ov` are circuits of one head. The first list holds the `k` query tokens that want `source` most, compared
+    with what they want on average: its score minus the mean of that query's scores over all keys, since adding the same
+    to all of a query's scores changes no attention. The second holds the `k` tokens whose logits the head raises most
+    when it attends to `source`. Both lists are in descending order. Neither table is formed as a whole.
+    Source: Elhage et al. 2021, "Interpretation as skip-trigrams".
+    """
+    wanted = qk.A @ (qk.B[:, source] - qk.B.mean(dim=-1))
+    written = ov.A[source] @ ov.B
+    return wanted.topk(k).indices.tolist(), written.topk(k).indices.tolist()
+
+
 def copying_score(ov: FactoredMatrix) -> Float[Tensor, ""]:
     """How far a head's OV circuit copies: the sum of its eigenvalues' real parts over the sum of their sizes.
 
-    1 where all eigenvalues are positive (what is attended to becomes likelier), -1 where all are negative, near 0 where
-    they point anywhere. The size of a complex number is its absolute value.
+    1 if all eigenvalues are positive (what is attended to becomes likelier), -1 if all are negative, near 0 if they
+    point in all directions. The size of a complex number is its absolute value.
     Source: Elhage et al. 2021, "Summarizing OV/QK matrices".
     """
     eigenvalues = ov.eigenvalues()
@@ -495,7 +497,7 @@ def top1_accuracy(ov: FactoredMatrix, rows_at_once: int = 1024) -> float:
     """The share of tokens for which a head writes that same token most: rows with their largest entry on the diagonal.
 
     All rows count. The matrix is built in blocks of at most `rows_at_once` rows, each of which is thrown away before
-    the next one comes: over GPT-2's vocabulary the whole would take ten gigabytes.
+    the next is built: over GPT-2's vocabulary the whole would take ten gigabytes.
     """
     hits = 0
     for start in range(0, ov.shape[0], rows_at_once):
@@ -579,7 +581,7 @@ def composition_score(W_A: Tensor | FactoredMatrix, W_B: Tensor | FactoredMatrix
     """How much of what A writes B reads: |W_A W_B| / (|W_A| |W_B|), with Frobenius norms.
 
     Rows are what goes in, as in `x @ W`: W_A is [... d_model], W_B is [d_model ...]. The score is at most 1; for two
-    matrices that know nothing of each other it is about 1 / sqrt(d_model). Both may be factored, with batch axes too.
+    unrelated matrices it is about 1 / sqrt(d_model). Both may be factored, with batch axes too.
     Source: Elhage et al. 2021, "Two-layer attention-only transformers".
     """
 
@@ -624,17 +626,17 @@ def composition_scores(model: nn.Module, kind: str) -> Float[Tensor, "layer head
 def random_rotation(d_model: int, generator: torch.Generator) -> Float[Tensor, "d_model d_model"]:
     """A rotation, or a reflection, drawn with equal chances from all there are."""
     Q, R = torch.linalg.qr(torch.randn(d_model, d_model, generator=generator))
-    return Q * R.diagonal().sign()  # without the signs some rotations would come more often than others
+    return Q * R.diagonal().sign()  # without the signs some rotations would be more frequent than others
 
 
 def random_composition_baseline(model: nn.Module, kind: str, n: int, generator: torch.Generator) -> Float[Tensor, " n"]:
-    """`n` composition scores of pairs in which what is written and what is read have nothing to do with each other.
+    """`n` composition scores of pairs in which what is written and what is read are unrelated.
 
-    For each, draw a layer but the last, a later layer, and a head in each, all with equal chances; then rotate the
-    residual stream between the two by a rotation of its own, drawn with equal chances from all rotations (reflections
-    included): the score of W_OV R and what `kind` says is read. So the heads keep their own singular values, and only
-    the directions are by chance. All random numbers come from `generator`. Raises ValueError for another `kind`, and
-    for a model of one layer, which has no pairs.
+    For each score, draw a layer (any but the last), a later layer, and a head in each, all with equal chances. Then
+    rotate the residual stream between the two by a new rotation R, drawn with equal chances from all rotations
+    (reflections included): it is the score of W_OV R and what `kind` says is read. So the heads keep their own singular
+    values, and only the directions are random. All random numbers come from `generator`. Raises ValueError for another
+    `kind`, and for a model of one layer, which has no pairs.
     """
     first, second = read_by(model, kind)
     W_V, W_O = read_by(model, "V")

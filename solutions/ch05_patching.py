@@ -125,7 +125,8 @@ def patch_residual_stream(
 
     Entry [layer, pos] is about a run on `tokens` in which that layer's `resid_pre` at `pos` comes from `source_cache`,
     in all prompts at once. The last row, depth n_layers, is about the last layer's `resid_post`. Each entry is a run
-    of its own with that one patch and no other, and the mean over the prompts of what `metric(logits)` says.
+    of its own with that one patch and no other, and the mean over the prompts of what `metric(logits)` says, in the
+    metric's dtype (as in all sweeps below).
     Source: Meng et al. 2022, section 2.1.
     """
     n_layers, n_pos = model.cfg.n_layers, tokens.shape[1]
@@ -406,10 +407,10 @@ def path_patch(
     metric: Metric,
     freeze_mlps: bool = True,
 ) -> Float[Tensor, " batch"]:
-    """Say what the metric of each prompt is if only the direct paths from senders to receivers carry corrupted news.
+    """Say what the metric of each prompt is if only direct paths from senders to receivers carry what is corrupted.
 
     Run on `clean`. The senders' z are those of the run on `corrupted`, at all positions; all other heads keep their
-    clean z, so that no news travels by way of another head. What then arrives at the receivers is patched into a last
+    clean z, so that nothing travels by way of another head. What then arrives at the receivers is patched into a last
     run on `clean`. With `freeze_mlps` the MLPs keep their clean outputs as well: the path is the residual stream and
     nothing else. Without it they compute anew from what they get, and count as part of the direct path, as in the
     paper. A sender in a receiver's layer or after it has no path to it: it changes nothing.
@@ -515,7 +516,7 @@ def signal_effects(
     the names (another name comes twice, and its first mention stands where the first name's had stood), "position"
     the order (the same name comes twice, its first mention stands elsewhere), "both" does one after the other. For
     each: by how much `path_patch` from `senders` to `receivers`, run on the dataset's own tokens, changes the logit
-    difference of each prompt; labels are always those of `dataset`.
+    difference of each prompt, MLPs held (the default of `path_patch`). Labels are always those of `dataset`.
     Source: Wang et al. 2022, appendix A.
     """
     clean = dataset.tokens
@@ -708,8 +709,9 @@ def greedy_circuit(
 
     Begin with every head. A round first scores the circuit as it is, and without each one of its heads: that says by
     how much each would change the score. Then it takes heads out, `share` of those there are (rounded down, but at
-    least one), one after the other, as if their changes added up: always the one that leaves the sum of the score and
-    of all changes so far nearest to the score of the whole model. The next round measures anew. Return the circuits
+    least one), one after the other. Keep a running estimate of the score: it begins at the circuit's own, and each head
+    taken out adds its change. Always take the head that brings the estimate nearest to the whole model's score. The
+    next round measures anew. Return the circuits
     before the first round and after each: every head first, the empty circuit last.
     With `share=0` heads go one at a time, which assumes nothing and takes a number of runs that grows with the square
     of the number of heads; with a share it grows in proportion.
@@ -840,11 +842,14 @@ def edge_attribution(
     no edge the score is 0. A needed edge has a score below 0 if the metric is high on the clean run.
 
     With more `steps` the gradient is the mean over as many runs on `clean`, whose `embed` is moved towards that of
-    `corrupted` by 0, 1/steps, 2/steps, ... of the way; with one it is the clean run's.
+    `corrupted` by 0, 1/steps, 2/steps, ... of the way: the left ends of equal parts, where `integrated_attribution`
+    takes the middles. So with one step it is the clean run's.
     The parameters' gradients stay as they are, and what is returned has no graph. In memory there is one gradient of
     the stream for each receiver: for a large model take few prompts at a time.
     Source: Syed et al. 2023; with steps, Hanna et al. 2024.
     """
+    refuse_shared_heads("edge_attribution", model)
+    refuse_gated_mlp("edge_attribution", model)
     with torch.no_grad():
         caches = [run_with_cache(model, tokens)[1] for tokens in (clean, corrupted)]
         own, other = (sender_outputs(model, cache) for cache in caches)
@@ -875,6 +880,8 @@ def run_with_edges(
     there is no edge mean nothing. Hooks of others stay, none is left behind, and no gradients are recorded.
     Source: Conmy et al. 2023; Hanna et al. 2024.
     """
+    refuse_shared_heads("run_with_edges", model)
+    refuse_gated_mlp("run_with_edges", model)
     _, cache = run_with_cache(model, corrupted)
     other = sender_outputs(model, cache)
     gap = torch.zeros_like(other)  # what the corrupted run has over this one, sender by sender, as the run arrives
@@ -948,9 +955,9 @@ def align_direction(
 
     `metric(logits)` is above 0 for each prompt whose answer is still that of `base`, and below 0 where it has changed.
     Minimised is the mean of softplus(metric), by Adam (PyTorch's defaults but for `lr`), for `steps` steps on all
-    prompts at once. What is learned is a matrix that starts as `torch.randn(n_directions, d_model,
-    generator=generator)`, in the model's dtype; the directions are an orthonormal basis of its rows. The model stays as
-    it is, gradients included; the result has no graph.
+    prompts at once. What is learned is a matrix, drawn as `torch.randn(n_directions, d_model,
+    generator=generator)` and then converted to the model's dtype; the directions are an orthonormal basis of its rows.
+    The model stays as it is, gradients included; the result has no graph.
     A distributed alignment search (Geiger et al. 2023), in its smallest form.
     """
     raw = torch.randn(n_directions, model.cfg.d_model, generator=generator).to(model.embed.W_E).requires_grad_()

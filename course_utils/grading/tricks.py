@@ -178,6 +178,10 @@ PEEPING = {
 PEEPING |= {"gc.get_referents", "ctypes.dlopen", "ctypes.dlsym", "ctypes.cdata", "ctypes.PyObj_FromPtr"}
 
 
+# Files of this course that read solutions for whoever asks.
+READ_FOR_OTHERS = {str(Path(__file__).parents[1] / f"{name}.py") for name in ("cells", "solution")}
+
+
 class Peeping(PermissionError):
     """What the learner's code sees instead of the reference solution or the grader's own frames."""
 
@@ -194,12 +198,12 @@ def guard(chapter: str, is_cell: Callable[[str], bool], found: Callable[[str], N
     busy = False  # the hook's own questions are events too
 
     def theirs(frame: FrameType | None) -> bool:
-        """Whether it is the learner's code that asks, itself or through Python's own library."""
+        """Whether it is the learner's code that asks, itself, through Python's own library or through this course's."""
         while frame is not None:
             name = frame.f_code.co_filename
             if is_cell(name):
                 return True
-            if not name.startswith((STANDARD_LIBRARY, "<frozen")):
+            if not name.startswith((STANDARD_LIBRARY, "<frozen")) and name not in READ_FOR_OTHERS:
                 return False
             frame = frame.f_back
         return False

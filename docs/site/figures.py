@@ -63,6 +63,9 @@ def plotly_words(figure: dict[str, Any]) -> str:
         traces = [{"name": name, **trace} for name, trace in zip(names, traces, strict=True)]
         names = []
     words += _traces(traces)
+    for control in layout.get("sliders", []):
+        prefix = _plain(control.get("currentvalue", {}).get("prefix"))
+        words.append(f"A slider, {prefix} {', '.join(_plain(step['label']) for step in control['steps'])}.")
     if any(names):
         words.append(f"Labels: {', '.join(filter(None, names))}.")
     return " ".join(words)
@@ -75,7 +78,7 @@ def _traces(traces: list[dict[str, Any]]) -> Iterator[str]:
         label = f" “{_plain(trace['name'])}”" if trace.get("name") else ""
         finite = values[np.isfinite(values)]
         if kind == "scatter":
-            kind = "points" if trace.get("mode") == "markers" else "line"
+            kind = "line" if "lines" in trace.get("mode", "lines") else "points"
         if not finite.size:
             continue
         size = f", {values.shape[0]} rows and {values.shape[1]} columns" if values.ndim == 2 else ""

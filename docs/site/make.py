@@ -23,24 +23,24 @@ import birth
 import nbformat
 from executed import common_hash, executed
 from models import model_page
-from pages import glossary_terms, moved_links, page
+from pages import glossary_page, glossary_terms, moved_links, page
 
 import course_utils
 from course_utils.build import build_chapter
 from course_utils.links import Release, read_release
-from course_utils.lint import read_lesson
+from course_utils.lint import in_parts, read_lesson
 from course_utils.overview import words
+from course_utils.plots import template
 from course_utils.pretrained import shipped_models, shipped_steps
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 BUILD = ROOT / "build" / "site"
 HTML = BUILD / "html"
+GLOSSARY = ROOT / "docs" / "glossary.md"
 SITE = ROOT / "site"  # a copy of HTML, beside which myst-nb leaves notes of its own
 # Whose scripts, fonts and styles are part of the site; their licences travel with it.
 SHIPPED = ("plotly", "circuitsvis", "sphinx-mathjax-offline", "furo", "sphinx-basic-ng", "sphinx", "pygments")
-# Okabe and Ito's colours for lines and bars, which people with any kind of colour blindness can tell apart.
-TOLD_APART = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"]
 TOCTREE = ":::{{toctree}}\n{options}\n\n{entries}\n:::\n"
 
 
@@ -83,7 +83,7 @@ def links(name: str, release: Release) -> str:
 
 def write_chapters(source: Source, chosen: Iterable[Path], downloads: Path) -> None:
     """A page for each lesson, and its notebook to be downloaded."""
-    terms = glossary_terms((HERE / "written" / "glossary.md").read_text(encoding="utf-8"))
+    terms = glossary_terms(GLOSSARY.read_text(encoding="utf-8"))
     release, common = read_release(ROOT), common_hash(ROOT)
     for lesson in chosen:
         learner, solution = build_chapter(lesson, ROOT)
@@ -185,18 +185,19 @@ def write_landing(source: Source, chosen: list[Path], groups: dict[str, list[str
 def summary(lesson: Path) -> str:
     """A link to a chapter, and how much there is to write."""
     cells = read_lesson(lesson)
+    exercises = [
+        (cell, parts[0]) for cell, parts in zip(cells, in_parts(cells), strict=True) if "exercise" in cell.tags
+    ]
+    optional = sum(part.optional for _, part in exercises)
     title = cells[0].source.partition("\n")[0].removeprefix("# ")
-    minutes = [int(cell.options["minutes"]) for cell in cells if "exercise" in cell.tags]
-    hours = f"{sum(minutes) / 60:.0f} hours"
-    return (
-        f"[{title}](chapters/{lesson.stem}.ipynb): {len(minutes)} exercises, about {hours} of writing, and the reading"
-    )
+    hours = f"{sum(int(cell.options['minutes']) for cell, _ in exercises) / 60:.0f} hours"
+    which = {0: ",", len(exercises): ", all optional,"}.get(optional, f" ({optional} of them optional),")
+    how_much = f"{len(exercises)} exercises{which} about {hours} of writing, and the reading"
+    return f"[{title}](chapters/{lesson.stem}.ipynb): {how_much}"
 
 
 def write_scripts(static: Path) -> None:
     """The scripts of plotly and CircuitsVis from the installed packages, and the template that all figures share."""
-    import plotly.io
-
     static.mkdir(parents=True, exist_ok=True)
     for package, path, name in [
         ("plotly", "package_data/plotly.min.js", "plotly.min.js"),
@@ -205,9 +206,7 @@ def write_scripts(static: Path) -> None:
         spec = find_spec(package)
         assert spec is not None and spec.origin is not None  # the course needs both
         shutil.copyfile(Path(spec.origin).parent / path, static / name)
-    template = plotly.io.templates[plotly.io.templates.default].to_plotly_json()
-    template["layout"]["colorway"] = TOLD_APART
-    text = f"window.plotlyTemplate = {json.dumps(template)};\n"
+    text = f"window.plotlyTemplate = {json.dumps(template().to_plotly_json())};\n"
     (static / "plotly-template.js").write_text(text, encoding="utf-8")
 
 
@@ -225,6 +224,7 @@ def main() -> int:
     for path in (HERE / "written").glob("*.md"):
         if path.name != "index.md":
             source.write(path.name, path.read_text(encoding="utf-8"))
+    source.write("glossary.md", glossary_page(GLOSSARY.read_text(encoding="utf-8")))
     groups = {
         "Chapters": [f"chapters/{lesson.stem}" for lesson in chosen],
         "Beside the chapters": ["glossary", *write_models(source), *write_teaching(source)],

@@ -24,6 +24,9 @@ KEEP = re.compile(
 )
 
 
+ENTRY = re.compile(r"^\*\*(.+?)\*\*: (.+)$", re.MULTILINE)
+
+
 def page(executed: NotebookNode, learner: NotebookNode, terms: Iterable[str], links: str) -> NotebookNode:
     """The notebook behind a chapter's page; `links` is put under its title, `terms` are linked to the glossary."""
     stubs = {cell.id: cell.source for cell in learner.cells}
@@ -130,9 +133,15 @@ def moved_links(text: str, folder: str, elsewhere: str) -> str:
 
 
 def glossary_terms(text: str) -> list[str]:
-    """The terms of a glossary: the lines of its directive that are not indented."""
-    inside = re.search(r"^:::\{glossary\}\n(.*?)^:::$", text, re.MULTILINE | re.DOTALL)
-    return [line for line in inside[1].splitlines() if line and not line[0].isspace()] if inside else []
+    """The terms of docs/glossary.md: each begins a paragraph, in bold."""
+    return [term for term, _ in ENTRY.findall(text)]
+
+
+def glossary_page(text: str) -> str:
+    """The same as Sphinx's directive, so that chapters can link to its terms."""
+    before = text[: ENTRY.search(text).start()]  # type: ignore[union-attr]
+    entries = "\n\n".join(f"{term}\n  {words}" for term, words in ENTRY.findall(text))
+    return f"{before}:::{{glossary}}\n{entries}\n:::\n"
 
 
 def link_terms(text: str, terms: set[str]) -> str:

@@ -50,6 +50,7 @@ class Recipe:
     steps: int
     batch: int = 16
     repeated_share: float = 0.0  # of a batch's rows: random tokens, again and again, instead of stories
+    early_repeated: tuple[int, float] = (0, 0.0)  # another share for so many steps at the beginning
     peak_lr: float = 2e-3
     warmup: int = 300
     weight_decay: float = 0.01
@@ -66,7 +67,9 @@ def repeated_rows(recipe: Recipe, step: int) -> Tensor:
     What is repeated is from 8 to n_ctx / 2 tokens long, another length in each row: no distance gives the answer away.
     """
     cfg, generator = recipe.cfg, torch.Generator().manual_seed(recipe.seed * 100_000_000 + step)
-    rows = torch.zeros(round(recipe.batch * recipe.repeated_share), cfg.n_ctx + 1, dtype=torch.long)
+    n_early, early_share = recipe.early_repeated
+    share = early_share if step < n_early else recipe.repeated_share
+    rows = torch.zeros(round(recipe.batch * share), cfg.n_ctx + 1, dtype=torch.long)
     for row in rows:
         period = int(torch.randint(8, cfg.n_ctx // 2 + 1, (), generator=generator))
         once = torch.randint(1, cfg.d_vocab, (period,), generator=generator)

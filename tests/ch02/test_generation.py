@@ -1,4 +1,4 @@
-"""Writing sooner, and searching: mistakes that the checks do not know, and right answers in another style."""
+"""Generating faster, and searching: mistakes that the checks do not know, and right answers in another style."""
 
 import functools
 import inspect

@@ -11,6 +11,8 @@ import torch
 from torch.nn import functional as F
 
 import solutions.ch02_transformer as ref
+from course_utils.build import read_lesson
+from course_utils.checks import CheckFailed, check
 from course_utils.checks.ch02.attending import later
 from course_utils.checks.ch02.layers import CFG, gelu
 from course_utils.checks.transformer_interface import transformer_hooks, transformer_parameters
@@ -18,6 +20,7 @@ from course_utils.config import TransformerConfig
 from course_utils.hooks import hook_points, run_with_cache
 from solutions.ch02_transformer import attention_scores, causal_mask, project_heads
 from tests.ch02 import other_transformer as other
+from tests.conftest import ROOT
 
 INF = torch.inf
 SECRETS = ("einsum(", "masked_fill(", ".triu(")
@@ -408,3 +411,22 @@ def test_a_full_cache_says_so() -> None:
     ours(torch.zeros(1, 17, dtype=torch.long), cache)
     with pytest.raises(ValueError, match="18 positions do not fit into n_ctx = 17; start a new cache"):
         cache.append(0, torch.zeros(1, 1, 4, 5), torch.zeros(1, 1, 4, 5))
+
+
+@pytest.mark.parametrize(
+    "demo, cause",
+    {
+        "UnbiasedVariance": "the variance divides by d_model - 1 (torch's default); divide by d_model.",
+        "NoShift": "`b` is left out.",
+        "OverTheBatch": "mean and variance are taken over the whole tensor; each position has its own.",
+        "EpsilonOutside": "eps is added outside the root; it belongs under it.",
+    }.items(),
+)
+def test_the_demos_of_the_lesson_are_refused_with_their_cause(demo: str, cause: str) -> None:
+    """The section on tests promises that the check names what each of its wrong norms got wrong."""
+    sources = (cell.source for cell in read_lesson(ROOT / "chapters/src/02_transformer.md"))
+    names: dict[str, Any] = {"LayerNorm": ref.LayerNorm, "__name__": "__main__"}  # as in a notebook
+    exec(next(source for source in sources if source.startswith("class UnbiasedVariance")), names)
+    with pytest.raises(CheckFailed) as refused:
+        check(names[demo], name="LayerNorm")
+    assert f"This is what you get if {cause}" in str(refused.value)

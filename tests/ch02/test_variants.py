@@ -175,11 +175,11 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
     ],
     "convert_neox_weights": [
         (
-            "It holds what belongs into `blocks.0.attn.W_K`",
+            "It holds what belongs in `blocks.0.attn.W_K`",
             changed(lambda ours, theirs: ours.update({"blocks.0.attn.W_V": ours["blocks.0.attn.W_K"]})),
         ),
         ("has no entry `unembed.b_U`", changed(lambda ours, theirs: ours.pop("unembed.b_U"))),
-        ("belongs into `blocks.1.", changed(lambda ours, theirs: ours.update(layer_by_its_first_digit(ours)))),
+        ("belongs in `blocks.1.", changed(lambda ours, theirs: ours.update(layer_by_its_first_digit(ours)))),
         (
             "does not know, `pos_embed.W_pos`",
             changed(lambda ours, theirs: ours.update({"pos_embed.W_pos": torch.zeros(9, 12)})),

@@ -101,12 +101,12 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
     ],
     "convert_gpt2_weights": [
         (
-            "It holds what belongs into `blocks.0.attn.W_K`",
+            "It holds what belongs in `blocks.0.attn.W_K`",
             with_entry("blocks.0.attn.W_V", from_ours="blocks.0.attn.W_K"),
         ),
-        ("It holds what belongs into `blocks.0.ln1.w`", with_entry("blocks.1.ln1.w", from_ours="blocks.0.ln1.w")),
+        ("It holds what belongs in `blocks.0.ln1.w`", with_entry("blocks.1.ln1.w", from_ours="blocks.0.ln1.w")),
         ("`unembed.b_U`: 13 of 13", with_entry("unembed.b_U", torch.ones_like)),
-        ("belongs into `blocks.1.", changed(lambda ours, theirs: ours.update(layer_by_its_first_digit(ours)))),
+        ("belongs in `blocks.1.", changed(lambda ours, theirs: ours.update(layer_by_its_first_digit(ours)))),
         ("`blocks.1.attn.W_V`: ", with_entry("blocks.1.attn.W_V", lambda weight: weight.flip(0))),  # heads reversed
         (
             "`blocks.0.attn.b_K`: ",  # heads taken to alternate, in the bias

@@ -17,9 +17,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 import solutions.ch03_training as ref
 from course_utils.checks.ch03.checkpoints import plain_data, saving
+from course_utils.config import TransformerConfig
+from solutions.ch02_transformer import Transformer, init_weights
 from tests.ch03 import other_training_loop as other
 from tests.conftest import ROOT
 
@@ -175,6 +178,43 @@ STILL_RIGHT = {
     "path.name + '.partial' -> '.partial'",
     "file.fileno() -> file",  # fsync takes both
 }
+
+
+# ---------------------------------------------------------------------------------------- the chapter's parts together
+
+ROTARY: dict[str, Any] = {"positions": "rotary", "rotary_dim": 2, "parallel": True, "d_mlp": 12}
+
+
+@pytest.mark.parametrize("module", [ref, other], ids=["reference", "other"])
+@pytest.mark.parametrize("kind", [{"d_mlp": 12}, ROTARY, {"attn_only": True, "normalization": "none"}])
+def test_our_own_optimizer_goes_on_from_a_checkpoint(module: Any, kind: dict[str, Any], tmp_path: Path) -> None:
+    """Stopped after three steps and loaded into another model and optimizer: the rest is that of a run left alone."""
+    cfg = TransformerConfig(d_vocab=17, n_ctx=9, n_layers=2, n_heads=2, d_model=8, d_head=4, **kind)
+    batches = torch.randint(17, (5, 4, 9), generator=torch.Generator().manual_seed(1))
+
+    def fresh(seed: int) -> tuple[Any, Any]:
+        model = Transformer(cfg)
+        init_weights(model, 0.3, torch.Generator().manual_seed(seed))
+        groups = module.parameter_groups(model, weight_decay=0.1)
+        return model, module.AdamW(groups, lr=0.05, betas=(0.8, 0.9))
+
+    model, optimizer = fresh(0)
+    for step, batch in enumerate(batches):
+        if step == 3:
+            optimizer.param_groups[1]["lr"] = 0.02
+            module.save_checkpoint(tmp_path / "run.pt", model=model, optimizer=optimizer, step=step)
+        module.train_step(model, optimizer, batch, max_norm=1.0)
+    stored = module.load_checkpoint(tmp_path / "run.pt")
+    again, restored = fresh(7)
+    again.load_state_dict(stored["model"])
+    restored.load_state_dict(stored["optimizer"])
+    assert [group["lr"] for group in restored.param_groups] == [0.05, 0.02]
+    for batch in batches[stored["step"] :]:
+        module.train_step(again, restored, batch, max_norm=1.0)
+    for (name, weights), alone in zip(again.named_parameters(), model.parameters(), strict=True):
+        assert torch.equal(weights, alone), name
+    for ours, theirs in zip(tree_leaves(restored.state_dict()), tree_leaves(optimizer.state_dict()), strict=True):
+        assert torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs
 
 
 # ------------------------------------------------------------------------------------------------------- when killed

@@ -1,5 +1,7 @@
 """Chapter 03's schedule and optimizer: wrong answers that their checks do not know, and right ones in another style."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from itertools import takewhile
 from typing import Any
@@ -220,3 +222,30 @@ STILL_RIGHT = {
     ),
     "True -> False",  # the same zip(strict=True), of equal lengths
 }
+
+
+def test_adam_spelled_out_is_that_of_torch() -> None:
+    """The check's oracle: torch's own is not used there, since its first use takes seconds of imports."""
+    ours, theirs = optimizer._start(torch.float64), optimizer._start(torch.float64)
+    options = {"lr": 0.05, "betas": (0.8, 0.95), "eps": 0.02, "weight_decay": 0.4}
+    spelled_out, builtin = optimizer.adam()(ours, **options), torch.optim.AdamW(theirs, **options)
+    for grads in optimizer._gradients(20, torch.float64):
+        for p, same, grad in zip(ours, theirs, grads, strict=True):
+            p.grad, same.grad = grad, grad
+        spelled_out.step()
+        builtin.step()
+    for p, same in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p, same)
+        steps, m, v = spelled_out.moments[p]
+        assert steps == builtin.state[same]["step"]
+        torch.testing.assert_close(m, builtin.state[same]["exp_avg"])
+        torch.testing.assert_close(v, builtin.state[same]["exp_avg_sq"])
+
+
+def test_the_check_of_adamw_does_not_load_the_compiler() -> None:
+    """In a process of its own, as a learner's first check is."""
+    code = (
+        "import sys; from course_utils.checks.ch03.optimizer import check_AdamW; import solutions.ch03_training as ref"
+    )
+    code += "; check_AdamW(ref.AdamW); sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

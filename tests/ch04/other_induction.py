@@ -8,7 +8,6 @@ from contextlib import ExitStack
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from course_utils.hooks import hooks as attached
 
@@ -66,19 +65,6 @@ def my_run_with_cache(model, tokens, names=None):
     return output, cache
 
 
-def pattern_from_qk(q, k):
-    q, k = q.transpose(1, 2), k.permute(0, 2, 3, 1)
-    scores = q @ k * q.size(-1) ** -0.5
-    largest = torch.stack([scores[..., row, : row + 1].amax(-1) for row in range(scores.size(-1))], -1)[..., None]
-    weights = (scores.minimum(largest) - largest).exp().tril()
-    return weights / weights.sum(-1, keepdim=True)
-
-
-def z_from_pattern(pattern, v):
-    heads = [pattern[:, head] @ v[:, :, head] for head in range(pattern.size(1))]
-    return torch.stack(heads, dim=2)
-
-
 def by_place(cache, weights_of):
     rows = []
     for layer in range(cache.n_layers):
@@ -87,16 +73,8 @@ def by_place(cache, weights_of):
     return torch.tensor(rows, dtype=pattern.dtype, device=pattern.device)
 
 
-def current_token_scores(cache):
-    return by_place(cache, lambda pattern: torch.stack([text.diag() for text in pattern]))
-
-
 def previous_token_scores(cache):
     return by_place(cache, lambda pattern: pattern[:, range(1, pattern.shape[1]), range(pattern.shape[1] - 1)])
-
-
-def first_token_scores(cache):
-    return by_place(cache, lambda pattern: pattern.select(2, 0))
 
 
 def repeated_tokens(n_batch, n_half, d_vocab, generator, bos):
@@ -105,10 +83,6 @@ def repeated_tokens(n_batch, n_half, d_vocab, generator, bos):
     out[:, 1 : 1 + n_half] = (uniform * d_vocab).long()
     out[:, 1 + n_half :] = out[:, 1 : 1 + n_half]
     return out
-
-
-def per_token_losses(logits, tokens):
-    return F.cross_entropy(logits[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none")
 
 
 def induction_scores(cache, n_half):

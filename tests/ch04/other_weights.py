@@ -41,8 +41,8 @@ def ablate_heads(model, tokens, heads, kind, reference=None):
 
 def ablation_scores(model, tokens, n_half, kind, reference=None):
     def cost(logits):
-        about = logits[:, n_half:-1].transpose(1, 2)
-        return torch.nn.functional.cross_entropy(about, tokens[:, n_half + 1 :])
+        about = logits[:, n_half + 1 : -1].transpose(1, 2)
+        return torch.nn.functional.cross_entropy(about, tokens[:, n_half + 2 :])
 
     with torch.no_grad():
         start = cost(model(tokens))
@@ -104,6 +104,11 @@ class FactoredMatrix:
         return self.svd()[1].square().sum(-1).sqrt()
 
 
+def bigram_logits(model):
+    every_token = torch.arange(model.embed.W_E.shape[0])
+    return torch.addmm(model.unembed.b_U, model.embed.W_E[every_token], model.unembed.W_U)
+
+
 def ov_circuit(model, layer, head):
     attn = model.blocks[layer].attn
     embedded = torch.einsum("tm,md->td", model.embed.W_E, attn.W_V[head])
@@ -114,6 +119,11 @@ def qk_circuit(model, layer, head):
     attn = model.blocks[layer].attn
     W_QK = FactoredMatrix(attn.W_Q[head], attn.W_K[head].T)
     return model.embed.W_E @ W_QK @ model.embed.W_E.T
+
+
+def skip_trigrams(qk, ov, source, k):
+    queries = torch.argsort(qk.A @ qk.B[:, source] - (qk.A @ qk.B.sum(1)) / qk.B.shape[1], descending=True)
+    return queries[:k].tolist(), (ov.A[source] @ ov.B).argsort(descending=True)[:k].tolist()
 
 
 def copying_score(ov):

@@ -12,7 +12,8 @@ from course_utils.hooks import run_with_cache
 from tests.ch04 import other_induction as other
 
 SECRETS = ("einsum(",)
-STILL_RIGHT: set[str] = set()
+# Changes after which the reference still does what its statement says.
+STILL_RIGHT = {"model.cfg.normalization == 'LN' -> model.cfg.normalization <= 'LN'"}  # there are two choices
 
 
 def reordered(order: Callable[[list[str]], list[str]]) -> Any:

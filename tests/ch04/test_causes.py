@@ -21,7 +21,7 @@ STILL_RIGHT = {
     "tuple(reference.shape) -> reference.shape",
     "tuple(tokens.shape) -> tokens.shape",
     "z.clone() -> z",  # nobody else reads that tensor
-    "-n_half -> n_half",  # there are 2 n_half losses
+    "1 - n_half -> 1 + n_half",  # there are 2 n_half losses
 }
 
 
@@ -123,7 +123,7 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
         ("gradients are recorded", with_gradients),
         ("values are wrong", partial(scores, chosen=lambda cfg, heads: [h for h in heads_of(cfg) if h <= heads[0]])),
         ("values are wrong", partial(scores, stand_ins=dict.fromkeys(KINDS, KINDS["zero"]))),
-        ("values are wrong", partial(scores, reduce=lambda losses, n: losses[:, -n:].median())),
+        ("values are wrong", partial(scores, reduce=lambda losses, n: losses[:, 1 - n :].median())),
         ("values are wrong", partial(scores, of=lambda tokens, reference: tokens)),
         ("values are wrong", partial(scores, end=lambda without, usual: (without - usual) / usual)),
         ("values are wrong", partial(scores, end=lambda without, usual: (without - usual).abs())),

@@ -12,12 +12,9 @@ from course_utils.checks import CheckFailed, run_check
 from course_utils.checks.ch04.looking import (
     check_repeated_tokens,
     looking_back,
-    losses,
     mean,
     rows,
     scored,
-    to_first,
-    to_itself,
     to_previous,
 )
 from course_utils.hooks import hooks, reset_hooks, run_with_cache, run_with_hooks
@@ -114,11 +111,7 @@ def table(**wrong: Any) -> Any:
 
 
 SURPRISES: dict[str, list[tuple[str, Any]]] = {
-    "current_token_scores": score_surprises(
-        to_itself, ("values are wrong", lambda cache: cache.stack("attn_scores").diagonal(0, -2, -1).mean((1, 3)))
-    ),
     "previous_token_scores": score_surprises(to_previous),
-    "first_token_scores": score_surprises(to_first),
     "induction_scores": score_surprises(
         looking_back(1), ("values are wrong", scored(looking_back(1), lambda found, n: found.amax(-1).mean(1)))
     ),
@@ -162,16 +155,6 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
         ),
         ("not drawn independently", repeating(lambda b, n, v, g: (torch.rand(b, n, generator=g) ** 1.5 * v).long())),
     ],
-    "per_token_losses": [
-        ("wrong shape", lambda logits, tokens: losses(logits, tokens).mean(0)),
-        ("wrong shape", lambda logits, tokens: losses(logits, tokens.roll(-1, 1), slice(None), slice(None))),
-        (
-            "values are wrong",
-            lambda logits, tokens: losses(logits, tokens, log_p=lambda logits: (logits.softmax(-1) + 1e-3).log()),
-        ),
-        ("All of the wrong values are at batch=1", lambda logits, tokens: losses(logits, tokens[:1].expand_as(tokens))),
-        ("values are wrong", lambda logits, tokens: losses(logits, tokens).cumsum(1)),
-    ],
     "top_predictions": [
         ("the tokens: wrong answer", table(text=lambda tokenizer, token: tokenizer.decode([token]).strip())),
         ("the tokens", table(text=lambda tokenizer, token: token)),
@@ -193,7 +176,7 @@ def test_scores_by_hook_are_those_of_the_cache(module: Any, model: nn.Module, to
     ("cause", "second"),
     [
         ("the second half is the first one backwards", lambda half: half.flip(1)),
-        ("the second half is that of another row", lambda half: half.roll(-1, 0)),
+        ("the second half comes from another row", lambda half: half.roll(-1, 0)),
         ("the tokens come only once", lambda half: half[:, :0]),
     ],
 )

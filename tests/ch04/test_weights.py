@@ -25,6 +25,8 @@ STILL_RIGHT = {
     "-1 -> 1",  # of two axes, the last
     "1 -> 2",
     "1 -> 0",
+    "wanted.topk(k).indices.tolist() -> wanted.topk(k).indices",  # a tensor of them is as good
+    "written.topk(k).indices.tolist() -> written.topk(k).indices",
     "0 -> 1",  # of a vector's first entry, or of a batch in which all rows are alike
     "0 -> -1",
     "(self.A.mT @ self.A * (self.B @ self.B.mT)).sum(dim=(-2, -1)).clamp(min=0) -> "
@@ -34,6 +36,7 @@ STILL_RIGHT = {
     "resid @ block.attn.W_K[head] + block.attn.b_K[head] -> resid @ block.attn.W_K[head] - block.attn.b_K[head]",
     "resid @ block.attn.W_K[head] + block.attn.b_K[head] -> resid @ block.attn.W_K[head]",
     "model.cfg.normalization == 'LN' -> model.cfg.normalization <= 'LN'",
+    "model.cfg.positions == 'rotary' -> model.cfg.positions >= 'rotary'",  # there are two choices
 }
 
 
@@ -138,6 +141,23 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
         ("in float64: the singular values", svd(lambda U, S, Vh: (U.float(), S.float(), Vh.float()))),
         ("in float64: the singular values", svd(lambda U, S, Vh: (U, S.float().to(S.dtype), Vh))),
         ("U transposed times U", svd(lambda U, S, Vh: (U * 2, S, Vh / 2))),
+    ],
+    "bigram_logits": [
+        ("values are wrong", lambda model: ref.bigram_logits(with_a_token(model)) + model.pos_embed.W_pos[0].sum()),
+        ("expected (token=13, next_token=13)", lambda model: ref.bigram_logits(model)[None]),
+        ("values are wrong", lambda model: 2 * ref.bigram_logits(model)),
+    ],
+    "skip_trigrams": [
+        (
+            "made a tensor of",
+            lambda qk, ov, source, k: (
+                (whole(qk) - whole(qk).mean(1, keepdim=True))[:, source].topk(k).indices.tolist(),
+                ref.skip_trigrams(qk, ov, source, k)[1],
+            ),
+        ),
+        ("expected two lists", lambda qk, ov, source, k: ref.skip_trigrams(qk, ov, source, k)[0]),
+        ("the queries", lambda qk, ov, source, k: ref.skip_trigrams(qk, ov, (source + 1) % len(qk.A), k)),
+        ("the outputs", lambda qk, ov, source, k: (ref.skip_trigrams(qk, ov, source, k)[0], [source])),
     ],
     "ov_circuit": [
         ("the inner size need not be more than 7", circuit(lambda p: (p.E @ p.V @ p.O @ p.U, torch.eye(13)), here)),

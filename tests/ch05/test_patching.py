@@ -12,7 +12,7 @@ import solutions.ch05_patching as ref
 from course_utils.checks import CheckFailed, run_check
 from course_utils.checks.ch05 import patching
 from course_utils.checks.ch05.patching import batched, first, going_on, put, streams, sweep
-from course_utils.hooks import run_with_cache
+from course_utils.hooks import run_with_cache, run_with_hooks
 from tests.ch05 import other_patching as other
 from tests.ch05 import subtle, unusual
 from tests.ch05.conftest import TOKENS, metric, source_run
@@ -53,9 +53,21 @@ GRIDS = {
     "patch_heads_by_position": patching.places,
     "patch_head_inputs": patching.heads,
 }
+
+
+@torch.no_grad()
+def writing_into_the_activation(model: Any, tokens: Any, source_cache: Any, name: str, index: Any) -> Any:
+    def patch(activation: Any, hook: Any) -> Any:
+        activation[(slice(None), *index)] = source_cache[name][(slice(None), *index)]
+        return activation
+
+    return run_with_hooks(model, tokens, hooks={name: patch})
+
+
 SURPRISES: dict[str, list[tuple[str, Any]]] = {
     "run_patched": [
         ("it changed `cache['blocks.1.hook_resid_pre']` in place", patching.patching(into_the_source)),
+        ("it changed `model.pos_embed.W_pos` in place", writing_into_the_activation),
         ("a hook is left behind", leaving_a_hook(ref.run_patched)),
         ("hooks that others had attached", clearing_hooks(ref.run_patched)),
         ("gradients are recorded", with_a_graph(ref.run_patched)),

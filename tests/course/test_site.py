@@ -20,7 +20,8 @@ import pytest
 import torch
 
 from course_utils.build import build_chapter
-from course_utils.plots import attention_pattern, bar, heatmap, line
+from course_utils.plots import attention_pattern, bar, heatmap, line, scatter, template
+from course_utils.sliders import slider
 from tests.conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "docs" / "site"))
@@ -28,7 +29,8 @@ sys.path.insert(0, str(ROOT / "docs" / "site"))
 import executed as runs
 from conf import docstring_as_rst
 from figures import PLOTLY, circuitsvis_html, plotly_words
-from pages import glossary_terms, link_terms, moved_links, page, shown, without_header
+from make import write_scripts
+from pages import glossary_page, glossary_terms, link_terms, moved_links, page, shown, without_header
 
 LESSONS = sorted((ROOT / "chapters" / "src").glob("[0-9][0-9]_*.md"))
 SITE = ROOT / "site"
@@ -81,10 +83,12 @@ def test_terms_are_linked_once_and_only_in_running_text() -> None:
 
 
 def test_the_glossary_is_sorted_and_every_term_has_words() -> None:
-    text = (ROOT / "docs/site/written/glossary.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs/glossary.md").read_text(encoding="utf-8")
     terms = glossary_terms(text)
     assert len(terms) > 40 and terms == sorted(terms, key=str.casefold) and len(terms) == len(set(terms))
-    assert all(re.search(rf"^{re.escape(term)}\n  \S", text, re.MULTILINE) for term in terms)
+    made = glossary_page(text)
+    assert all(re.search(rf"^{re.escape(term)}\n  \S", made, re.MULTILINE) for term in terms)
+    assert made.startswith("# Glossary\n\n") and made.count(":::") == 2 and "**" not in made
 
 
 def test_links_of_a_guide_lead_to_pages_of_the_site_or_to_the_repository() -> None:
@@ -123,6 +127,17 @@ def test_figures_in_words() -> None:
     assert words.startswith("Loss. loss against step. Line “model”: begins at 4, ends at 2; values from 1 to 4. Line")
     words = plotly_words(json.loads(bar(torch.tensor([1.0, 3.0]), x="token", y="p", title="Chance").to_json()))
     assert words.endswith("Bars: values from 1 to 3.") or "Bars “p”: values from 1 to 3." in words
+    dots = scatter(falling["model"], falling["model"], x="a", y="b", title="c", texts=["x", None, None])
+    assert "Points: values from 1 to 4." in plotly_words(json.loads(dots.to_json()))
+    heights = {name: bar(series, x="token", y="p", title="Chance") for name, series in falling.items()}
+    words = plotly_words(json.loads(slider(heights, steps="kind").to_json()))
+    assert words.endswith("A slider, kind: model, grammar.")
+
+
+def test_the_site_has_the_look_of_the_course(tmp_path: Path) -> None:
+    write_scripts(tmp_path)
+    text = (tmp_path / "plotly-template.js").read_text(encoding="utf-8")
+    assert json.loads(text.removeprefix("window.plotlyTemplate = ").rstrip(";\n")) == template().to_plotly_json()
 
 
 def test_an_attention_view_keeps_its_data_and_leaves_the_script() -> None:

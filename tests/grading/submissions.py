@@ -270,6 +270,11 @@ def _tricks() -> list[Case]:
         import solutions
         from pathlib import Path
         texts = [path.read_text() for path in Path(solutions.__file__).parent.glob("ch02*.py")]"""
+    asking = """\
+        import solutions
+        from pathlib import Path
+        from course_utils.cells import read_notebook
+        text = read_notebook(Path(solutions.__file__).parent / "02_transformer.ipynb")"""
     checks = "import course_utils.checks.comparing as comparing\ncomparing.compare = lambda *args, **others: None"
     return [
         trick("replaces torch", "torch.isclose = torch.allclose", "it replaced torch.isclose"),
@@ -277,6 +282,7 @@ def _tricks() -> list[Case]:
         trick("changes the code", "torch.allclose.__class__\nnn.functional.gelu = None", "torch.nn.functional.gelu"),
         trick("writes its own verdict", forged + "    except OSError:\n        pass", "the grader's own channel"),
         trick("reads the solution", reading, "read the reference solution"),
+        trick("asks for the solution", asking, "read the reference solution"),
         Case("replaces torch at once", packed(with_code(at_once)), dict.fromkeys(SYMBOLS, "cheated"), "torch.isclose"),
         bound("imports the answer", "from solutions.ch02_transformer import attention_scores"),
         bound("assigns the answer", "import solutions.ch02_transformer as s\nattention_scores = s.attention_scores"),

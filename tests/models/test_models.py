@@ -10,8 +10,14 @@ from course_utils.data import tales
 from course_utils.hooks import run_with_cache
 from course_utils.pretrained import MODELS, WEIGHTS, load_history, load_pretrained, shipped_models
 from solutions.ch02_transformer import Transformer
-from solutions.ch04_induction import induction_scores, per_token_losses, previous_token_scores, repeated_tokens
-from solutions.recipes import attn_only_2l, attn_only_4l
+from solutions.ch04_induction import (
+    ablate_heads,
+    induction_scores,
+    per_token_losses,
+    previous_token_scores,
+    repeated_tokens,
+)
+from solutions.recipes import attn_only_2l, attn_only_2l_late, attn_only_4l
 from solutions.recipes import tales as tales_recipe
 from solutions.recipes.evaluation import (
     accepted_share,
@@ -27,6 +33,7 @@ RECIPES = {
     "tales": tales_recipe.RECIPE,
     "attn-only-4l": attn_only_4l.RECIPE,
     "attn-only-2l": attn_only_2l.RECIPE,
+    "attn-only-2l-late": attn_only_2l_late.RECIPE,
 }
 STORYTELLERS = ("tales", "attn-only-4l")  # attn-only-2l saw stories in a fifth of its training: it copies, no more
 SEED = 424_242  # of no training batch and no evaluation in a recipe
@@ -133,3 +140,22 @@ def test_attn_only_2l_copies_random_tokens_by_two_heads() -> None:
     assert previous_token_scores(cache)[0].max() > 0.8
     assert induction_scores(cache, n_half)[1].max() > 0.8
     assert losses[n_half:].mean() < losses[:n_half].mean() - 3
+
+
+def test_some_heads_of_attn_only_2l_late_copy_and_others_do_not() -> None:
+    """Chapter 04 ablates either kind: the copying is lost with the first, and stays with the second."""
+    model, n_half = load_pretrained(Transformer, "attn-only-2l-late"), 24
+    tokens, other = (
+        repeated_tokens(16, n_half, model.cfg.d_vocab, torch.Generator().manual_seed(SEED + n), bos=0) for n in (0, 1)
+    )
+    with torch.no_grad():
+        logits, cache = run_with_cache(model, tokens, names="*hook_pattern")
+        scores = induction_scores(cache, n_half)[1]
+        usual = per_token_losses(logits, tokens)[:, 1 - n_half :].mean()
+        losses = [
+            per_token_losses(ablate_heads(model, tokens, [(1, int(h)) for h in heads], "mean", other), tokens)
+            for heads in ((scores > 0.5).nonzero(), (scores < 0.5).nonzero())
+        ]
+    lost = [loss[:, 1 - n_half :].mean() - usual for loss in losses]
+    assert 2 <= (scores > 0.5).sum() <= 5 and (scores < 0.3).sum() >= 3
+    assert lost[0] > 4 and lost[1] < 1

@@ -133,6 +133,11 @@ def test_repeated_rows_repeat_what_they_hold(recipe, tokenizer) -> None:
     assert (rows[:, 0] == tokenizer.bos_token_id).all() and (rows[4:, 1:] != tokenizer.bos_token_id).all()
 
 
+def test_a_recipe_may_begin_with_another_share_of_repeated_rows(recipe) -> None:
+    recipe = replace(recipe, batch=8, repeated_share=0.5, early_repeated=(2, 0.25))
+    assert [len(stories.repeated_rows(recipe, step)) for step in range(4)] == [2, 2, 4, 4]
+
+
 def test_every_name_is_one_token_of_the_recipe_s_tokenizer() -> None:
     full = train_tokenizer()
     for name in [*tales.NAMES, *tales.LAST_NAMES]:

@@ -180,6 +180,7 @@ def test_learner_and_solution(small_course: Path) -> None:
     at_tag = "github.com/somebody/something/raw/v1.2.3/chapters/07_toy.ipynb"
     in_colab = "colab.research.google.com/github/somebody/something/blob/v1.2.3/chapters/07_toy.ipynb"
     links = f"[Open in Colab](https://{in_colab}) · [Download this notebook](https://{at_tag})"
+    links += " · [Glossary](https://github.com/somebody/something/blob/v1.2.3/docs/glossary.md)"
     assert learner.cells[0].source == f"# A small chapter\n\n{links}\n\nProse with $x^2$."
     stub = next(source for source in code_of(learner) if "def double" in source)
     assert stub.splitlines() == [

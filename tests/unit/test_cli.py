@@ -16,10 +16,15 @@ import torch
 
 from course_utils import checks, cli, places, retraining
 from course_utils.build import build
+from course_utils.cells import read_notebook
 from course_utils.cli import main
+from course_utils.exercises import course_exercises
 from course_utils.guesses import FILE, guess, reveal
+from course_utils.solution import solution
 from tests.conftest import ROOT
 from tests.support.environments import lab_address
+
+SOLVED = {path.stem[:2]: read_notebook(path).cells for path in sorted((ROOT / "solutions").glob("*.ipynb"))}
 
 
 @pytest.fixture
@@ -238,6 +243,55 @@ def test_run(course: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pyte
     assert code == 1 and "02_small.ipynb: a cell failed." in text and "division by zero" in text
 
 
+def test_run_mine(course: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One's own notebook runs beside one's other files, over what is not written yet, and is left as it was."""
+    assert outcome(capsys, "run", "07", "--mine") == (
+        2,
+        f"There is no notebook of chapter 07 in {course}/work: `course lab` puts it there, `--notebook PATH` names "
+        "another.\n",
+    )
+    assert outcome(capsys, "lab", "--copy-only") == (
+        0,
+        f"new in work/: 07_toy.ipynb\nYour chapters are in {course}/work\n",
+    )
+    path = course / "work/07_toy.ipynb"
+    write(path, 'print(Note("an end").text)', "import os; assert '07_toy.ipynb' in os.listdir('.')")
+    before = path.read_bytes()
+    code, text = outcome(capsys, "run", "07", "--mine")
+    assert code == 0 and "07_toy.ipynb: all cells ran in" in text and path.read_bytes() == before, text
+    write(path, "assert '07_toy.ipynb'", "assert 'nothing'")
+    code, text = outcome(capsys, "run", "7", "--mine")
+    assert code == 1 and "07_toy.ipynb: a cell failed." in text
+
+
+def test_solution_prints_what_the_solution_notebook_shows(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(ROOT)
+    code, text = outcome(capsys, "solution", "causal_mask")
+    source, _, where = text.rpartition("\n\n")
+    [cell] = [c for c in SOLVED["02"] if c.metadata.get("course", {}).get("exercise") == "causal_mask"]
+    assert code == 0 and source == cell.source.partition("\n")[2]
+    path, line = re.match(r"It stands in (solutions/ch02_transformer\.py):(\d+), and in its place in", where).groups()
+    assert (ROOT / path).read_text().splitlines()[int(line) - 1] == source.splitlines()[0]
+    assert where.endswith(" solutions/02_transformer.ipynb\n")
+    monkeypatch.chdir(tmp_path)
+    assert f"It stands in {ROOT}/solutions/ch02_transformer.py:{line}" in outcome(capsys, "solution", "causal_mask")[1]
+
+
+def test_solution_of_every_exercise(capsys: pytest.CaptureFixture[str]) -> None:
+    for number, exercises in course_exercises().items():
+        shown = {c.metadata.course.exercise: c.source for c in SOLVED[number] if "course" in c.metadata}
+        for exercise in exercises:
+            found = solution(exercise.name)
+            assert shown[exercise.name].partition("\n")[2] == found.source and found.notebook.is_file()
+
+
+def test_an_unknown_exercise_has_no_solution(capsys: pytest.CaptureFixture[str]) -> None:
+    code, text = outcome(capsys, "solution", "causalmask")
+    assert code == 2 and text.startswith("There is no exercise named causalmask; the nearest are causal_mask, ")
+
+
 def test_models(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     cards = [
         {"name": "tales", "parameters": "1100000", "about": "tells stories", "sha256": "abc"},
@@ -422,7 +476,7 @@ def test_lab_serves_and_stops(tmp_path: Path) -> None:
     try:
         said: list[str] = []
         address = lab_address(server, said)
-        assert f"{tmp_path / 'work/tokenize.py'} is called like a module" in "".join(said)
+        assert f"{tmp_path / 'work/tokenize.py'} has the name of a module" in "".join(said)
         assert b"JupyterLab" in urllib.request.urlopen(address, timeout=600).read()
         (running,) = (tmp_path / "runtime").glob("jpserver-*.json")
         assert json.loads(running.read_text())["root_dir"] == str(tmp_path / "work")

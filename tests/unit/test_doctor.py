@@ -63,7 +63,7 @@ def installed(monkeypatch: pytest.MonkeyPatch, **versions: str) -> None:
 def test_a_sound_machine(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-1] == "Nothing is in the way."
+    assert lines[-1] == "No problems found."
     assert [line.split()[0] for line in lines if " problem " in line or " note " in line] == []
     for subject in LOOKS:
         assert any(line.startswith(f"{subject} ") for line in lines), subject
@@ -137,7 +137,7 @@ def test_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("psutil.virtual_memory", lambda: Memory(8e9, 1.2e9))
     found = looked("memory", "problem")
-    assert found.words.startswith("1.2 of 8.0 GB are free, but 2 GB are needed") and found.command.endswith("server list")
+    assert found.words.startswith("1.2 of 8.0 GB are free, 2 are needed") and found.command.endswith("server list")
 
 
 def test_full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,7 +164,7 @@ def test_a_file_that_is_called_like_a_module(tmp_path: Path, name: str) -> None:
     (tmp_path / "work").mkdir()
     (tmp_path / "work" / name).write_text("x = 1")
     found = looked("work", "problem")
-    assert found.words.startswith(f"{tmp_path / 'work' / name} is called like a module")
+    assert found.words.startswith(f"{tmp_path / 'work' / name} has the name of a module")
     assert found.command == f"mv '{tmp_path / 'work' / name}' '{tmp_path / 'work' / f'my_{name}'}'"
 
 

@@ -5,7 +5,10 @@ from pathlib import Path
 import pytest
 
 from course_utils.build import BuildError, build, render
-from course_utils.overview import BEGIN, FILES, hours, words
+from course_utils.cells import names
+from course_utils.exercises import course_exercises
+from course_utils.overview import BEGIN, FILES, hours, read_chapter, words
+from course_utils.solution import solution
 from tests.conftest import ROOT
 
 README = """\
@@ -111,6 +114,28 @@ def test_what_disagrees_is_named(course: Path, file: str, old: str, new: str, wo
 def test_the_course_s_own_guides_have_passages() -> None:
     kinds = {name: (ROOT / name).read_text(encoding="utf-8").count(BEGIN) for name in FILES}
     assert kinds == {"README.md": 1, "docs/teaching.md": 3}
+
+
+def test_the_core_path_takes_about_twenty_hours() -> None:
+    solved = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "solutions").glob("*.ipynb")}
+    lessons = sorted((ROOT / "chapters/src").glob("*.md"))
+    hours_in_all = sum(read_chapter(lesson, solved[lesson.stem]).core_total for lesson in lessons) / 60
+    assert 17 < hours_in_all < 23
+
+
+# A block and a model mention parts that no GPT-2 has; `mine` takes both without them.
+WITHOUT = {("TransformerBlock", "RotaryAttention"), ("Transformer", "ParallelBlock")}
+
+
+def test_no_exercise_of_the_core_path_uses_an_optional_one() -> None:
+    exercises = {exercise.name: exercise for own in course_exercises().values() for exercise in own}
+    optional = {name for name, exercise in exercises.items() if exercise.optional}
+    used = {
+        (name, other)
+        for name in exercises.keys() - optional
+        for other in names(solution(name).source).read & optional - {name}
+    }
+    assert optional and used == WITHOUT
 
 
 def test_numbers_in_words() -> None:

@@ -60,6 +60,6 @@ def test_a_notebook_beside_them_says_so(tmp_path: Path) -> None:
     )
     client.execute()
     first, second = ("".join(output.text for output in cell.outputs) for cell in notebook.cells)
-    assert "torch.py is called like a module that Python or the course needs" in first
-    assert "\ntokenize.py is called like" in first and str(tmp_path) not in first
+    assert "torch.py has the name of a module that Python or the course needs" in first
+    assert "\ntokenize.py has the name of" in first and str(tmp_path) not in first
     assert second == "0 5\n"

@@ -84,6 +84,12 @@ def test_learners_copies_come_out_of_the_wheel(environment: Path, tmp_path: Path
     assert copies == {path.name: path.read_bytes() for path in (ROOT / "chapters").glob("*.ipynb")}
 
 
+def test_a_solution_comes_out_of_the_wheel(environment: Path, tmp_path: Path) -> None:
+    answer = run(environment / "course", "solution", "causal_mask", cwd=tmp_path)
+    assert answer.returncode == 0, answer.stderr
+    assert "def causal_mask(" in answer.stdout and "solutions/ch02_transformer.py:" in answer.stdout
+
+
 FOREIGN = "print('somebody else')\n"
 
 

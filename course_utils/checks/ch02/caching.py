@@ -21,7 +21,7 @@ def judge_widths(name: str, given: Sequence[int], wanted: Sequence[int], cache: 
     """The model was handed the cache, and only what the cache did not hold yet."""
     if not cache.appended:
         raise CheckFailed(
-            f"{name}: the model was not given the cache.\n  Next: hand it on, as in `model(unread, cache)`."
+            f"{name}: the model was not given the cache.\n  Next: pass it on, as in `model(unread, cache)`."
         )
     if list(given) != list(wanted):
         raise CheckFailed(

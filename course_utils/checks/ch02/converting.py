@@ -54,7 +54,7 @@ def judge_converted(
         except CheckFailed as failure:
             others = [other for other, its_weight in expected.items() if same(ours[entry], its_weight)]
             if others:
-                raise CheckFailed(f"{failure.message}\n  It holds what belongs into `{others[0]}`.") from None
+                raise CheckFailed(f"{failure.message}\n  It holds what belongs in `{others[0]}`.") from None
             raise
     doubled = fn({entry: tensor.double() for entry, tensor in theirs.items()}, cfg)
     for entry, weight in expected.items():

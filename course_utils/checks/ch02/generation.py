@@ -261,7 +261,7 @@ def _check_select(cls: Any) -> None:
                 except ValueError as error:
                     raise CheckFailed(
                         f"{label}: append refused {len(rows)} row{'s' * (len(rows) > 1)} ({error}).\n"
-                        "  Next: let `select` change the number of rows, also where nothing is stored yet."
+                        "  Next: let `select` change the number of rows, even where nothing is stored yet."
                     ) from None
                 for what, got, index in (("keys", returned[0], 0), ("values", returned[1], 1)):
                     old, late = before[layer, index], then[layer, index, :, : position + 1]
@@ -278,7 +278,8 @@ def banned(logits: Tensor, tokens: Tensor, n: int, **wrong: Any) -> Tensor:
     runs = [[row[start : start + n] for start in range(len(row) - n + 1)] for row in rows]
     for index, row in enumerate(rows):
         known = [run for own in runs for run in own] if wrong.get("pooled") else runs[index]
-        followers = [run[-1] for run in known if run[:-1] == row[len(row) - n + 1 :]]
+        begun = row[-(n - 1) :] if wrong.get("negative_index") else row[len(row) - n + 1 :]
+        followers = [run[-1] for run in known if run[:-1] == begun]
         out[slice(None) if wrong.get("for_all") else index, followers[wrong.get("which", slice(None))]] = -INF
     return out
 
@@ -298,6 +299,9 @@ def banned(logits: Tensor, tokens: Tensor, n: int, **wrong: Any) -> Tensor:
         "runs of n - 1 tokens are banned.": lambda logits, tokens, n: banned(logits, tokens, max(n - 1, 1)),
         "the bans and the rest are swapped.": lambda logits, tokens, n: logits.masked_fill(
             banned(logits, tokens, n) > -INF, -INF
+        ),
+        "the last n - 1 tokens are taken by a negative index; for n = 1, `row[-0:]` is the whole row.": partial(
+            banned, negative_index=True
         ),
         "only the first run that begins in the same way counts; all of them do.": partial(banned, which=slice(1)),
         "only the last run that begins in the same way counts; all of them do.": partial(banned, which=slice(-1, None)),
@@ -373,14 +377,14 @@ def by_length(found: Found, n_prompt: int) -> Found:
         "nothing is banned: `no_repeat_ngram` is ignored.": searching(no_bans=True),
         "another beam's n-grams are banned too; each beam has its own.": searching(shared_bans=True),
         "only n-grams after the prompt are banned; those of the prompt count too.": searching(prompt_free=True),
-        "the probabilities of what is not banned are brought back to a sum of 1; leave them as the model said.": (
+        "what is not banned is scaled to sum to 1 again; leave the log p as the model gave them.": (
             searching(renormalises=True)
         ),
         "the worst stands first.": searching(lambda found, n_prompt: found[::-1]),
         "only the new tokens are returned; put the prompt in front.": searching(
             lambda found, n_prompt: [(total, row[n_prompt:]) for total, row in found]
         ),
-        "probabilities are returned; the logarithm is asked for.": searching(
+        "probabilities are returned; return their logarithms.": searching(
             lambda found, n_prompt: [(math.exp(total), row) for total, row in found]
         ),
         "the log probability is divided by the number of new tokens.": searching(by_length),

@@ -90,6 +90,9 @@ def wrong_norm(**wrong: Any) -> type:
         "`w` is left out.": wrong_norm(w=1),
         "mean and variance are taken over the positions; take them over d_model.": wrong_norm(axes=1),
         "mean and variance are taken over positions and d_model; each position has its own.": wrong_norm(axes=(1, 2)),
+        "mean and variance are taken over the batch and d_model; each row has its own.": wrong_norm(axes=(0, 2)),
+        "mean and variance are taken over batch and positions; take them over d_model.": wrong_norm(axes=(0, 1)),
+        "mean and variance are taken over the rows of the batch; take them over d_model.": wrong_norm(axes=0),
         "mean and variance are taken over the whole tensor; each position has its own.": wrong_norm(axes=(0, 1, 2)),
         "the squares are taken in float16, where they are inf; compute in float32.": wrong_norm(),
     }
@@ -328,7 +331,7 @@ def _check_unasked_result(module: Any) -> None:
     handle.remove()
     if calls:
         raise CheckFailed(
-            "Attention: `hook_result` was computed although nobody watches it; that costs much memory.\n"
+            "Attention: `hook_result` was computed although nobody watches it; that costs a lot of memory.\n"
             "  Next: go that way only `if self.hook_result.is_watched`."
         )
 
@@ -387,7 +390,7 @@ def gelu(
         ),
         "sqrt(2 / pi) is left out.": partial(gelu, root=1.0),
         "2 / pi lacks its root.": partial(gelu, root=2 / math.pi),
-        "the root is that of 2 pi; it should be that of 2 / pi.": partial(gelu, root=math.sqrt(2 * math.pi)),
+        "the root is taken of 2 pi; take it of 2 / pi.": partial(gelu, root=math.sqrt(2 * math.pi)),
     }
 )
 def check_gelu_new(fn: Callable[..., Any]) -> None:
@@ -565,7 +568,7 @@ def _check_block_wiring(cls: Any, cfg: TransformerConfig) -> None:
     module(resid, cache)
     if module.attn.caches[-1] is not cache:
         raise CheckFailed(
-            f"{name}: attention was not given the key-value cache.\n  Next: hand it on, as the second argument."
+            f"{name}: attention was not given the key-value cache.\n  Next: pass it on, as the second argument."
         )
 
 
@@ -727,4 +730,4 @@ def _check_transformer_offset(
     compare(name, actual, expected, "batch pos d_vocab")
     for index, toy in enumerate(module.blocks):
         if toy.caches[-1] is not cache:
-            raise CheckFailed(f"{name}: block {index} was not given the cache.\n  Next: hand it on to each block.")
+            raise CheckFailed(f"{name}: block {index} was not given the cache.\n  Next: pass it on to each block.")

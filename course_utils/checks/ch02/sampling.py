@@ -100,7 +100,7 @@ def paid(result: Callable[[Tensor, Tensor, float], Tensor]) -> Callable[[Tensor,
     {
         "a token pays once, however often it occurs.": paid(lambda logits, n, penalty: logits - penalty * (n > 0)),
         "the penalty is added; subtract it.": paid(lambda logits, n, penalty: logits + penalty * n),
-        "the logits are lost: the penalties alone are returned.": paid(lambda logits, n, penalty: -penalty * n),
+        "the logits are lost: only the penalties are returned.": paid(lambda logits, n, penalty: -penalty * n),
         "all rows pay for the tokens of the whole batch.": paid(lambda logits, n, penalty: logits - penalty * n.sum(0)),
         "every row pays for the first row's tokens.": paid(lambda logits, n, penalty: logits - penalty * n[:1]),
         "the logits of seen tokens are divided by the penalty.": paid(
@@ -111,7 +111,7 @@ def paid(result: Callable[[Tensor, Tensor, float], Tensor]) -> Callable[[Tensor,
         "counts are divided by the number of positions.": paid(
             lambda logits, n, penalty: logits - penalty * n / n.sum(dim=1, keepdim=True)
         ),
-        "the last token alone pays.": lambda logits, tokens, penalty: logits - penalty * counts(logits, tokens[:, -1:]),
+        "only the last token pays.": lambda logits, tokens, penalty: logits - penalty * counts(logits, tokens[:, -1:]),
         "nothing is subtracted.": paid(lambda logits, n, penalty: logits.clone()),
     }
 )
@@ -409,7 +409,9 @@ def continued(**wrong: Any) -> Callable[..., Tensor]:
         "only the new tokens are returned; put the prompt in front.": continued(new_only=True),
         "a finished row goes on with what `pick` says; it should go on with eos.": continued(forgetful=True),
         "generation does not stop when all rows are finished.": continued(never_stops=True),
-        "eos is not looked at.": continued(ignores_eos=True),
+        "eos is ignored, or only looked for in the newest tokens: remember which rows are finished.": continued(
+            ignores_eos=True
+        ),
         "generation stops as soon as one row is finished.": continued(stops=torch.any),
         "the last eos is cut off.": continued(cut=True),
         "finished rows are filled with 0 instead of eos.": continued(fill=0),

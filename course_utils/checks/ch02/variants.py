@@ -352,7 +352,7 @@ def check_ParallelBlock(cls: Any) -> None:
     module(resid, cache)
     if module.attn.caches[-1] is not cache:
         raise CheckFailed(
-            f"{name}: attention was not given the key-value cache.\n  Next: hand it on, as the second argument."
+            f"{name}: attention was not given the key-value cache.\n  Next: pass it on, as the second argument."
         )
     for cfg in (replace(CFG, positions="learned", rotary_dim=0), CFG, replace(CFG, normalization="none", act="relu")):
         wanted = block_hooks(cfg)

@@ -215,10 +215,10 @@ def first_text(tensor: Tensor, batch_axis: int = 0) -> Tensor:
             attributed, uncentred=True
         ),
         "the final LayerNorm is left out.": partial(attributed, unscaled=True, uncentred=True, no_w=True),
-        "each component is divided by a scale of its own; use that of the whole stream.": partial(
+        "each component is divided by a scale of its own; use the scale of the whole stream.": partial(
             attributed, alone=True
         ),
-        "the scale is that of another position: it should be that of the logits' own.": partial(
+        "the scale comes from another position; use the position of the logits.": partial(
             attributed, scale=lambda scale: scale[:, 1:]
         ),
         "every position is divided by the scale of the last.": partial(

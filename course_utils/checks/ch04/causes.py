@@ -152,6 +152,7 @@ CASES: list[tuple[str, Heads, int]] = [
     ("zero", [(0, 1)], 0),
     ("mean", [(1, 2), (0, 0)], 3),
     ("mean", [(0, 2)], 2),
+    ("mean", [(1, 1)], 1),
     ("resample", [(0, 1), (1, 0), (1, 1)], 2),
 ]
 
@@ -162,7 +163,7 @@ CASES: list[tuple[str, Heads, int]] = [
     {hint: partial(ablated, stand_ins={**KINDS, "resample": wrong}) for hint, wrong in WRONG_SAMPLES.items()},
     {hint: partial(ablated, where=where) for hint, where in WRONG_PLACES.items()},
     {
-        "the mean is that of `tokens`; take it over `reference`.": partial(
+        "the mean is taken over `tokens`; take it over `reference`.": partial(
             ablated, of=lambda tokens, reference: tokens
         ),
     },
@@ -228,7 +229,7 @@ def scores(
     n_half: int,
     kind: str,
     reference: Tensor | None = None,
-    reduce: Callable[[Tensor, int], Tensor] = lambda losses, n: losses[:, -n:].mean(),
+    reduce: Callable[[Tensor, int], Tensor] = lambda losses, n: losses[:, 1 - n :].mean(),
     end: Callable[[Tensor, Tensor], Tensor] = lambda without, usual: without - usual,
     **wrong: Any,
 ) -> Tensor:
@@ -257,17 +258,19 @@ def scores(
         hint: partial(scores, reduce=reduce)
         for hint, reduce in {
             "the loss is taken over the whole text; only its second half counts.": lambda losses, n: losses.mean(),
-            "the loss is that of the first half.": lambda losses, n: losses[:, :n].mean(),
-            "the losses are summed; take their mean.": lambda losses, n: losses[:, -n:].sum(),
+            "it is the loss on the first half.": lambda losses, n: losses[:, :n].mean(),
+            "the losses are summed; take their mean.": lambda losses, n: losses[:, 1 - n :].sum(),
             "the texts of the batch are summed; take the mean over them too.": lambda losses, n: (
-                losses[:, -n:].mean(1).sum()
+                losses[:, 1 - n :].mean(1).sum()
             ),
-            "only the first text of the batch is looked at.": lambda losses, n: losses[:1, -n:].mean(),
-            "the last loss is left out.": lambda losses, n: losses[:, -n:-1].mean(),
-            "the first loss of the second half is left out; the statement counts all n_half.": lambda losses, n: losses[
-                :, 1 - n :
+            "only the first text of the batch is looked at.": lambda losses, n: losses[:1, 1 - n :].mean(),
+            "the last loss is left out.": lambda losses, n: losses[:, 1 - n : -1].mean(),
+            "the first token of the second half is counted; nobody can predict it.": lambda losses, n: losses[
+                :, -n:
             ].mean(),
-            "the loss before the second half is counted too.": lambda losses, n: losses[:, -n - 1 :].mean(),
+            "the first two tokens of the second half are left out; leave out one.": lambda losses, n: losses[
+                :, 2 - n :
+            ].mean(),
             "only the last loss counts; take the mean over the second half.": lambda losses, n: losses[:, -1].mean(),
         }.items()
     },
@@ -276,8 +279,8 @@ def check_ablation_scores(fn: Fn) -> None:
     """Two models; texts whose second half repeats the first, and each kind of ablation."""
     name = "ablation_scores"
     for cfg, n_batch, n_half, kind in [
-        (CFG, 2, 3, "zero"),
-        (ATTENTION_ONLY, 3, 2, "mean"),
+        (CFG, 2, 4, "zero"),
+        (ATTENTION_ONLY, 3, 3, "mean"),
         (ONE_LAYER, 1, 4, "resample"),
     ]:
         model = SmallModel(cfg)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from course_utils.checks.ch04.counting import Watched
-from course_utils.checks.ch04.hooks import DOUBLE
+from course_utils.checks.ch04.looking import DOUBLE
 from course_utils.checks.ch04.weights import CFG, WITH_MLP, absolute, factored, frobenius, nuclear, parts, spectral
 from course_utils.checks.comparing import compare, follows_input
 from course_utils.checks.mistakes import known_mistakes
@@ -53,7 +53,7 @@ def if_square(product: Callable[[Tensor, Tensor], Tensor]) -> Fn:
             composed, end=lambda both, A, B: both / (A + B)
         ),
         "the norms are squared.": partial(composed, end=lambda both, A, B: (both / (A * B)).square()),
-        "the sum is that of the absolute values.": partial(composed, norm=absolute),
+        "the absolute values are summed.": partial(composed, norm=absolute),
         "the order is turned round: W_A comes first, then W_B.": if_square(lambda W_A, W_B: W_B @ W_A),
         "W_B is transposed.": if_square(lambda W_A, W_B: W_A @ W_B.mT),
         "W_A is transposed.": if_square(lambda W_A, W_B: W_A.mT @ W_B),
@@ -123,7 +123,7 @@ def another_kind(asked: str, got: str) -> Fn:
 
 @known_mistakes(
     {
-        f'it is {got}-composition; "{asked}" was asked for.': another_kind(asked, got)
+        f"it is {got}-composition, not {asked}-composition.": another_kind(asked, got)
         for asked in KINDS
         for got in KINDS
         if asked != got
@@ -229,7 +229,8 @@ def check_random_composition_baseline(fn: Fn) -> None:
         raise CheckFailed(f"{name}: expected dtype float32, got {first.dtype}.\n  Next: it should follow the model's.")
     if not torch.equal(before, torch.random.get_rng_state()) or not torch.equal(first, again):
         raise CheckFailed(
-            f"{name}: the same generator, seeded alike, does not give the same scores, or others are drawn besides.\n"
+            f"{name}: the same generator, seeded alike, does not give the same scores, or some "
+            "random numbers come from elsewhere.\n"
             "  Next: hand `generator=generator` to everything that draws."
         )
     if torch.equal(first, other):
@@ -306,7 +307,7 @@ def _check_spread(name: str, scores: Tensor, model: SmallModel, kind: str) -> No
         raise CheckFailed(
             f'{name} for "{kind}": the squares of {len(scores)} scores are {mean_square:.3f} on average, '
             f"expected about 1 / d_model = {1 / d_model:.3f}.\n"
-            "  Next: is what rotates a rotation (orthogonal), and the score that of Frobenius norms?"
+            "  Next: is what rotates a rotation (orthogonal), and the score made of Frobenius norms?"
         )
     if not 0.7 < scores.std() / expected.std() < 1.4:
         raise CheckFailed(

@@ -1,7 +1,6 @@
 # ruff: noqa: N802 (check_MyHookPoint is named after its exercise)
-"""Checks of chapter 04, seeing inside: a hook system written by hand, and attention rebuilt from a cache."""
+"""Checks of chapter 04, seeing inside: a hook system written by hand."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from course_utils.checks.comparing import compare, follows_input
+from course_utils.checks.comparing import compare
 from course_utils.checks.leftovers import assert_stops
 from course_utils.checks.mistakes import known_mistakes
 from course_utils.checks.modules import noise, with_methods
@@ -21,8 +20,6 @@ from course_utils.checks.whose import beside
 
 Fn = Callable[..., Any]
 VECTORS = "batch pos d_model"
-DOUBLE = {"rtol": 1e-10, "atol": 1e-12}  # how well float64 agrees: float32 inside shows
-INF = torch.inf
 
 # --------------------------------------------------------------------------------------------------- the hook system
 
@@ -359,106 +356,3 @@ def _output_and_cache(name: str, returned: Any, output: Tensor) -> Mapping[str, 
             "  Next: keep each activation under the path of its hook point."
         )
     return returned[1]
-
-
-# ---------------------------------------------------------------------------------------------------- by hand, again
-
-
-def attention(
-    q: Tensor,
-    k: Tensor,
-    divisor: float | None = None,
-    hidden: Callable[[Tensor], Tensor] = lambda future: future,
-    value: float = -INF,
-    normed: Callable[[Tensor], Tensor] = lambda scores: scores.softmax(-1),
-) -> Tensor:
-    """Where heads look; `hidden(future)` says which scores are replaced by `value`."""
-    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / (divisor or q.shape[-1] ** 0.5)
-    return normed(scores.masked_fill(hidden(future_of(scores)), value))
-
-
-OVERFLOW = "exp is divided by its sum as it is: exp of more than 88 is infinite, and inf / inf is NaN."
-
-
-def exp_over_sum(scores: Tensor) -> Tensor:
-    """A softmax that overflows."""
-    return scores.exp() / scores.exp().sum(-1, keepdim=True)
-
-
-def future_of(scores: Tensor) -> Tensor:
-    """Which keys lie after which query."""
-    return torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
-
-
-@known_mistakes(
-    {
-        "the scores are not divided by sqrt(d_head).": partial(attention, divisor=1.0),
-        "the scores are divided by d_head; divide by its root.": lambda q, k: attention(q, k, float(q.shape[-1])),
-        "nothing is masked: queries look at later positions.": partial(attention, hidden=torch.zeros_like),
-        "the future is masked after the softmax; the weights of a query no longer sum to 1.": partial(
-            attention, hidden=torch.zeros_like, normed=lambda scores: scores.softmax(-1).tril()
-        ),
-        "future scores are 0; softmax gives them exp(0) = 1, not nothing.": partial(attention, value=0.0),
-        "the softmax runs over the queries.": partial(attention, normed=lambda scores: scores.softmax(-2)),
-        "the scores are masked, but there is no softmax.": partial(attention, normed=lambda scores: scores),
-        "queries and keys are swapped.": lambda q, k: attention(k, q),
-        "past and future are swapped.": partial(attention, hidden=lambda future: future.T),
-        "the diagonal is masked too; a query may look at itself.": partial(attention, hidden=lambda future: ~future.T),
-        OVERFLOW: partial(attention, normed=exp_over_sum),
-    }
-)
-def check_pattern_from_qk(fn: Fn) -> None:
-    """Every pair of query and key, one by one, then the softmax spelled out; scores of exactly 0, and far beyond 88."""
-    axes, name = "batch head query key", "pattern_from_qk"
-    for n_batch, n_pos, scale, dtype in [(2, 5, 1.0, torch.float32), (1, 4, 90.0, torch.float64), (1, 4, 90.0, None)]:
-        q, k = (noise(n_batch, n_pos, 3, 6, seed=seed).to(dtype or torch.float32) for seed in (1, 2))
-        q, k[:, 2, 1] = scale * q, 0.0
-        right = torch.zeros(n_batch, 3, n_pos, n_pos, dtype=q.dtype)
-        for row in range(n_batch):
-            for head in range(3):
-                for query in range(n_pos):
-                    scores = [
-                        float(torch.dot(q[row, query, head], k[row, key, head])) / 6**0.5 for key in range(query + 1)
-                    ]
-                    weights = [math.exp(score - max(scores)) for score in scores]
-                    for key, weight in enumerate(weights):
-                        right[row, head, query, key] = weight / sum(weights)
-        compare(name, fn(q, k), right, axes, **(DOUBLE if dtype is torch.float64 else {}))
-        follows_input(name, fn, (q, k), axes)
-
-
-def weighted(pattern: Tensor, v: Tensor) -> Tensor:
-    return torch.einsum("bhqk,bkhd->bqhd", pattern, v)
-
-
-@known_mistakes(
-    {
-        "the pattern is transposed: each key gathers from the queries that look at it.": lambda pattern, v: weighted(
-            pattern.mT, v
-        ),
-        "every head uses the pattern of head 0.": lambda pattern, v: weighted(pattern[:, :1].expand_as(pattern), v),
-        "every head averages the values of head 0.": lambda pattern, v: weighted(pattern, v[:, :, :1].expand_as(v)),
-        "the patterns of the heads are averaged.": lambda pattern, v: weighted(
-            pattern.mean(1, keepdim=True).expand_as(pattern), v
-        ),
-        "the softmax is taken again; a pattern has it already.": lambda pattern, v: weighted(pattern.softmax(-1), v),
-        "the values are handed on as they are.": lambda pattern, v: v.clone(),
-    }
-)
-def check_z_from_pattern(fn: Fn) -> None:
-    """Each query's weighted mean, added up key by key."""
-    axes, name = "batch query head d_head", "z_from_pattern"
-    for n_batch, n_pos in [(2, 5), (1, 4)]:
-        scores = noise(n_batch, 3, n_pos, n_pos, seed=3)
-        pattern = scores.masked_fill(future_of(scores), -INF).softmax(-1)
-        v = noise(n_batch, n_pos, 3, 6, seed=4)
-        right = torch.zeros(n_batch, n_pos, 3, 6)
-        for row in range(n_batch):
-            for head in range(3):
-                for query in range(n_pos):
-                    for key in range(n_pos):
-                        right[row, query, head] += pattern[row, head, query, key] * v[row, key, head]
-        compare(name, fn(pattern, v), right, axes)
-        exact = torch.matmul(pattern.double(), v.double().transpose(1, 2)).transpose(1, 2)
-        compare(f"{name} in float64", fn(pattern.double(), v.double()), exact, axes, **DOUBLE)
-        follows_input(name, fn, (pattern, v), axes)

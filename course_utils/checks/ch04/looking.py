@@ -7,9 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from course_utils.checks.ch04.hooks import DOUBLE, OVERFLOW, exp_over_sum
 from course_utils.checks.comparing import compare, compare_kind, follows_input
 from course_utils.checks.leftovers import assert_stops, nothing_left_behind
 from course_utils.checks.mistakes import known_mistakes
@@ -23,6 +21,14 @@ from course_utils.hooks import ActivationCache
 Fn = Callable[..., Any]
 TABLE = "layer head"
 INF = torch.inf
+DOUBLE = {"rtol": 1e-10, "atol": 1e-12}  # how well float64 agrees: float32 inside shows
+OVERFLOW = "exp is divided by its sum as it is: exp of more than 88 is infinite, and inf / inf is NaN."
+
+
+def exp_over_sum(scores: Tensor) -> Tensor:
+    """A softmax that overflows."""
+    return scores.exp() / scores.exp().sum(-1, keepdim=True)
+
 
 # ------------------------------------------------------------------------------------------------------------- scores
 
@@ -82,7 +88,7 @@ def scored(pairs: PairsFor, end: Fn = lambda found, n_pos: mean(found)) -> Fn:
     return scores
 
 
-def score_mistakes(pairs: PairsFor, others: Mapping[str, PairsFor], all_count: bool = False) -> dict[str, Fn]:
+def score_mistakes(pairs: PairsFor, others: Mapping[str, PairsFor]) -> dict[str, Fn]:
     """Other (query, key) pairs, texts or positions treated otherwise, axes mixed up."""
     ends: dict[str, Fn] = {
         "the layers are sorted by their names as text: 0, 1, 10, 11, 2, ...": lambda found, n: mean(
@@ -99,10 +105,10 @@ def score_mistakes(pairs: PairsFor, others: Mapping[str, PairsFor], all_count: b
         "only the first text of the batch is looked at.": lambda found, n: mean(found[:, :1]),
         "only the last text of the batch is looked at.": lambda found, n: mean(found[:, -1:]),
         "the texts of the batch are summed; average over them.": lambda found, n: found.sum(1).mean(-1),
+        "the sum is divided by the number of positions, but not all of them count.": lambda found, n: (
+            found.mean(1).sum(-1) / n
+        ),
     }
-    if not all_count:
-        hint = "the sum is divided by the number of positions, but not all of them count."
-        ends[hint] = lambda found, n: found.mean(1).sum(-1) / n
     return {hint: scored(wrong) for hint, wrong in others.items()} | {
         hint: scored(pairs, end) for hint, end in ends.items()
     }
@@ -129,27 +135,6 @@ def to_previous(n: int) -> Pairs:
     return [(query, query - 1) for query in range(1, n)]
 
 
-def to_first(n: int) -> Pairs:
-    return [(query, 0) for query in range(n)]
-
-
-@known_mistakes(
-    score_mistakes(
-        to_itself,
-        {
-            "query 0 is left out; it can see itself, and counts.": lambda n: to_itself(n)[1:],
-            "it is the attention to the position before.": to_previous,
-            "only the last query counts.": lambda n: to_itself(n)[-1:],
-        },
-        all_count=True,
-    )
-)
-def check_current_token_scores(fn: Fn) -> None:
-    """Two sizes of cache, all different."""
-    for sizes in SIZES:
-        _check_scores("current_token_scores", fn, sizes, to_itself(sizes[-1]))
-
-
 @known_mistakes(
     score_mistakes(
         to_previous,
@@ -170,24 +155,6 @@ def check_previous_token_scores(fn: Fn) -> None:
     """Two sizes of cache, all different."""
     for sizes in SIZES:
         _check_scores("previous_token_scores", fn, sizes, to_previous(sizes[-1]))
-
-
-@known_mistakes(
-    score_mistakes(
-        to_first,
-        {
-            "query 0 is left out; the statement counts it.": lambda n: to_first(n)[1:],
-            "query and key are swapped: this is what position 0 attends to.": lambda n: [(0, p) for p in range(n)],
-            "it is the attention to position 1.": lambda n: [(query, 1) for query in range(n)],
-            "only the last query counts.": lambda n: to_first(n)[-1:],
-        },
-        all_count=True,
-    )
-)
-def check_first_token_scores(fn: Fn) -> None:
-    """Two sizes of cache, all different."""
-    for sizes in SIZES:
-        _check_scores("first_token_scores", fn, sizes, to_first(sizes[-1]))
 
 
 # ---------------------------------------------------------------------------------------------------------- induction
@@ -317,7 +284,7 @@ def repeating(join: Callable[[Tensor, Tensor], Sequence[Tensor]]) -> Fn:
             lambda bos, half: [bos, half.repeat_interleave(2, 1)]
         ),
         "the second half is the first one backwards.": repeating(lambda bos, half: [bos, half, half.flip(1)]),
-        "the second half is that of another row.": repeating(lambda bos, half: [bos, half, half.roll(1, 0)]),
+        "the second half comes from another row.": repeating(lambda bos, half: [bos, half, half.roll(1, 0)]),
     }
 )
 def check_repeated_tokens(fn: Fn) -> None:
@@ -420,66 +387,6 @@ def _check_chances(name: str, half: Tensor) -> None:
             f"(each should be near {1 / 7:.3f}); neighbours are equal in {pairs:.0%} (near {1 / 7:.0%})\n"
             "  Next: draw each token by itself from the whole vocabulary; one may come twice."
         )
-
-
-BEGINNING, END = slice(None, -1), slice(1, None)
-
-
-def losses(
-    logits: Tensor,
-    tokens: Tensor,
-    said: slice = BEGINNING,
-    asked: slice = END,
-    log_p: Callable[[Tensor], Tensor] = lambda logits: logits.log_softmax(-1),
-) -> Tensor:
-    """Minus the log-probability of the tokens `asked` about, at the positions where it was `said`."""
-    return -log_p(logits)[:, said].gather(2, tokens[:, asked, None])[..., 0]
-
-
-@known_mistakes(
-    {
-        "the tokens are not shifted: logits at p are about token p + 1, not p.": partial(losses, asked=BEGINNING),
-        "nothing is shifted, and the first position is dropped.": partial(losses, said=END),
-        "the shift goes the wrong way: logits at p + 1 meet token p.": partial(losses, said=END, asked=BEGINNING),
-        "the sign is missing: a loss is minus the log-probability.": lambda logits, tokens: -losses(logits, tokens),
-        "they are probabilities; take minus their logarithm.": lambda logits, tokens: (-losses(logits, tokens)).exp(),
-        "the logits were taken for log-probabilities; the softmax is missing.": partial(
-            losses, log_p=lambda logits: logits
-        ),
-        "the logarithm is that of base 2; the unit is the nat.": lambda logits, tokens: (
-            losses(logits, tokens) / math.log(2)
-        ),
-        "the softmax runs over the positions; it belongs over d_vocab.": partial(
-            losses, log_p=lambda logits: logits.log_softmax(1)
-        ),
-        "each loss is that of the likeliest token; take the one that came.": lambda logits, tokens: (
-            -logits.log_softmax(-1)[:, :-1].amax(-1)
-        ),
-        "the softmax underflows, and its logarithm is -inf; log_softmax does both at once.": partial(
-            losses, log_p=lambda logits: logits.softmax(-1).log()
-        ),
-        "the log-probabilities are multiplied by a one-hot vector: 0 times -inf is NaN.": lambda logits, tokens: (
-            -(logits.log_softmax(-1)[:, :-1] * F.one_hot(tokens[:, 1:], logits.shape[-1])).sum(-1)
-        ),
-    }
-)
-def check_per_token_losses(fn: Fn) -> None:
-    """Each loss by itself; and logits so far apart that the softmax underflows, with a token that is forbidden."""
-    axes, name = "batch next", "per_token_losses"
-    for n_batch, n_pos, scale in [(2, 5, 2.0), (1, 4, 2.0), (3, 4, 90.0)]:
-        logits = noise(n_batch, n_pos, 7, seed=5, scale=scale)
-        tokens = torch.randint(6, (n_batch, n_pos), generator=torch.Generator().manual_seed(9))
-        if scale > 2:
-            logits[:, :, 6] = -INF
-        right = torch.empty(n_batch, n_pos - 1, dtype=torch.float64)
-        for row in range(n_batch):
-            for pos in range(n_pos - 1):
-                scores = logits[row, pos].double()
-                top = scores.max()
-                right[row, pos] = float(top + (scores - top).exp().sum().log() - scores[tokens[row, pos + 1]])
-        compare(name, fn(logits, tokens), right.float(), axes)
-    follows_input(name, fn, (logits, tokens), axes)
-    compare(f"{name} in float64", fn(logits.double(), tokens), right, axes, **DOUBLE)
 
 
 def rows(

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from course_utils.checks import by_loops
 from course_utils.checks.ch04.counting import Watched
-from course_utils.checks.ch04.hooks import DOUBLE, OVERFLOW, exp_over_sum
+from course_utils.checks.ch04.looking import DOUBLE, OVERFLOW, exp_over_sum
 from course_utils.checks.comparing import compare, follows_input, unchanged
 from course_utils.checks.leftovers import nothing_left_behind
 from course_utils.checks.mistakes import known_mistakes
@@ -254,6 +254,41 @@ def _never_formed(name: str, cls: Any) -> None:
 # --------------------------------------------------------------------------------------------------- OV and QK circuit
 
 
+def direct(table: Callable[[Any], Tensor]) -> Fn:
+    """A table of tokens by tokens, made of the embeddings and the unembedding."""
+    return lambda model: table(parts(model, 0, 0))
+
+
+@known_mistakes(
+    {
+        "b_U is left out.": direct(lambda p: p.E @ p.U),
+        "it is transposed: rows are current tokens, columns the next ones.": direct(lambda p: (p.E @ p.U + p.b_U).T),
+        "b_U is added to the rows; it belongs to the next token, the column.": direct(
+            lambda p: p.E @ p.U + p.b_U[:, None]
+        ),
+        "it ends in the embeddings; the next token is read with W_U.": direct(lambda p: p.E @ p.E.T + p.b_U),
+        "it holds probabilities; the softmax is too much.": direct(lambda p: (p.E @ p.U + p.b_U).softmax(-1)),
+        "it holds log-probabilities; the statement asks for logits.": direct(
+            lambda p: (p.E @ p.U + p.b_U).log_softmax(-1)
+        ),
+        "the embeddings go through ln_final; the statement leaves LayerNorm out.": lambda model: model.unembed(
+            model.ln_final(model.embed.W_E[None])
+        )[0].detach(),
+    }
+)
+def check_bigram_logits(fn: Fn) -> None:
+    """Token by token, for two models."""
+    name = "bigram_logits"
+    for cfg in (CFG, WITH_MLP):
+        model = SmallModel(cfg)
+        p = parts(model, 0, 0)
+        expected = torch.stack([torch.stack([row @ column for column in p.U.T]) + p.b_U for row in p.E])
+        with torch.no_grad(), nothing_left_behind(name, model):
+            actual = fn(model)
+        compare(name, actual, expected, "token next_token")
+    follows_input(name, lambda moved: fn(moved), (model,), "token next_token")
+
+
 def _circuit(W_in: Tensor, first: Tensor, second: Tensor, W_out: Tensor) -> Tensor:
     """One token after another: what goes in, through the head, to every token that comes out."""
     rows = []
@@ -277,7 +312,7 @@ def _check_circuit(name: str, fn: Fn, axes: str, right: Callable[..., Tensor]) -
 
 
 def parts(model: Any, layer: int, head: int) -> SimpleNamespace:
-    """The weights that a circuit may use, by their letters; `w` is that of the layer's ln1, if it has one."""
+    """The weights that a circuit may use, by their letters; `w` is the one of the layer's ln1, if it has one."""
     block = model.blocks[layer]
     own = {letter: getattr(block.attn, f"W_{letter}")[head].detach() for letter in "QKVO"}
     ends = {"E": model.embed.W_E.detach(), "U": model.unembed.W_U.detach(), "b_U": model.unembed.b_U.detach()}
@@ -294,10 +329,10 @@ def circuit_mistakes(
 ) -> dict[str, Fn]:
     """Wrong factors, and the right ones of other heads."""
     others: dict[str, Callable[[int, int], tuple[int, int]]] = {
-        "it is the head after the one that was asked for.": lambda layer, head: (layer, (head + 1) % CFG.n_heads),
-        "it is head 0, whichever was asked for.": lambda layer, head: (layer, 0),
+        "it is the next head.": lambda layer, head: (layer, (head + 1) % CFG.n_heads),
+        "it is always head 0.": lambda layer, head: (layer, 0),
         "it is the head of that number in the next layer.": lambda layer, head: ((layer + 1) % CFG.n_layers, head),
-        "it is the head of that number in layer 0, whichever layer was asked for.": lambda layer, head: (0, head),
+        "it is always a head of layer 0.": lambda layer, head: (0, head),
     }
     return {hint: circuit(factors, lambda layer, head: (layer, head)) for hint, factors in wrong.items()} | {
         hint: circuit(right, of) for hint, of in others.items()
@@ -364,6 +399,66 @@ def check_ov_circuit(fn: Fn) -> None:
 def check_qk_circuit(fn: Fn) -> None:
     """Token by token, for three heads."""
     _check_circuit("qk_circuit", fn, "query_token key_token", lambda p: _circuit(p.E, p.Q, p.K.T, p.E.T))
+
+
+def triples(
+    column: Callable[[Tensor, int], Tensor] = lambda qk, source: (qk - qk.mean(1, keepdim=True))[:, source],
+    row: Callable[[Tensor, int], Tensor] = lambda ov, source: ov[source],
+    chosen: Callable[[list[int], int], list[int]] = lambda order, k: order[:k],
+) -> Fn:
+    """The lists from the whole tables, with switches."""
+
+    def answer(qk: Any, ov: Any, source: int, k: int) -> tuple[list[int], list[int]]:
+        wants, writes = column(qk.A @ qk.B, source), row(ov.A @ ov.B, source)
+        lists = [sorted(range(len(side)), key=side.tolist().__getitem__, reverse=True) for side in (wants, writes)]
+        return chosen(lists[0], k), chosen(lists[1], k)
+
+    return answer
+
+
+@known_mistakes(
+    {
+        "the mean of each query's scores is not subtracted.": triples(column=lambda qk, source: qk[:, source]),
+        "`source` is taken for the query; it is the key, a column of the QK circuit.": triples(
+            column=lambda qk, source: (qk - qk.mean(1, keepdim=True))[source]
+        ),
+        "`source` is taken for a column of the OV circuit; it is the row.": triples(
+            row=lambda ov, source: ov[:, source]
+        ),
+        "the weakest come first.": triples(chosen=lambda order, k: order[::-1][:k]),
+        "the strongest come last.": triples(chosen=lambda order, k: order[:k][::-1]),
+        "the softmax over the keys is taken; compare the scores.": triples(
+            column=lambda qk, source: qk.softmax(1)[:, source]
+        ),
+        "the largest scores are taken by their size, so that negative ones count.": triples(
+            column=lambda qk, source: (qk - qk.mean(1, keepdim=True))[:, source].abs(),
+            row=lambda ov, source: ov[source].abs(),
+        ),
+        "the two lists are swapped: the queries come first.": lambda qk, ov, source, k: triples()(qk, ov, source, k)[
+            ::-1
+        ],
+    }
+)
+def check_skip_trigrams(fn: Fn) -> None:
+    """The whole tables, sorted; then a size at which they would be seen."""
+    name = "skip_trigrams"
+    for n, inner, source, k, seed in [(17, 3, 4, 3, 51), (11, 2, 10, 1, 52), (13, 4, 0, 13, 53)]:
+        A, B, C, D = (noise(*shape, seed=seed + number) for number, shape in enumerate([(n, inner), (inner, n)] * 2))
+        B = B + 3 * noise(inner, 1, seed=seed)  # every key has it: each query wants all of them more, or less
+        with unchanged(name, A=A, B=B, C=C, D=D):
+            actual = fn(factored(fn, A, B), factored(fn, C, D), source, k)
+        call = f"{name}(qk, ov, source={source}, k={k}) over {n} tokens"
+        if not isinstance(actual, tuple | list) or len(actual) != 2:
+            raise CheckFailed(f"{name}: expected two lists.\n  {call}\n  Next: return queries, outputs.")
+        lists = [side.tolist() if isinstance(side, Tensor) else side for side in actual]
+        queries, outputs = triples()(Factored(A, B), Factored(C, D), source, k)
+        agree(f"{name}: the queries", call, lists[0], queries)
+        agree(f"{name}: the outputs", call, lists[1], outputs)
+    n = 1201
+    tables = [factored(fn, noise(n, 2, seed=seed), noise(2, n, seed=seed + 1)) for seed in (54, 56)]
+    with Watched() as watched:
+        fn(*tables, 7, 2)
+    _refuse_large(name, watched, n * n // 4, f"of a {n} x {n} matrix of inner size 2")
 
 
 # ------------------------------------------------------------------------------------------------------- copying
@@ -458,7 +553,7 @@ def of_whole_blocks(blocks: Sequence[Tensor]) -> Tensor:
 
 @known_mistakes(
     {
-        "the largest entry of each column is looked for; take that of each row.": lambda ov, rows_at_once=1024: (
+        "it takes the largest entry of each column; take the largest of each row.": lambda ov, rows_at_once=1024: (
             hits((ov.A @ ov.B).T).mean().item()
         ),
         "only the first block is looked at.": share(lambda blocks, n: blocks[0].mean()),
@@ -629,7 +724,7 @@ def swapped_sides(split: Tensor) -> Tensor:
         "the sources are not divided by the scale of ln1.": partial(
             terms, scale=lambda scale, vector: torch.ones_like(scale)
         ),
-        "each source is divided by a scale of its own; the scale is that of their sum.": partial(
+        "each source is divided by a scale of its own; use the scale of their sum.": partial(
             terms, scale=lambda scale, vector: (vector.square().mean(-1, keepdim=True) + 1e-5).sqrt()
         ),
         "the sources are not centred: LayerNorm subtracts the mean.": partial(terms, centred=False),

@@ -154,13 +154,14 @@ def check_name_copying_scores(fn: Fn) -> None:
     """With MLPs and without; both signs, two values of k; rotary positions, no normalisation."""
     name, axes = "name_copying_scores", "layer head"
     rotary = {"positions": "rotary", "rotary_dim": 2}
-    for attn_only, sign, k, n, kind in [
+    cases: list[tuple[bool, int, int, int, dict[str, Any]]] = [
         (False, 1, 5, 2, {}),
         (True, 1, 3, 2, {}),
         (False, -1, 3, 2, rotary),
         (False, 1, 3, 1, {}),
         (True, -1, 5, 2, {"normalization": "none"}),
-    ]:
+    ]
+    for attn_only, sign, k, n, kind in cases:
         sizes: dict[str, Any] = {
             "n_layers": n,
             "n_heads": 2 * n - 1,

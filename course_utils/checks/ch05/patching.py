@@ -204,6 +204,15 @@ def check_run_patched(fn: Fn) -> None:
         ]:
             assert_one_patch(name, fn, case, place, index)
     assert_one_patch(name, fn, case_of(*DEEP), "blocks.1.attn.hook_z", (ALL, 0))
+    assert_parameters_stay(name, fn, case_of(2, 3, 1, 5))
+
+
+def assert_parameters_stay(name: str, fn: Fn, case: Case) -> None:
+    """With one prompt `hook_pos_embed` sees `W_pos` itself; the guard refuses a hook that writes into it."""
+    cache = dict(case.cache())
+    cache["hook_pos_embed"] = cache["hook_pos_embed"] + 1.0
+    with during("patching hook_pos_embed, (2,) with one prompt"):
+        fn(case.model, case.tokens, cache, "hook_pos_embed", (2,))
 
 
 def assert_one_patch(name: str, fn: Fn, case: Case, place: str, index: tuple[Any, ...]) -> None:

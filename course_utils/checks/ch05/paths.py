@@ -121,7 +121,9 @@ def by_every_way(model: Any, clean: Any, corrupted: Any, senders: Any, *rest: An
         "nothing is sent: it is the clean run's metric.": path_patching(senders=lambda senders: []),
         "clean and corrupted are swapped.": path_patching(swapped=True),
         "it is the whole effect of the senders, by every way: the heads in between are not held.": by_every_way,
-        "the heads in between are not held, so that news comes by way of them.": path_patching(fixing={"loose": True}),
+        "the heads in between are not held, so that information comes by way of them.": path_patching(
+            fixing={"loose": True}
+        ),
         "the other heads are held at their corrupted values; hold the clean ones.": path_patching(
             fixing={"others": True}
         ),
@@ -245,7 +247,7 @@ def forwards(heads: list[Head], fit: int) -> list[list[Head]]:
         ),
         "all senders of a forward send to every copy of the prompts.": sending(forwards),
         "clean and corrupted are swapped.": sending(swapped=True),
-        "the heads in between are not held, so that news comes by way of them.": sending(fixing={"loose": True}),
+        "the heads in between are not held, so that information comes by way of them.": sending(fixing={"loose": True}),
         "the metric is summed over the prompts; take its mean.": sending(reduce=torch.sum),
         "it is how much the metric changed; the statement asks for the metric itself.": sending(
             then=lambda table, base: table - base
