@@ -46,7 +46,7 @@ def gather_logprobs(
 ) -> Float[Tensor, "batch pos"]:
     """The log-probability that was given to each token: entry [batch, pos] is logprobs[batch, pos, tokens[batch, pos]].
 
-    `logprobs` and `tokens` are aligned already: whoever asks about the *next* token shifts before the call.
+    `logprobs` and `tokens` are aligned already: to ask about the *next* token, shift before the call.
     """
     return logprobs.gather(-1, tokens[..., None]).squeeze(-1)
 
@@ -62,7 +62,7 @@ def mean_where(values: Float[Tensor, "batch pos"], mask: Bool[Tensor, "batch pos
 def add_at_position(
     resid: Float[Tensor, "batch pos d_model"], direction: Float[Tensor, " d_model"], pos: int
 ) -> Float[Tensor, "batch pos d_model"]:
-    """A residual stream with `direction` added at one position, in every text; elsewhere it is that of `resid`.
+    """A residual stream with `direction` added at one position, in every text; everything else is as in `resid`.
 
     `pos` may be negative: -1 is the last position. `resid` itself is left unchanged.
     """

@@ -131,7 +131,7 @@ def merge_word(word: Word, rules: Rules) -> Word:
 def encode(text: str, merges: list[Pair]) -> list[int]:
     """Turn a text into token ids: cut it by `pretokenize`, then merge the UTF-8 bytes of each piece.
 
-    A piece that comes again is not worked out again: texts repeat their words, and that makes this fast.
+    A piece that occurs again is looked up, not merged again: texts repeat their words, so this makes it fast.
     Raises UnicodeEncodeError for half a surrogate pair, which no UTF-8 can hold.
     """
     rules = rules_of(merges)
@@ -232,7 +232,7 @@ def fertility(tokenizer: Any, texts: Iterable[str]) -> float:
     """How many tokens a word takes, on average over all words of all texts; a word is what stands between white space.
 
     `tokenizer` has a method `encode(text)`. Raises ValueError where there are no words.
-    Source: the name is that of Ács 2019; Rust et al. 2021 compare models by it.
+    Source: the name is from Ács 2019; Rust et al. 2021 compare models by it.
     """
     texts = list(texts)
     n_words = sum(len(text.split()) for text in texts)

@@ -21,7 +21,7 @@ from course_utils.config import TransformerConfig
 from course_utils.data.ioi import IOIDataset
 from course_utils.hooks import ActivationCache, hook_points, run_with_cache
 from course_utils.pretrained import shipped_tokenizer
-from solutions import ch02_transformer, ch03_training, ch04_induction, ch05_patching
+from solutions import ch00_tensors, ch02_transformer, ch03_training, ch04_induction, ch05_patching
 
 CFG = TransformerConfig(d_vocab=1100, n_ctx=40, n_layers=2, n_heads=3, d_model=12, d_head=4, d_mlp=16)
 PYTHIA = TransformerConfig(
@@ -192,6 +192,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     "cross_entropy": lambda: (floats(2, 5, 7), ids(2, 5)),
     "cross_entropy_gradient": lambda: (floats(2, 5, 7), ids(2, 5)),
     "gradient_by_backward": lambda: (torch.sum, floats(2, 5)),
+    "Bigram": lambda: ch00_tensors.Bigram(11).to("meta")(TOKENS),
     # 02
     "LayerNorm": lambda: everything(ch02_transformer.LayerNorm, RESID),
     "Embed": lambda: everything(ch02_transformer.Embed, TOKENS),
