@@ -242,10 +242,10 @@ def test_adam_spelled_out_is_that_of_torch() -> None:
         torch.testing.assert_close(v, builtin.state[same]["exp_avg_sq"])
 
 
-def test_the_check_of_adamw_does_not_load_the_compiler() -> None:
+@pytest.mark.parametrize(("part", "symbol"), [("optimizer", "AdamW"), ("checkpoints", "save_checkpoint")])
+def test_a_check_does_not_load_the_compiler(part: str, symbol: str) -> None:
     """In a process of its own, as a learner's first check is."""
-    code = (
-        "import sys; from course_utils.checks.ch03.optimizer import check_AdamW; import solutions.ch03_training as ref"
-    )
-    code += "; check_AdamW(ref.AdamW); sys.exit('torch._dynamo' in sys.modules)"
+    code = f"import sys; from course_utils.checks.ch03.{part} import check_{symbol} as check"
+    code += f"; from solutions.ch03_training import {symbol}"
+    code += f"; check({symbol}); sys.exit('torch._dynamo' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
