@@ -7,6 +7,7 @@ from itertools import takewhile
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 
