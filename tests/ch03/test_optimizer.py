@@ -196,7 +196,7 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
         ("is in no group", regrouped(lambda yes, no, decay: [(yes, decay)])),
         ("comes twice", regrouped(lambda yes, no, decay: [(yes, decay), (no, 0.0), (no[:1], 0.0)])),
         (
-            "no parameter of the model",
+            "not a parameter of the model",
             regrouped(lambda yes, no, decay: [([p.detach().clone() for p in yes], decay), (no, 0.0)]),
         ),
         ("expected two groups, got 3", regrouped(lambda yes, no, decay: [(yes, decay), (no[:4], 0.0), (no[4:], 0.0)])),

@@ -140,8 +140,8 @@ def check_save_checkpoint(fn: Callable[..., Any]) -> None:
         _check_only(folder, path)
         for what, value in (
             ("a Path", folder),
-            ("a number of numpy's", np.float64(0.5)),
-            ("an object of a class of one's own", _own_object()),
+            ("a NumPy number", np.float64(0.5)),
+            ("an object of your own class", _own_object()),
         ):
             refused = dict(objects, where=value)
             call = f"{what} among the values"
@@ -216,14 +216,14 @@ def _watched_moves(path: Path, older: dict[str, Any]) -> Iterator[list[str]]:
             if target == path:
                 if Path(source).parent.resolve() != path.parent.resolve():
                     faults.append(
-                        "the new file is written in another folder; a move from another disk is no single step"
+                        "the new file is written in another folder; a move from another disk is not a single step"
                     )
                 try:
                     _load(Path(source))
                 except Exception:
                     faults.append("the file that was moved to `path` was not complete at that moment")
             elif Path(source) == path and not faults:
-                faults.append("the old checkpoint was taken away before the new one was in its place")
+                faults.append("the old checkpoint was removed before the new one was in its place")
             return originals[name](source, *others, **options)
 
         return act
