@@ -73,10 +73,10 @@ def zero_ablated(model: nn.Module, parameter_name: str) -> Iterator[nn.Module]:
     """Set one parameter to zero while a `with` block runs: `with zero_ablated(model, "blocks.0.attn.W_O"): ...`
 
     The parameter is the one that `model.named_parameters()` lists under this name, and no other is touched. It is
-    written into in place: during the block and after it the model holds the same Parameter, in the same memory, so
-    that an optimizer or a view which also holds it is not left behind. When the block ends its weights are what they
-    were, bit for bit, also when the block raises an exception, which is passed on. The `with` statement hands over the
-    model. Raises ValueError for a name that no parameter has; its message holds the nearest ones.
+    changed in place: during the block and after it the model holds the same Parameter, in the same memory, so that an
+    optimizer or a view that also holds it sees the change. When the block ends the weights are what they were, bit for
+    bit, even if the block raises an exception, which is passed on. `with ... as m` gives the model as m. Raises
+    ValueError for a name that no parameter has; the message names the nearest ones.
     """
     parameters = dict(model.named_parameters())
     if parameter_name not in parameters:
@@ -99,7 +99,7 @@ def zero_ablated(model: nn.Module, parameter_name: str) -> Iterator[nn.Module]:
 def pack_documents(documents: Sequence[Sequence[int]], n_ctx: int, bos: int) -> Int[Tensor, "row n_ctx"]:
     """Cut a stream of documents into rows that are all full: the shape in which language models read their data.
 
-    Every document, a list of token ids, is begun by `bos`; all are written one after another, without padding, and the
+    A document is a list of token ids. Each gets `bos` in front; all follow one another, without padding, and the
     long sequence is cut into rows of `n_ctx` tokens. A document may run on into the next row, and a row may begin in
     the middle of one. The tokens at the end that do not fill a row are dropped; where there is not enough for a single
     row, there are 0 rows. Token ids are of dtype int64. The documents are left as they are.
@@ -113,8 +113,8 @@ def pack_documents(documents: Sequence[Sequence[int]], n_ctx: int, bos: int) -> 
 def lm_loss(logits: Float[Tensor, "batch pos d_vocab"], tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, ""]:
     """The loss of a language model: the mean of -log p of each next token, in nats.
 
-    The logits at a position predict the token *after* it, so those at the last position predict a token that nobody
-    has, and the first token is predicted by nobody: batch * (pos - 1) predictions, which all weigh the same.
+    The logits at a position predict the token *after* it. So those at the last position have no target, and nothing
+    predicts the first token: batch * (pos - 1) predictions remain, which all weigh the same.
     """
     predictions, targets = logits[:, :-1], tokens[:, 1:]
     return nn.functional.cross_entropy(predictions.flatten(0, 1), targets.flatten())
@@ -123,7 +123,7 @@ def lm_loss(logits: Float[Tensor, "batch pos d_vocab"], tokens: Int[Tensor, "bat
 def cosine_schedule(step: int, warmup: int, total: int, peak: float, floor: float) -> float:
     """The learning rate of step number `step`, the first of which is 0: up in a line, down along half a cosine.
 
-    During the first `warmup` steps it rises by the same amount in each, from peak / warmup at step 0 to `peak` at step
+    During the first `warmup` steps it rises by equal amounts, from peak / warmup at step 0 to `peak` at step
     warmup - 1. The cosine begins at step `warmup`, still with `peak`, is half-way down in the middle and reaches
     `floor` at step `total`, where it stays. With a warmup of 0 it begins with the cosine.
     Source: Loshchilov and Hutter 2017, section 3; the warm-up from Goyal et al. 2017, section 2.2.
@@ -246,8 +246,8 @@ def train_step(
 ) -> float:
     """Make the model a little better at one batch of tokens; return the loss that it had before, as a plain number.
 
-    The gradient is that of `lm_loss` on this batch alone, whatever the parameters' `.grad` held before, clipped by
-    `clip_grad_norm` if there is a `max_norm`. The optimizer (torch's or ours) makes one step. The mode of the model,
+    The step uses the gradient of `lm_loss` on this batch alone, whatever the parameters' `.grad` held before, clipped
+    by `clip_grad_norm` if there is a `max_norm`. The optimizer (torch's or ours) makes one step. The mode of the model,
     training or evaluation, is left as it is.
     """
     optimizer.zero_grad()
@@ -300,11 +300,11 @@ def save_checkpoint(path: Path, **state: Any) -> None:
     """Write all that training needs to go on, by name, as in `save_checkpoint(path, model=model, step=step)`.
 
     Whatever has a `state_dict()` (a model, an optimizer) is stored as that, a torch.Generator as its `get_state()`, and
-    anything else (numbers, texts, tensors, lists and dicts of these) as it is, with `torch.save`. A file that stands at
-    `path` already stays whole until the new one is: write to another file of the same folder, and let it take the
-    place in a single step (`os.replace`). Then no other file is left.
+    anything else (numbers, texts, tensors, lists and dicts of these) as it is, with `torch.save`. A file that
+    already exists at `path` stays whole until the new one is complete: write to another file in the same folder, and
+    move it into place in a single step (`os.replace`). No other file is left behind.
     Raises ValueError, and leaves the file at `path` as it was, where `load_checkpoint` would refuse to read the new
-    one: for a Path, say, a number of numpy's, or an object of a class of one's own.
+    one: for example with a Path in it, a NumPy number, or an object of your own class.
     """
     plain = {}
     for name, value in state.items():
@@ -348,7 +348,7 @@ def flops_per_token(cfg: TransformerConfig, n_ctx: int) -> int:
     times key) and mixtures (pattern times value), over all `n_ctx` keys: the masked ones are computed too. Backward
     costs twice what forward does, since each product needs the gradients of both its factors. Looking up an embedding,
     adding a bias, LayerNorm, softmax and the non-linearity count as nothing.
-    Source: Kaplan et al. 2020, section 2.1; its 6 N is the same count, but for the attention.
+    Source: Kaplan et al. 2020, section 2.1; its 6 N is the same count without attention.
     """
     width = cfg.n_heads * cfg.d_head
     per_layer = 4 * cfg.d_model * width + 2 * n_ctx * width

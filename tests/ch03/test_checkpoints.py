@@ -129,7 +129,7 @@ def _(path: Path, **state: Any) -> None:
     path.with_suffix(".new").rename(path)
 
 
-@written("taken away before the new one was in its place")
+@written("removed before the new one was in its place")
 def _(path: Path, **state: Any) -> None:
     torch.save(plain_data(state), path.with_suffix(".new"))
     path.unlink(missing_ok=True)

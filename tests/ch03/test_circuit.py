@@ -177,7 +177,7 @@ def _(model: Any, name: str) -> Any:
             return
 
 
-@ablation("should raise ValueError, for no parameter has that name")
+@ablation("should raise ValueError, because no parameter has that name")
 def _(model: Any, name: str) -> Any:
     if name in dict(model.named_parameters()):
         with ref.zero_ablated(model, name):

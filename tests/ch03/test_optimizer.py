@@ -7,6 +7,7 @@ from itertools import takewhile
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 
@@ -195,7 +196,7 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
         ("is in no group", regrouped(lambda yes, no, decay: [(yes, decay)])),
         ("comes twice", regrouped(lambda yes, no, decay: [(yes, decay), (no, 0.0), (no[:1], 0.0)])),
         (
-            "no parameter of the model",
+            "not a parameter of the model",
             regrouped(lambda yes, no, decay: [([p.detach().clone() for p in yes], decay), (no, 0.0)]),
         ),
         ("expected two groups, got 3", regrouped(lambda yes, no, decay: [(yes, decay), (no[:4], 0.0), (no[4:], 0.0)])),
@@ -242,10 +243,10 @@ def test_adam_spelled_out_is_that_of_torch() -> None:
         torch.testing.assert_close(v, builtin.state[same]["exp_avg_sq"])
 
 
-def test_the_check_of_adamw_does_not_load_the_compiler() -> None:
+@pytest.mark.parametrize(("part", "symbol"), [("optimizer", "AdamW"), ("checkpoints", "save_checkpoint")])
+def test_a_check_does_not_load_the_compiler(part: str, symbol: str) -> None:
     """In a process of its own, as a learner's first check is."""
-    code = (
-        "import sys; from course_utils.checks.ch03.optimizer import check_AdamW; import solutions.ch03_training as ref"
-    )
-    code += "; check_AdamW(ref.AdamW); sys.exit('torch._dynamo' in sys.modules)"
+    code = f"import sys; from course_utils.checks.ch03.{part} import check_{symbol} as check"
+    code += f"; from solutions.ch03_training import {symbol}"
+    code += f"; check({symbol}); sys.exit('torch._dynamo' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

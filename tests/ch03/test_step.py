@@ -260,7 +260,7 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
         ("it changed `parameter 0` in place", scales_the_parameters),
         ("a parameter that had no gradient has one now", gives_gradients),
         ("the gradient of parameter 0 is gone", takes_gradients),
-        ("a gradient is another tensor than before", makes_new_gradients),
+        ("a gradient is a new tensor", makes_new_gradients),
         ("with a gradient of zeros", divides_by_zero),
         ("your code raised RuntimeError", side_by_side_views),
     ],

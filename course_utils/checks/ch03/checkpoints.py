@@ -33,10 +33,25 @@ class _Bomb:
 
 
 class _Schedule:
-    """Something with a state_dict that is neither torch's model nor torch's optimizer, as the AdamW of this chapter."""
+    """Something else with a state_dict: what counts is the method, not the class."""
 
     def state_dict(self) -> dict[str, Any]:
         return {"warmup": 3, "rates": noise(2, seed=8)}
+
+
+class _Optimizer:
+    """What torch's AdamW says of itself after two steps; torch's own would first load torch._dynamo, for a second."""
+
+    def state_dict(self) -> dict[str, Any]:
+        state = {
+            number: {
+                "step": torch.tensor(2.0),
+                "exp_avg": noise(*shape, seed=5 + number),
+                "exp_avg_sq": noise(*shape, seed=7 + number).square(),
+            }
+            for number, shape in enumerate([(2, 3), (2,)])
+        }
+        return {"state": state, "param_groups": [{"lr": 0.1, "betas": (0.9, 0.999), "params": [0, 1]}]}
 
 
 def _training_state() -> tuple[dict[str, Any], dict[str, Any]]:
@@ -45,15 +60,10 @@ def _training_state() -> tuple[dict[str, Any], dict[str, Any]]:
     with torch.no_grad():
         for seed, parameter in enumerate(model.parameters()):
             parameter.copy_(noise(*parameter.shape, seed=seed))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-    for seed in (5, 6):
-        optimizer.zero_grad()
-        model(noise(4, 3, seed=seed)).square().sum().backward()
-        optimizer.step()
     generator = torch.Generator().manual_seed(3)
     torch.randn(5, generator=generator)
     others = {"step": 2, "history": [{"step": 1, "loss": 0.5}], "recipe": "tiny", "best": noise(3, seed=9)}
-    objects = {"model": model, "optimizer": optimizer, "generator": generator, "schedule": _Schedule(), **others}
+    objects = {"model": model, "optimizer": _Optimizer(), "generator": generator, "schedule": _Schedule(), **others}
     return objects, plain_data(objects)
 
 
@@ -130,8 +140,8 @@ def check_save_checkpoint(fn: Callable[..., Any]) -> None:
         _check_only(folder, path)
         for what, value in (
             ("a Path", folder),
-            ("a number of numpy's", np.float64(0.5)),
-            ("an object of a class of one's own", _own_object()),
+            ("a NumPy number", np.float64(0.5)),
+            ("an object of your own class", _own_object()),
         ):
             refused = dict(objects, where=value)
             call = f"{what} among the values"
@@ -206,14 +216,14 @@ def _watched_moves(path: Path, older: dict[str, Any]) -> Iterator[list[str]]:
             if target == path:
                 if Path(source).parent.resolve() != path.parent.resolve():
                     faults.append(
-                        "the new file is written in another folder; a move from another disk is no single step"
+                        "the new file is written in another folder; a move from another disk is not a single step"
                     )
                 try:
                     _load(Path(source))
                 except Exception:
                     faults.append("the file that was moved to `path` was not complete at that moment")
             elif Path(source) == path and not faults:
-                faults.append("the old checkpoint was taken away before the new one was in its place")
+                faults.append("the old checkpoint was removed before the new one was in its place")
             return originals[name](source, *others, **options)
 
         return act

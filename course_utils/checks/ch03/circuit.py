@@ -329,7 +329,7 @@ def _restored(model: nn.Module, wanted: str, when: str = "after the block") -> I
             what = "is another Parameter" if not same else "lies in other memory"
             raise CheckFailed(
                 f"{name}: {when} `{entry}` {what} than before.\n"
-                "  An optimizer, or a view, that holds the old one is left behind.\n"
+                "  An optimizer or a view that holds the old one does not see the change.\n"
                 "  Next: write the values back into the parameter, in place, under torch.no_grad()."
             )
         if not torch.equal(_bits(parameter), bits):
@@ -389,7 +389,7 @@ def _check_gradients_inside(fn: Callable[..., Any], model: Any) -> None:
         if view.any():
             raise CheckFailed(
                 "zero_ablated: in the block a view of the parameter still shows the old weights.\n"
-                "  The parameter was given other memory, and what else looks at it is left behind.\n"
+                "  The parameter was given other memory, so whatever else looks at it keeps the old values.\n"
                 "  Next: write zeros into the parameter itself, in place, under torch.no_grad()."
             )
         if not (torch.is_grad_enabled() and weight.requires_grad):
@@ -450,6 +450,6 @@ def _check_unknown(fn: Callable[..., Any], model: nn.Module) -> None:
                     ) from None
             else:
                 raise CheckFailed(
-                    f"zero_ablated: {call} should raise ValueError, for no parameter has that name.\n"
+                    f"zero_ablated: {call} should raise ValueError, because no parameter has that name.\n"
                     "  Next: look the name up among all of `model.named_parameters()` first."
                 )

@@ -55,10 +55,10 @@ def packing(
 
 @known_mistakes(
     {
-        "`bos` comes after each document; it begins one.": packing(lambda text, bos: [*text, bos]),
+        "`bos` comes after each document; it should come before.": packing(lambda text, bos: [*text, bos]),
         "`bos` stands on both sides of each document.": packing(lambda text, bos: [bos, *text, bos]),
         "there is no `bos`.": packing(lambda text, bos: text),
-        "only the first document is begun by `bos`.": packing(lambda text, bos: text, once=1),
+        "only the first document gets a `bos`.": packing(lambda text, bos: text, once=1),
         "the last row, which is not full, is filled up with `bos`; drop it.": packing(ending=filled),
         "every document is cut, and filled up, by itself; they should follow each other.": packing(each=filled),
         "every document is cut by itself, and its rest dropped.": packing(each=dropped),
@@ -116,7 +116,7 @@ def reducing(reduce: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
         "only the last prediction of each row counts.": reducing(lambda nats: nats[:, -1].mean()),
         "the last prediction of each row is left out.": reducing(lambda nats: nats[:, :-1].mean()),
         "the minus sign is missing.": reducing(lambda nats: -nats.mean()),
-        "it is in bits (logarithm to base 2); nats are asked for.": reducing(lambda nats: nats.mean() / math.log(2)),
+        "it is in bits (logarithm to base 2); it should be in nats.": reducing(lambda nats: nats.mean() / math.log(2)),
         "softmax is taken before cross_entropy, which does that itself.": (
             lambda logits, tokens: next_nats(logits.softmax(-1), tokens).mean()
         ),

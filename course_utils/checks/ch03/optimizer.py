@@ -67,7 +67,7 @@ def scheduling(
             begin=-1, end=-1
         ),
         "the cosine begins at step warmup - 1; it begins at `warmup`.": scheduling(begin=-1),
-        "the warm-up is not taken off: at its end the cosine has already come part of the way.": scheduling(
+        "the warm-up is not subtracted: when it ends, the cosine is already part of the way down.": scheduling(
             from_0=True
         ),
         "the cosine takes `total` steps from the end of the warm-up; it ends at step `total`.": scheduling(
@@ -346,7 +346,7 @@ def _check_in_place(cls: Any, options: dict[str, Any]) -> None:
     if not isinstance(state, Mapping) or not all({"step", "m", "v"} <= {*state.get(p, {})} for p in ours):
         raise CheckFailed(
             "AdamW: `state[p]` should hold 'step', 'm' and 'v' of every parameter p.\n"
-            "  Next: keep the `__init__` that was given (the statement holds it)."
+            "  Next: keep the `__init__` that was given (it is in the statement)."
         )
 
     def places() -> dict[str, int]:
@@ -364,7 +364,7 @@ def _check_in_place(cls: Any, options: dict[str, Any]) -> None:
     for what, place in places().items():
         if place != before[what]:
             raise CheckFailed(
-                f"AdamW: {what} lies in other memory after `step`, so that who else holds it is left behind.\n"
+                f"AdamW: {what} lies in other memory after `step`, so whatever else holds it keeps the old values.\n"
                 "  Next: write into the tensor itself, in place."
             )
     for i, (p, other) in enumerate(zip(ours, theirs, strict=True)):
@@ -467,7 +467,7 @@ def check_parameter_groups(fn: Callable[..., Any]) -> None:
             for parameter in group["params"]:
                 if parameter not in names:
                     raise CheckFailed(
-                        "parameter_groups: it returned a tensor that is no parameter of the model.\n"
+                        "parameter_groups: it returned a tensor that is not a parameter of the model.\n"
                         "  Next: hand on the parameters themselves, not copies, names or `.data`."
                     )
                 if names[parameter] in found:

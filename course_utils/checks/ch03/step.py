@@ -122,7 +122,7 @@ def check_clip_grad_norm(fn: Callable[..., Any]) -> None:
         number(case, "the norm before clipping", actual, norm)
         if any(parameters[i].grad is not grad for i, grad in given.items()):
             raise CheckFailed(
-                f"{case}: a gradient is another tensor than before; who else holds it is left behind.\n"
+                f"{case}: a gradient is a new tensor, so whatever else holds the old one keeps its values.\n"
                 "  Next: write into the gradient itself, in place."
             )
     still = nn.Parameter(noise(3))
