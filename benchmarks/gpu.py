@@ -24,12 +24,12 @@ from course_utils.checks import find_checks, run_check
 from course_utils.pretrained import shipped_tokenizer
 from solutions.ch02_transformer import Transformer, init_weights
 from solutions.ch03_training import fit
-from solutions.recipes import attn_only_2l, attn_only_4l, reverse_increment, stories, tales
+from solutions.recipes import attn_only_2l, attn_only_2l_late, attn_only_4l, reverse_increment, stories, tales
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "running.md"
 BEGIN, END = "<!-- gpu: written by `make gpu` -->", "<!-- end of gpu -->"
-RECIPES = (attn_only_2l.RECIPE, attn_only_4l.RECIPE, tales.RECIPE)
+RECIPES = (attn_only_2l.RECIPE, attn_only_2l_late.RECIPE, attn_only_4l.RECIPE, tales.RECIPE)
 PARTS = ("checks", "recipes", "notebooks")
 AT_ONCE = 4  # notebooks: they compute on the CPU, and one alone would leave most of its cores idle
 
