@@ -264,13 +264,17 @@ def open_page(browser: Any, address: str) -> Iterator[Any]:
     """Opens a page of the site; in the end nothing may have failed, spoken of an error, or asked for another host."""
     contexts, complaints = [], []
 
+    def failed(request: Any) -> None:
+        if request.failure != "net::ERR_ABORTED":  # that is a page left before its icon had come, on a busy machine
+            complaints.append(f"failed: {request.url}")
+
     def open_page(path: str, **options: Any) -> Any:
         contexts.append(browser.new_context(**options))
         page = contexts[-1].new_page()
         page.set_default_timeout(120_000)
         page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
         page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("requestfailed", lambda request: complaints.append(f"failed: {request.url}"))
+        page.on("requestfailed", failed)
         page.on(
             "response",
             lambda answer: complaints.append(f"{answer.status}: {answer.url}") if answer.status > 399 else None,
