@@ -122,8 +122,7 @@ def line(
     figure = go.Figure()
     n_longest = 0
     x_all, y_all = [], []
-    named = _named(values, y)
-    for (name, series), colour in zip(named, _series_colours([name for name, _ in named]), strict=True):
+    for name, series, colour in _series(values, y):
         heights = _numbers(series, 1, "line")
         n_longest = max(n_longest, len(heights))
         positions = torch.arange(len(heights)) if x_values is None else _numbers(x_values, 1, "line")
@@ -145,8 +144,7 @@ def bar(values: Tensor | Mapping[str, Tensor], *, x: str, y: str, title: str, ti
 
     figure = go.Figure()
     n_bars = 0
-    named = _named(values, y)
-    for (name, series), colour in zip(named, _series_colours([name for name, _ in named]), strict=True):
+    for name, series, colour in _series(values, y):
         heights = _numbers(series, 1, "bar")
         n_bars = max(n_bars, len(heights))
         texts = _texts(ticks, len(heights), "ticks")
@@ -301,8 +299,10 @@ def _colours(tables: Sequence[Tensor], signed: bool, name: str) -> tuple[str, fl
     return "Blues", 0.0, max(1.0, largest)
 
 
-def _named(values: Tensor | Mapping[str, Tensor], y: str) -> list[tuple[str, Tensor]]:
-    return [(y, values)] if isinstance(values, Tensor) else [(escape(name), series) for name, series in values.items()]
+def _series(values: Tensor | Mapping[str, Tensor], y: str) -> list[tuple[str, Tensor, str]]:
+    """Each series with its name and its colour; a single one is named after the axis."""
+    named = {y: values} if isinstance(values, Tensor) else {escape(name): series for name, series in values.items()}
+    return list(zip(named, named.values(), _series_colours(list(named)), strict=True))
 
 
 def _texts(ticks: Ticks | None, n: int, name: str) -> list[str]:
@@ -452,6 +452,7 @@ def _wrapped(text: str, width: int) -> str:
 
 
 def label_axes(figure: Figure, x: str, y: str, title: str) -> None:
+    """The title in lines, the names of the axes, and the look of the course."""
     text = _wrapped(title, WIDE)
     figure.update_layout(template=template(), title=text, margin={"t": 60 + 20 * text.count("<br>"), "b": 60})
     # automargin: long tokens make room for themselves; standoff keeps the axis' name clear of them
