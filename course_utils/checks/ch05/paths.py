@@ -25,7 +25,7 @@ BOTH: list[Receiver] = [("blocks.2.attn.hook_v", head) for head in (1, 0)]
 
 
 def other_inputs(to: Callable[[Callable[..., Any]], Fn]) -> dict[str, Fn]:
-    """Mistakes in which the news arrives at another input; `to` makes an answer whose receivers are changed."""
+    """Mistakes in which the information arrives at another input; `to` makes an answer whose receivers are changed."""
 
     def renamed(receivers: Sequence[Receiver], old: str, new: str) -> list[Receiver]:
         return [(name.replace(f"hook_{old}", f"hook_{new}"), head) for name, head in receivers]
@@ -63,7 +63,7 @@ def running(receivers: Callable[[Any], Any] = lambda receivers: receivers, **wro
         "a head's number is used as a position: a q is [batch pos head d_head].": running(**POSITION),
         "only the first receiver receives.": running(lambda receivers: receivers[:1]),
         "only the last receiver receives.": running(lambda receivers: receivers[-1:]),
-        "the final stream is what the last layer reads; it is what that leaves, its resid_post.": running(
+        "the final stream is what the last layer reads; take what it leaves, its resid_post.": running(
             final="hook_resid_pre"
         ),
     },
@@ -120,10 +120,8 @@ def by_every_way(model: Any, clean: Any, corrupted: Any, senders: Any, *rest: An
     {
         "nothing is sent: it is the clean run's metric.": path_patching(senders=lambda senders: []),
         "clean and corrupted are swapped.": path_patching(swapped=True),
-        "it is the whole effect of the senders, by every way: the heads in between are not held.": by_every_way,
-        "the heads in between are not held, so that information comes by way of them.": path_patching(
-            fixing={"loose": True}
-        ),
+        "it is the whole effect of the senders, by every path: the heads in between are not held.": by_every_way,
+        "the heads in between are not held, so information passes through them.": path_patching(fixing={"loose": True}),
         "the other heads are held at their corrupted values; hold the clean ones.": path_patching(
             fixing={"others": True}
         ),
@@ -134,9 +132,7 @@ def by_every_way(model: Any, clean: Any, corrupted: Any, senders: Any, *rest: An
         "it is the mean over the prompts; give one number for each.": path_patching(then=torch.mean),
         "the MLPs are not frozen, and should be.": path_patching(freeze=lambda freeze_mlps: False),
         "the MLPs are frozen, and should not be.": path_patching(freeze=lambda freeze_mlps: True),
-        "the MLPs are not frozen unless asked for; freeze_mlps=True is the default.": partial(
-            path_scores, freeze_mlps=False
-        ),
+        "the MLPs are not frozen by default; the default is freeze_mlps=True.": partial(path_scores, freeze_mlps=False),
     },
     other_inputs(path_patching),
 )
@@ -242,17 +238,17 @@ def forwards(heads: list[Head], fit: int) -> list[list[Head]]:
 
 @known_mistakes(
     {
-        "earlier senders are still sending: each entry has its own one only.": sending(
+        "earlier senders are still sending: each entry has only its own sender.": sending(
             lambda heads, fit: [heads[: i + 1] for i in range(len(heads))]
         ),
         "all senders of a forward send to every copy of the prompts.": sending(forwards),
         "clean and corrupted are swapped.": sending(swapped=True),
-        "the heads in between are not held, so that information comes by way of them.": sending(fixing={"loose": True}),
+        "the heads in between are not held, so information passes through them.": sending(fixing={"loose": True}),
         "the metric is summed over the prompts; take its mean.": sending(reduce=torch.sum),
         "it is how much the metric changed; the statement asks for the metric itself.": sending(
             then=lambda table, base: table - base
         ),
-        "senders without a path have 0; they leave the metric at what it is without them.": sending(
+        "senders without a path get 0; their entry is the metric of the clean run.": sending(
             then=lambda table, base: torch.where(table == base, 0.0, table)
         ),
         "layers and heads are mixed up: a transpose became a reshape.": sending(
