@@ -8,9 +8,6 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-# Chapters whose prose does not follow the rules yet. In all others a finding is an error of the build.
-UNREAD = frozenset({"05"})
-
 MEANT = re.compile(r"[ \t]*<!-- meant: ([^\n]*?) -->")
 LEFT_ALONE = re.compile(
     r"""^[ ]*(?:`{3,}|~{3,}).*?^[ ]*(?:`{3,}|~{3,})[ ]*$|(`+)[^`].*?\1|^\$\$.*?^\$\$|\$[^$\n]+\$|\]\([^)\n]*\)|<[^>\n]+>
