@@ -12,6 +12,7 @@ from typing import NamedTuple
 UNREAD = frozenset({"00", "01", "05"})
 
 MEANT = re.compile(r"[ \t]*<!-- meant: ([^\n]*?) -->")
+CITED = re.compile(r"[ \t]*<!-- cited: ([^\n]*?) -->")  # numbers that no output holds: tests/support/prose_numbers.py
 LEFT_ALONE = re.compile(
     r"""^[ ]*(?:`{3,}|~{3,}).*?^[ ]*(?:`{3,}|~{3,})[ ]*$|(`+)[^`].*?\1|^\$\$.*?^\$\$|\$[^$\n]+\$|\]\([^)\n]*\)|<[^>\n]+>
     |"[^"\n]*"|“[^”\n]*”""",
