@@ -7,7 +7,6 @@ paper or a made-up example does, `<!-- cited: 17.7, 29.2 -->` in the same paragr
 """
 
 import base64
-import math
 import re
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,6 +20,7 @@ from course_utils.wording import CITED, LEFT_ALONE
 
 # A picture with more values than this has one near any number, so only its extremes and ends count.
 MANY = 100
+PLOTLY = "application/vnd.plotly.v1+json"
 UNITS = r"(?:GB|GiB|MB|MiB|kB|hours?|minutes?|min|seconds?|ms|s|times as fast)\b"
 IN_PROSE = re.compile(
     rf"(?<![\w.,:/])(?P<sign>(?<![\w)%])[−-])?(?P<digits>\d+\.\d+(?P<scale> (?:m|b)illion)?|\d+(?:\.\d+)?[ ]?(?P<percent>%))"
@@ -91,50 +91,56 @@ def paragraphs(cell: LessonCell) -> Iterator[Paragraph]:
 # --- outputs --------------------------------------------------------------------------------------------------------
 
 
-class Shown(NamedTuple):
-    """The numbers of outputs, sorted: as printed, and what was drawn."""
+class Shown:
+    """The numbers that outputs show: their values, sorted, and how those that are printed are written."""
 
-    printed: list[float]
-    drawn: list[float]
+    def __init__(self) -> None:
+        self.values: list[float] = []
+        self.written: set[str] = set()
 
-    def holds(self, number: Number, drawn: bool = True) -> bool:
-        """Whether one of them, rounded as the number is, is the number. Without a sign, either sign will do."""
-        values = [self.printed, self.drawn] if drawn else [self.printed]
-        signs = [1] if number.signed else [1, -1]
-        return any(_near(sorted_, sign * number.value, number.unit) for sorted_ in values for sign in signs)
+    def add(self, texts: Iterable[str], drawn: Iterable[float] = ()) -> None:
+        """Take in what was printed and what was drawn."""
+        words = [word for text in texts for word in in_text(text)]
+        self.values = sorted([*self.values, *drawn, *(value for word in words for value in values_of(word))])
+        self.written.update(word.lstrip("-") for word in words)
 
-
-def _near(values: Sequence[float], value: float, unit: float) -> bool:
-    slack = unit * (0.5 + 1e-6)
-    place = bisect_left(values, value - slack)
-    return place < len(values) and values[place] <= value + slack
-
-
-def shown(outputs: Iterable[nbformat.NotebookNode]) -> Shown:
-    """All numbers in the outputs of cells."""
-    printed: list[float] = []
-    drawn: list[float] = []
-    for output in outputs:
-        data = output.get("data", {})
-        printed += in_text(output.get("text", "")) + in_text(data.get("text/plain", ""))
-        html = re.sub(r"<(script|style).*?</\1>", " ", data.get("text/html", ""), flags=re.DOTALL)
-        printed += in_text(re.sub(r"<[^>]*>", " ", html))
-        if figure := data.get("application/vnd.plotly.v1+json"):
-            for key in ("data", "layout", "frames"):
-                for values in in_figure(figure.get(key)):
-                    (printed if isinstance(values, str) else drawn).extend(
-                        in_text(values) if isinstance(values, str) else telling(values)
-                    )
-    return Shown(sorted(printed), sorted(drawn))
+    def holds(self, number: Number) -> bool:
+        """Whether one of the values, rounded as the number is, is the number. Without a sign, either sign will do."""
+        slack = number.unit * (0.5 + 1e-6)
+        for value in {number.value, number.value if number.signed else -number.value}:
+            place = bisect_left(self.values, value - slack)
+            if place < len(self.values) and self.values[place] <= value + slack:
+                return True
+        return False
 
 
-def in_text(text: str) -> list[float]:
-    """The numbers in a printed text; a percentage counts as a part of one too."""
-    found = []
-    for word in IN_OUTPUT.findall(re.sub(r"\x1b\[[\d;]*m", "", text)):
-        value = float(word.rstrip("% ").replace(",", "").replace("−", "-"))
-        found += [value, value / 100] if word.endswith("%") else [value]
+def printed(output: nbformat.NotebookNode) -> list[str]:
+    """The texts that an output shows, those in pictures included."""
+    data = output.get("data", {})
+    html = re.sub(r"<(script|style).*?</\1>", " ", data.get("text/html", ""), flags=re.DOTALL)
+    labels = [part for part in in_figure(data.get(PLOTLY, {})) if isinstance(part, str)]
+    return [output.get("text", ""), data.get("text/plain", ""), re.sub(r"<[^>]*>", " ", html), *labels]
+
+
+def drawn(output: nbformat.NotebookNode) -> list[float]:
+    """The values in a picture that a text may name: all of a few; of many, the ends and the extremes."""
+    found: list[float] = []
+    for part in in_figure(output.get("data", {}).get(PLOTLY, {})):
+        if isinstance(part, np.ndarray):
+            values = part[np.isfinite(part)].tolist()
+            found += values if len(values) <= MANY else [values[0], values[-1], min(values), max(values)]
     return found
+
+
+def in_text(text: str) -> list[str]:
+    """The numbers in a printed text, as they are written."""
+    return [word.replace("−", "-") for word in IN_OUTPUT.findall(re.sub(r"\x1b\[[\d;]*m", "", text))]
+
+
+def values_of(word: str) -> list[float]:
+    """The value of a number as it is written; a percentage counts as a part of one too."""
+    value = float(word.rstrip("% ").replace(",", ""))
+    return [value, value / 100] if word.endswith("%") else [value]
 
 
 def in_figure(part: Any) -> Iterator[str | np.ndarray]:
@@ -155,14 +161,6 @@ def in_figure(part: Any) -> Iterator[str | np.ndarray]:
                 yield from in_figure(inner)
 
 
-def telling(values: np.ndarray) -> list[float]:
-    """The values that a text may name: all of a few; of many, the ends and the extremes."""
-    values = values[np.isfinite(values)]
-    if len(values) > MANY:
-        values = np.array([values[0], values[-1], values.min(), values.max()])
-    return values.tolist()
-
-
 # --- both -----------------------------------------------------------------------------------------------------------
 
 
@@ -176,29 +174,37 @@ class Comparison(NamedTuple):
 def compare(lesson: Sequence[LessonCell], notebook: nbformat.NotebookNode) -> Comparison:
     """Look up each number of a lesson in what its executed notebook shows.
 
-    Pictures count from the last heading on; what was printed, from the beginning of the chapter. Numbers in the code
-    above count as printed: it is shown too.
+    What was printed, drawn or written in code since the last heading counts as rounded by the prose. Of the sections
+    before, it counts only where a number was printed in the same way, as heads are, or has three digits and more:
+    shorter ones are near something in any chapter.
     """
     run = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    run = run[len(run) - sum(cell.kind == "code" for cell in lesson) :]  # the builder puts a cell before the first
-    above: list[float] = []
-    here = Shown([], [])
-    compared, problems, title, ran = 0, [], "", iter(run)
+    ran = iter(run[len(run) - sum(cell.kind == "code" for cell in lesson) :])  # the builder puts a cell before the first
+    above, here = Shown(), Shown()
+    compared, problems, title = 0, [], ""
     for cell in lesson:
         if cell.kind == "code":
             executed = next(ran)
-            new = shown(executed.outputs)
-            above = sorted(above + new.printed + in_text(executed.source))
-            here = Shown(above, sorted(here.drawn + new.drawn))
+            texts = [text for output in executed.outputs for text in printed(output)]
+            above.add(texts)
+            here.add([*texts, executed.source], [value for output in executed.outputs for value in drawn(output)])
             continue
         for paragraph in paragraphs(cell):
             if paragraph.title:
-                title, here = paragraph.title, Shown(above, [])
+                title, here = paragraph.title, Shown()
             if title in UNREAD_SECTIONS:
                 continue
-            wrong = [n.text for n in paragraph.numbers if n.text not in paragraph.cited and not here.holds(n)]
-            compared += sum(n.text not in paragraph.cited for n in paragraph.numbers)
-            idle = paragraph.cited - {n.text for n in paragraph.numbers}
+            looked_up = [number for number in paragraph.numbers if number.text not in paragraph.cited]
+            wrong = [number.text for number in looked_up if not is_shown(number, here, above)]
+            idle = paragraph.cited - {number.text for number in paragraph.numbers}
+            compared += len(looked_up)
             problems += [f"{paragraph.where}: no output above shows {', '.join(wrong)}"] * bool(wrong)
             problems += [f"{paragraph.where}: the paragraph does not say {', '.join(sorted(idle))}"] * bool(idle)
     return Comparison(compared, problems)
+
+
+def is_shown(number: Number, here: Shown, above: Shown) -> bool:
+    """Whether the number is in this section, or well enough in one above."""
+    digits = re.sub(r"\D", "", number.text).lstrip("0")
+    written = number.text.lstrip("−-") in above.written
+    return here.holds(number) or written or (len(digits) >= 3 and above.holds(number))
