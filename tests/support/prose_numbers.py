@@ -1,14 +1,15 @@
-"""The numbers in a lesson's prose, and the numbers that the executed notebook shows for them.
+"""The numbers in a lesson's prose, compared with those that the executed notebook shows.
 
-Compared are decimal numbers and percentages: `0.96`, `−6.38`, `57%`, a head such as `2.4`. Each must be among the
-numbers that cells above it printed or drew, rounded as the prose rounds. Left alone are hints, code, formulas, links,
-quotations, headings, references, and times and sizes with their unit. Where no output can hold a number, because a
-paper or a made-up example does, `<!-- cited: 17.7, 29.2 -->` in the same paragraph says so.
+Compared are numbers with decimals, percentages, and whole numbers of three digits and more that are neither round nor
+years: `0.96`, `−6.38`, `57%`, `303`, and heads such as `2.4`. Left alone are hints, code, formulas, links, quotations,
+headings, references, and times and sizes with their unit. If no output can hold a number, because a paper or a made-up
+example does, `<!-- cited: 17.7, 29.2% -->` in the same paragraph says so, and the builder takes the comment out.
 """
 
 import base64
+import itertools
+import math
 import re
-from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -18,154 +19,143 @@ import numpy as np
 from course_utils.lint import HEADING, LessonCell
 from course_utils.wording import CITED, LEFT_ALONE
 
-# A picture with more values than this has one near any number, so only its extremes and ends count.
-MANY = 100
-PLOTLY = "application/vnd.plotly.v1+json"
-UNITS = r"(?:GB|GiB|MB|MiB|kB|hours?|minutes?|min|seconds?|ms|s|times as fast)\b"
+UNITS = r"(?:GB|GiB|MB|MiB|kB|hours?|minutes?|min|seconds?|ms|s)\b"
 IN_PROSE = re.compile(
-    rf"(?<![\w.,:/])(?P<sign>(?<![\w)%])[−-])?(?P<digits>\d+\.\d+(?P<scale> (?:m|b)illion)?|\d+(?:\.\d+)?[ ]?(?P<percent>%))"
+    r"(?<![\w.,:/])(?P<sign>(?<![\w)%])[−-])?"
+    r"(?P<written>\d+\.\d+|\d+(?=[ ]?%)|(?!(?:19|20)\d\d\b)\d[\d,]*\d[1-9])(?P<after>[ ]?%|[ ][mb]illion)?"
     rf"(?![\w%]|[.,/]\d|[- ]{UNITS})"
 )
-SCALES = {" million": 1e6, " billion": 1e9}
+SCALES = {"%": 0.01, "million": 1e6, "billion": 1e9}
 IN_OUTPUT = re.compile(r"(?<![\w.])[−-]?\d+(?:,\d{3})*(?:\.\d+)?(?:e[+-]?\d+)?[ ]?%?(?!\w)|(?<=\d)-\d+\.\d+")
-HINT = re.compile(r"<details><summary>(?:Hint|Stuck).*?</details>", re.DOTALL)
-UNREAD_SECTIONS = {"References", "Going further"}
-STYLE = {"template", "colorscale", "color", "font", "line", "marker", "hovertemplate", "colorbar"}
+HINT = re.compile(r"<details><summary>Hint.*?</details>", re.DOTALL)
+NOT_ABOUT_THE_OUTPUTS = {"Going further", "References"}
 
-
-class Number(NamedTuple):
-    """A number as prose or an output writes it; `value` of a percentage is the part of one."""
-
-    text: str
-    value: float
-    unit: float  # of its last digit
-    signed: bool
-    line: int = 0
+PLOTLY = "application/vnd.plotly.v1+json"
+STYLE = {"template", "colorscale", "colorbar", "color", "font", "line", "marker", "hovertemplate"}
+MANY = 100  # a trace with more values than this has one near any number
 
 
 # --- prose ----------------------------------------------------------------------------------------------------------
 
 
-def blank(match: re.Match[str]) -> str:
-    """The same room, with nothing in it."""
-    return re.sub(r"[^\n]", " ", match[0])
+class Number(NamedTuple):
+    """A number that prose states; a percentage is a part of one."""
+
+    text: str
+    value: float
+    unit: float  # of its last digit
+    digits: int
+    line: int  # of the text, from 0
+
+    def is_among(self, values: Iterable[float]) -> bool:
+        """Whether one of the values, rounded as the number is, is the number. Without a sign, either sign will do."""
+        slack = self.unit * (0.5 + 1e-6)
+        sides = {self.value, self.value if self.text[0] in "−-" else -self.value}
+        return any(abs(value - side) <= slack for value in values for side in sides)
 
 
 def in_prose(text: str) -> Iterator[Number]:
-    """The numbers that a text of Markdown states, with its lines counted from 0."""
-    text = LEFT_ALONE.sub(blank, HINT.sub(blank, text))
-    text = HEADING.sub(blank, text)
+    """The numbers that a text of Markdown states."""
+    for pattern in (HINT, LEFT_ALONE, HEADING):
+        text = pattern.sub(blank, text)
     for match in IN_PROSE.finditer(text):
-        written = match["digits"].removesuffix(match["scale"] or "").rstrip("% ")
-        factor = 0.01 if match["percent"] else SCALES.get(match["scale"], 1.0)
-        unit = 10.0 ** -len(written.partition(".")[2]) * factor
-        value = float(written) * factor * (-1 if match["sign"] else 1)
-        yield Number(match[0], value, unit, bool(match["sign"]), text.count("\n", 0, match.start()))
+        written = match["written"].replace(",", "")
+        factor = SCALES.get((match["after"] or "").strip(), 1.0)
+        value = math.copysign(float(written) * factor, -1 if match["sign"] else 1)
+        unit = factor * 10.0 ** -len(written.partition(".")[2])
+        yield Number(match[0], value, unit, len(written.replace(".", "").lstrip("0")), text.count("\n", 0, match.start()))
+
+
+def blank(match: re.Match[str]) -> str:
+    """Spaces in the place of what was found; lines stay."""
+    return re.sub(r"[^\n]", " ", match[0])
 
 
 class Paragraph(NamedTuple):
-    """What prose states in one paragraph, and what it says no output holds."""
+    """What a paragraph states."""
 
-    where: str  # file and line
-    title: str  # where it is a heading
+    line: int  # of the text, from 0
+    title: str  # if it is a heading
+    boxed: bool  # whether it is in a folded box
     numbers: list[Number]
-    cited: set[str]
+    cited: set[str]  # what it says that no output holds
 
 
-def paragraphs(cell: LessonCell) -> Iterator[Paragraph]:
-    """The paragraphs of a cell of prose that state a number, carry a mark or are a heading."""
-    file, _, first = cell.where.rpartition(":")
-    source = HINT.sub(blank, cell.source)
+def paragraphs(text: str) -> Iterator[Paragraph]:
+    """The paragraphs of a text of Markdown, hints left out."""
+    text = HINT.sub(blank, text)
     start = 0
-    for part in re.split(r"(\n[ \t]*\n)", source):
-        line = int(first) + source.count("\n", 0, start)
+    for part in re.split(r"(\n[ \t]*\n)", text):
+        before = text[:start]
         start += len(part)
-        cited = {word.strip() for mark in CITED.findall(part) for word in mark.split(",")}
-        numbers = [n._replace(line=line + n.line) for n in in_prose(part)]
-        heading = HEADING.match(LEFT_ALONE.sub(blank, part))
-        if numbers or cited or heading:
-            title = heading[2].strip() if heading else ""
-            yield Paragraph(f"{file}:{numbers[0].line if numbers else line}", title, numbers, cited)
+        heading = HEADING.match(part)
+        cited = {number.strip() for mark in CITED.findall(part) for number in mark.split(",")}
+        boxed = before.count("<details") > before.count("</details>")
+        yield Paragraph(before.count("\n"), heading[2].strip() if heading else "", boxed, list(in_prose(part)), cited)
 
 
 # --- outputs --------------------------------------------------------------------------------------------------------
 
 
-class Shown:
-    """The numbers that outputs show: their values, sorted, and how those that are printed are written."""
+class Shown(NamedTuple):
+    """The numbers that a code cell shows: in texts (labels of pictures too), in pictures, and in its own code."""
 
-    def __init__(self) -> None:
-        self.values: list[float] = []
-        self.written: set[str] = set()
-
-    def add(self, texts: Iterable[str], drawn: Iterable[float] = ()) -> None:
-        """Take in what was printed and what was drawn."""
-        words = [word for text in texts for word in in_text(text)]
-        self.values = sorted([*self.values, *drawn, *(value for word in words for value in values_of(word))])
-        self.written.update(word.lstrip("-") for word in words)
-
-    def holds(self, number: Number) -> bool:
-        """Whether one of the values, rounded as the number is, is the number. Without a sign, either sign will do."""
-        slack = number.unit * (0.5 + 1e-6)
-        for value in {number.value, number.value if number.signed else -number.value}:
-            place = bisect_left(self.values, value - slack)
-            if place < len(self.values) and self.values[place] <= value + slack:
-                return True
-        return False
+    printed: list[float]
+    drawn: list[float]
+    code: list[float]
 
 
-def printed(output: nbformat.NotebookNode) -> list[str]:
-    """The texts that an output shows, those in pictures included."""
-    data = output.get("data", {})
-    html = re.sub(r"<(script|style).*?</\1>", " ", data.get("text/html", ""), flags=re.DOTALL)
-    labels = [part for part in in_figure(data.get(PLOTLY, {})) if isinstance(part, str)]
-    return [output.get("text", ""), data.get("text/plain", ""), re.sub(r"<[^>]*>", " ", html), *labels]
+def shown(cell: nbformat.NotebookNode) -> Shown:
+    """The numbers that an executed code cell shows."""
+    texts: list[str] = []
+    drawn: list[float] = []
+    for output in cell.outputs:
+        data = output.get("data", {})
+        html = re.sub(r"<(script|style).*?</\1>|<[^>]*>", " ", data.get("text/html", ""), flags=re.DOTALL)
+        texts += [output.get("text", ""), data.get("text/plain", ""), html]
+        for part in in_figure(data.get(PLOTLY, {})):
+            if isinstance(part, str):
+                texts.append(part)
+            else:
+                drawn += telling(part)
+    return Shown([value for text in texts for value in in_text(text)], drawn, list(in_text(cell.source)))
 
 
-def drawn(output: nbformat.NotebookNode) -> list[float]:
-    """The values in a picture that a text may name: all of a few; of many, the ends and the extremes."""
-    found: list[float] = []
-    for part in in_figure(output.get("data", {}).get(PLOTLY, {})):
-        if isinstance(part, np.ndarray):
-            values = part[np.isfinite(part)].tolist()
-            found += values if len(values) <= MANY else [values[0], values[-1], min(values), max(values)]
-    return found
+def in_text(text: str) -> Iterator[float]:
+    """The numbers in a printed text; a percentage counts as a part of one too."""
+    for word in IN_OUTPUT.findall(re.sub(r"\x1b\[[\d;]*m", "", text)):
+        value = float(word.rstrip("% ").replace(",", "").replace("−", "-"))
+        yield from [value, value / 100] if word.endswith("%") else [value]
 
 
-def in_text(text: str) -> list[str]:
-    """The numbers in a printed text, as they are written."""
-    return [word.replace("−", "-") for word in IN_OUTPUT.findall(re.sub(r"\x1b\[[\d;]*m", "", text))]
-
-
-def values_of(word: str) -> list[float]:
-    """The value of a number as it is written; a percentage counts as a part of one too."""
-    value = float(word.rstrip("% ").replace(",", ""))
-    return [value, value / 100] if word.endswith("%") else [value]
-
-
-def in_figure(part: Any) -> Iterator[str | np.ndarray]:
-    """The texts and the arrays of numbers in a part of a plotly figure."""
+def in_figure(part: Any) -> Iterator[str | list[float]]:
+    """The texts and the rows of numbers in a part of a plotly figure."""
     if isinstance(part, str):
         yield part
     elif isinstance(part, dict) and "bdata" in part:
-        yield np.frombuffer(base64.b64decode(part["bdata"]), dtype=part["dtype"]).astype(float)
+        yield np.frombuffer(base64.b64decode(part["bdata"]), dtype=part["dtype"]).tolist()
     elif isinstance(part, dict):
         for key, inner in part.items():
             if key not in STYLE:
                 yield from in_figure(inner)
+    elif isinstance(part, list) and all(isinstance(value, int | float) for value in part):
+        yield part
     elif isinstance(part, list):
-        if part and all(isinstance(value, int | float) for value in part):
-            yield np.array(part, dtype=float)
-        else:
-            for inner in part:
-                yield from in_figure(inner)
+        for inner in part:
+            yield from in_figure(inner)
+
+
+def telling(values: Sequence[float]) -> list[float]:
+    """The values that prose may name: all of a few; of many, the ends and the extremes."""
+    values = [value for value in values if math.isfinite(value)]
+    return values if len(values) <= MANY else [values[0], values[-1], min(values), max(values)]
 
 
 # --- both -----------------------------------------------------------------------------------------------------------
 
 
 class Comparison(NamedTuple):
-    """How many numbers were compared, and what is wrong, a line for each paragraph."""
+    """How many numbers were compared, and what is wrong, one line for each paragraph."""
 
     compared: int
     problems: list[str]
@@ -174,37 +164,33 @@ class Comparison(NamedTuple):
 def compare(lesson: Sequence[LessonCell], notebook: nbformat.NotebookNode) -> Comparison:
     """Look up each number of a lesson in what its executed notebook shows.
 
-    What was printed, drawn or written in code since the last heading counts as rounded by the prose. Of the sections
-    before, it counts only where a number was printed in the same way, as heads are, or has three digits and more:
-    shorter ones are near something in any chapter.
+    What cells show counts from the last heading on, and for prose outside a folded box also in the cells right below
+    it. From earlier sections only printed numbers count, and only for a number of three digits and more: there is
+    something near a shorter one in any chapter.
     """
-    run = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    ran = iter(run[len(run) - sum(cell.kind == "code" for cell in lesson) :])  # the builder puts a cell before the first
-    above, here = Shown(), Shown()
-    compared, problems, title = 0, [], ""
-    for cell in lesson:
+    codes = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    codes = codes[len(codes) - sum(cell.kind == "code" for cell in lesson) :]  # the builder puts one before the first
+    cells = [shown(cell) for cell in codes]
+    begin = above = compared = 0  # the section's first code cell, and how many there are so far
+    title, problems = "", []
+    for position, cell in enumerate(lesson):
         if cell.kind == "code":
-            executed = next(ran)
-            texts = [text for output in executed.outputs for text in printed(output)]
-            above.add(texts)
-            here.add([*texts, executed.source], [value for output in executed.outputs for value in drawn(output)])
+            above += 1
             continue
-        for paragraph in paragraphs(cell):
+        below = sum(1 for _ in itertools.takewhile(lambda later: later.kind == "code", lesson[position + 1 :]))
+        file, _, first = cell.where.rpartition(":")
+        for paragraph in paragraphs(cell.source):
             if paragraph.title:
-                title, here = paragraph.title, Shown()
-            if title in UNREAD_SECTIONS:
+                title, begin = paragraph.title, above
+            if title in NOT_ABOUT_THE_OUTPUTS:
                 continue
-            looked_up = [number for number in paragraph.numbers if number.text not in paragraph.cited]
-            wrong = [number.text for number in looked_up if not is_shown(number, here, above)]
-            idle = paragraph.cited - {number.text for number in paragraph.numbers}
-            compared += len(looked_up)
-            problems += [f"{paragraph.where}: no output above shows {', '.join(wrong)}"] * bool(wrong)
-            problems += [f"{paragraph.where}: the paragraph does not say {', '.join(sorted(idle))}"] * bool(idle)
+            here = [value for seen in cells[begin : above + below * (not paragraph.boxed)] for value in itertools.chain(*seen)]
+            printed = [value for seen in cells[:begin] for value in seen.printed]
+            numbers = [number for number in paragraph.numbers if number.text not in paragraph.cited]
+            wrong = [n for n in numbers if not n.is_among(here) and not (n.digits >= 3 and n.is_among(printed))]
+            idle = sorted(paragraph.cited - {number.text for number in paragraph.numbers})
+            where = f"{file}:{int(first) + paragraph.line + (wrong[0].line if wrong else 0)}"
+            problems += [f"{where}: no output shows {', '.join(n.text for n in wrong)}"] * bool(wrong)
+            problems += [f"{where}: marked as cited, but not in the paragraph: {', '.join(idle)}"] * bool(idle)
+            compared += len(numbers)
     return Comparison(compared, problems)
-
-
-def is_shown(number: Number, here: Shown, above: Shown) -> bool:
-    """Whether the number is in this section, or well enough in one above."""
-    digits = re.sub(r"\D", "", number.text).lstrip("0")
-    written = number.text.lstrip("−-") in above.written
-    return here.holds(number) or written or (len(digits) >= 3 and above.holds(number))
