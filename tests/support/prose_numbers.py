@@ -21,12 +21,13 @@ from course_utils.wording import CITED, LEFT_ALONE
 
 UNITS = r"(?:GB|GiB|MB|MiB|kB|hours?|minutes?|min|seconds?|ms|s)\b"
 IN_PROSE = re.compile(
-    r"(?<![\w.,:/])(?P<sign>(?<![\w)%])[−-])?"
+    r"(?:(?<![\w)%])(?P<sign>[−-])|(?<![\w.,:/-]))"
     r"(?P<written>\d+\.\d+|\d+(?=[ ]?%)|(?!(?:19|20)\d\d\b)\d[\d,]*\d[1-9])(?P<after>[ ]?%|[ ][mb]illion)?"
     rf"(?![\w%]|[.,/]\d|[- ]{UNITS})"
 )
 SCALES = {"%": 0.01, "million": 1e6, "billion": 1e9}
 IN_OUTPUT = re.compile(r"(?<![\w.])[−-]?\d+(?:,\d{3})*(?:\.\d+)?(?:e[+-]?\d+)?[ ]?%?(?!\w)|(?<=\d)-\d+\.\d+")
+IN_TAGS = re.compile(r"<(script|style)\b.*?</\1>|<[^>]*?(?:\btitle=\"(?P<title>[^\"]*)\"[^>]*)?>", re.DOTALL)
 HINT = re.compile(r"<details><summary>Hint.*?</details>", re.DOTALL)
 NOT_ABOUT_THE_OUTPUTS = {"Going further", "References"}
 
@@ -54,23 +55,6 @@ class Number(NamedTuple):
         return any(abs(value - side) <= slack for value in values for side in sides)
 
 
-def in_prose(text: str) -> Iterator[Number]:
-    """The numbers that a text of Markdown states."""
-    for pattern in (HINT, LEFT_ALONE, HEADING):
-        text = pattern.sub(blank, text)
-    for match in IN_PROSE.finditer(text):
-        written = match["written"].replace(",", "")
-        factor = SCALES.get((match["after"] or "").strip(), 1.0)
-        value = math.copysign(float(written) * factor, -1 if match["sign"] else 1)
-        unit = factor * 10.0 ** -len(written.partition(".")[2])
-        yield Number(match[0], value, unit, len(written.replace(".", "").lstrip("0")), text.count("\n", 0, match.start()))
-
-
-def blank(match: re.Match[str]) -> str:
-    """Spaces in the place of what was found; lines stay."""
-    return re.sub(r"[^\n]", " ", match[0])
-
-
 class Paragraph(NamedTuple):
     """What a paragraph states."""
 
@@ -82,16 +66,27 @@ class Paragraph(NamedTuple):
 
 
 def paragraphs(text: str) -> Iterator[Paragraph]:
-    """The paragraphs of a text of Markdown, hints left out."""
-    text = HINT.sub(blank, text)
-    start = 0
-    for part in re.split(r"(\n[ \t]*\n)", text):
-        before = text[:start]
-        start += len(part)
-        heading = HEADING.match(part)
-        cited = {number.strip() for mark in CITED.findall(part) for number in mark.split(",")}
+    """The paragraphs of a text of Markdown."""
+    clear = text
+    for pattern in (HINT, LEFT_ALONE):
+        clear = pattern.sub(lambda match: re.sub(r"[^\n]", " ", match[0]), clear)
+    for part in re.finditer(r"(?:.+\n?)+", clear):
+        own, before = text[part.start() : part.end()], text[: part.start()]
+        heading = HEADING.match(part[0])
+        cited = {number.strip() for mark in CITED.findall(own) for number in mark.split(",")}
         boxed = before.count("<details") > before.count("</details>")
-        yield Paragraph(before.count("\n"), heading[2].strip() if heading else "", boxed, list(in_prose(part)), cited)
+        numbers = [] if heading else list(in_prose(part[0]))
+        yield Paragraph(before.count("\n"), heading[2].strip() if heading else "", boxed, numbers, cited)
+
+
+def in_prose(text: str) -> Iterator[Number]:
+    """The numbers that a paragraph states."""
+    for match in IN_PROSE.finditer(text):
+        written = match["written"].replace(",", "")
+        factor = SCALES.get((match["after"] or "").strip(), 1.0)
+        value = math.copysign(float(written) * factor, -1 if match["sign"] else 1)
+        unit = factor * 10.0 ** -len(written.partition(".")[2])
+        yield Number(match[0], value, unit, len(written.replace(".", "").lstrip("0")), text.count("\n", 0, match.start()))
 
 
 # --- outputs --------------------------------------------------------------------------------------------------------
@@ -111,7 +106,7 @@ def shown(cell: nbformat.NotebookNode) -> Shown:
     drawn: list[float] = []
     for output in cell.outputs:
         data = output.get("data", {})
-        html = re.sub(r"<(script|style).*?</\1>|<[^>]*>", " ", data.get("text/html", ""), flags=re.DOTALL)
+        html = IN_TAGS.sub(lambda tag: f" {tag['title'] or ''} ", data.get("text/html", ""))
         texts += [output.get("text", ""), data.get("text/plain", ""), html]
         for part in in_figure(data.get(PLOTLY, {})):
             if isinstance(part, str):
@@ -184,8 +179,9 @@ def compare(lesson: Sequence[LessonCell], notebook: nbformat.NotebookNode) -> Co
                 title, begin = paragraph.title, above
             if title in NOT_ABOUT_THE_OUTPUTS:
                 continue
-            here = [value for seen in cells[begin : above + below * (not paragraph.boxed)] for value in itertools.chain(*seen)]
-            printed = [value for seen in cells[:begin] for value in seen.printed]
+            last = above if paragraph.boxed else above + below
+            here = [*itertools.chain(*(itertools.chain(*seen) for seen in cells[begin:last]))]
+            printed = [*itertools.chain(*(seen.printed for seen in cells[:begin]))]
             numbers = [number for number in paragraph.numbers if number.text not in paragraph.cited]
             wrong = [n for n in numbers if not n.is_among(here) and not (n.digits >= 3 and n.is_among(printed))]
             idle = sorted(paragraph.cited - {number.text for number in paragraph.numbers})
