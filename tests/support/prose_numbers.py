@@ -86,7 +86,9 @@ def in_prose(text: str) -> Iterator[Number]:
         factor = SCALES.get((match["after"] or "").strip(), 1.0)
         value = math.copysign(float(written) * factor, -1 if match["sign"] else 1)
         unit = factor * 10.0 ** -len(written.partition(".")[2])
-        yield Number(match[0], value, unit, len(written.replace(".", "").lstrip("0")), text.count("\n", 0, match.start()))
+        yield Number(
+            match[0], value, unit, len(written.replace(".", "").lstrip("0")), text.count("\n", 0, match.start())
+        )
 
 
 # --- outputs --------------------------------------------------------------------------------------------------------
