@@ -32,7 +32,8 @@ HINT = re.compile(r"<details><summary>Hint.*?</details>", re.DOTALL)
 NOT_ABOUT_THE_OUTPUTS = {"Going further", "References"}
 
 PLOTLY = "application/vnd.plotly.v1+json"
-STYLE = {"template", "colorscale", "colorbar", "color", "font", "line", "marker", "hovertemplate"}
+UNSEEN = {"template", "colorscale", "colorbar", "color", "font", "line", "marker", "hovertemplate", "hovertext"}
+UNSEEN |= {"domain", "range"}
 MANY = 100  # a trace with more values than this has one near any number
 
 
@@ -132,8 +133,9 @@ def in_figure(part: Any) -> Iterator[str | list[float]]:
     elif isinstance(part, dict) and "bdata" in part:
         yield np.frombuffer(base64.b64decode(part["bdata"]), dtype=part["dtype"]).tolist()
     elif isinstance(part, dict):
+        hovers = {"text"} if part.get("type") == "heatmap" and "texttemplate" not in part else set()
         for key, inner in part.items():
-            if key not in STYLE:
+            if key not in UNSEEN | hovers:
                 yield from in_figure(inner)
     elif isinstance(part, list) and all(isinstance(value, int | float) for value in part):
         yield part

@@ -82,6 +82,14 @@ def test_numbers_that_are_only_drawn_count() -> None:
     assert problems(figure, box("It is 0.39, or 77.7.")) == ["07_toy.md:22: no output shows 0.39, 77.7"]
 
 
+def test_what_only_hovering_or_the_style_says_does_not_count() -> None:
+    trace = {"type": "heatmap", "z": [[0.25]], "text": [["head 2.4"]], "hovertext": "0.91", "line": {"width": [3.5]}}
+    figure = {"data": [trace], "layout": {"xaxis": {"domain": [0.0, 0.45]}}}
+    cell = new_code_cell("show()", outputs=[new_output("display_data", {PLOTLY: figure})])
+    wrong = problems(cell, box("It is 0.25 in head 2.4, or 0.91, or 3.5, or 0.45."))
+    assert wrong == ["07_toy.md:22: no output shows 2.4, 0.91, 3.5, 0.45"]
+
+
 def test_of_a_long_curve_the_ends_and_extremes_count() -> None:
     curve = drawn(*np.linspace(1.01, 1.99, 99), 0.42, 3.38, 2.22)
     assert problems(curve, box("From 1.01 down to 0.42, up to 3.38, ends at 2.22.")) == []
