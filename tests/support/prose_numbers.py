@@ -74,7 +74,7 @@ def paragraphs(text: str) -> Iterator[Paragraph]:
     for part in re.finditer(r"(?:.+\n?)+", clear):
         own, before = text[part.start() : part.end()], text[: part.start()]
         heading = HEADING.match(part[0])
-        cited = {number.strip() for mark in CITED.findall(own) for number in mark.split(",")}
+        cited = {number.strip() for mark in CITED.findall(own) for number in mark.split(", ")}
         boxed = before.count("<details") > before.count("</details>")
         numbers = [] if heading else list(in_prose(part[0]))
         yield Paragraph(before.count("\n"), heading[2].strip() if heading else "", boxed, numbers, cited)
@@ -137,8 +137,8 @@ def in_figure(part: Any) -> Iterator[str | list[float]]:
         for key, inner in part.items():
             if key not in UNSEEN | hovers:
                 yield from in_figure(inner)
-    elif isinstance(part, list) and all(isinstance(value, int | float) for value in part):
-        yield part
+    elif isinstance(part, list) and all(isinstance(value, int | float | None) for value in part):
+        yield [value for value in part if value is not None]  # gaps
     elif isinstance(part, list):
         for inner in part:
             yield from in_figure(inner)

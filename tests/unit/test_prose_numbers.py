@@ -90,6 +90,12 @@ def test_what_only_hovering_or_the_style_says_does_not_count() -> None:
     assert wrong == ["07_toy.md:22: no output shows 2.4, 0.91, 3.5, 0.45"]
 
 
+def test_a_picture_may_have_gaps() -> None:
+    figure = {"data": [{"y": [0.25, None, 0.38]}]}
+    cell = new_code_cell("show()", outputs=[new_output("display_data", {PLOTLY: figure})])
+    assert problems(cell, box("It is 0.38.")) == []
+
+
 def test_of_a_long_curve_the_ends_and_extremes_count() -> None:
     curve = drawn(*np.linspace(1.01, 1.99, 99), 0.42, 3.38, 2.22)
     assert problems(curve, box("From 1.01 down to 0.42, up to 3.38, ends at 2.22.")) == []
@@ -131,6 +137,7 @@ def test_prose_may_announce_what_the_cells_below_it_do_and_a_box_may_not() -> No
         "It takes 0.5 s, 2.5 minutes and 1.5 GB.",
         "Forty of 12, half of 100.",
         "It is 0.5. <!-- cited: 0.5 -->",
+        "There are 32,491 of 1.1 million, or 5%. <!-- cited: 32,491, 1.1 million, 5% -->",
         "## References\n\nPages 0.5.",
     ],
 )
