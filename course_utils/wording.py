@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 MEANT = re.compile(r"[ \t]*<!-- meant: ([^\n]*?) -->")
+CITED = re.compile(r"[ \t]*<!-- cited: ([^\n]*?) -->")  # numbers that no output holds: tests/support/prose_numbers.py
 LEFT_ALONE = re.compile(
     r"""^[ ]*(?:`{3,}|~{3,}).*?^[ ]*(?:`{3,}|~{3,})[ ]*$|(`+)[^`].*?\1|^\$\$.*?^\$\$|\$[^$\n]+\$|\]\([^)\n]*\)|<[^>\n]+>
     |"[^"\n]*"|“[^”\n]*”""",
