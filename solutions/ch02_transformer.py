@@ -399,7 +399,8 @@ def keep_top_p(
 ) -> Float[Tensor, "batch d_vocab"]:
     """Keep each row's smallest set of likeliest tokens whose probabilities sum to at least `p`; the rest become -inf.
 
-    The token with which the sum crosses `p` is kept. At least `min_tokens_to_keep` tokens stay, however small `p` is.
+    The token with which the sum reaches or crosses `p` is the last one kept. At least `min_tokens_to_keep` tokens stay,
+    however small `p` is.
     With `p` = 1 every token stays, even where rounding makes the sum reach 1 before the last of them.
     Raises ValueError for a `p` outside (0, 1]. The input is left unchanged.
     Source: Holtzman et al. 2020, section 3.1 (nucleus sampling).
