@@ -385,7 +385,8 @@ def apply_frequency_penalty(
 def keep_top_k(logits: Float[Tensor, "batch d_vocab"], k: int) -> Float[Tensor, "batch d_vocab"]:
     """Keep the `k` largest logits of each row and set the others to -inf.
 
-    A `k` larger than the vocabulary keeps everything; raises ValueError for a `k` below 1. The input is left unchanged.
+    A `k` larger than the vocabulary keeps everything; raises ValueError for a `k` below 1. If several logits equal the
+    `k`-th largest, either exactly `k` stay, whichever of the equals, or all of the equals. The input is left unchanged.
     Source: Fan et al. 2018, section 5.4.
     """
     if k < 1:
