@@ -106,6 +106,7 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
         ),
         ("It holds what belongs in `blocks.0.ln1.w`", with_entry("blocks.1.ln1.w", from_ours="blocks.0.ln1.w")),
         ("`unembed.b_U`: 13 of 13", with_entry("unembed.b_U", torch.ones_like)),
+        ("with weights in float64, `unembed.b_U`: ", with_entry("unembed.b_U", torch.Tensor.float)),
         ("belongs in `blocks.1.", changed(lambda ours, theirs: ours.update(layer_by_its_first_digit(ours)))),
         ("`blocks.1.attn.W_V`: ", with_entry("blocks.1.attn.W_V", lambda weight: weight.flip(0))),  # heads reversed
         (
