@@ -438,8 +438,8 @@ def path_patch_heads(
 ) -> Float[Tensor, "layer head"]:
     """Take every head in turn as the only sender of `path_patch`; return the metric's mean for each.
 
-    Run both texts only once. As in `batched_sweep`, a forward holds a copy of the prompts for each of several
-    senders, at most `max_rows` rows but always one copy, and `metric` gets the logits of one copy at a time.
+    Run both texts only once. As described above, a forward holds a copy of the prompts for each of several senders,
+    at most `max_rows` rows but always one copy, and `metric` gets the logits of one copy at a time.
     """
     refuse_unknown(model, [], receivers)
     held, sent = two_runs(model, clean, corrupted, freeze_mlps)
