@@ -76,7 +76,8 @@ def head_attribution(
     What a head adds to the stream is its `z` (in the cache) times its `W_O`. It goes through the final LayerNorm as a
     part of the whole: its own mean is subtracted, it is divided by the scale of the whole stream (`ln_final.scale` in
     the cache) and multiplied by `ln_final.w`; then the dot product with the prompt's direction. `b_O` and `ln_final.b`
-    belong to no head and are left out. Without normalisation only the dot product is there.
+    belong to no head and are left out. In a model without normalisation (`model.cfg.normalization` is "none") only the
+    dot product is there.
     Source: Elhage et al. 2021; Wang et al. 2022, section 3.1.
     """
     refuse_rms_norm("head_attribution", model)
@@ -138,6 +139,7 @@ def patch_residual_stream(
     return torch.stack(values).reshape(n_layers + 1, n_pos)
 
 
+@torch.no_grad()
 def patch_components(
     model: Any, tokens: Int[Tensor, "batch pos"], source_cache: Any, metric: Metric
 ) -> Float[Tensor, "component layer pos"]:
@@ -155,8 +157,7 @@ def patch_components(
                 values.append(metric(logits).mean())
     table = torch.stack(values).reshape(-1, n_layers, n_pos)
     if model.cfg.attn_only:
-        with torch.no_grad():
-            unpatched = metric(model(tokens)).mean()
+        unpatched = metric(model(tokens)).mean()
         table = torch.cat([table, unpatched.expand_as(table)])
     return table
 
@@ -438,8 +439,8 @@ def path_patch_heads(
 ) -> Float[Tensor, "layer head"]:
     """Take every head in turn as the only sender of `path_patch`; return the metric's mean for each.
 
-    Run both texts only once. As in `batched_sweep`, a forward holds a copy of the prompts for each of several
-    senders, at most `max_rows` rows but always one copy, and `metric` gets the logits of one copy at a time.
+    Run both texts only once. As described above, a forward holds a copy of the prompts for each of several senders,
+    at most `max_rows` rows but always one copy, and `metric` gets the logits of one copy at a time.
     """
     refuse_unknown(model, [], receivers)
     held, sent = two_runs(model, clean, corrupted, freeze_mlps)

@@ -124,7 +124,8 @@ def frugal(name: str, task: Task, n: int, max_rows: int, per_run: int) -> None:
     if runs > enough:
         raise CheckFailed(
             f"{name}: it took {runs} forwards for {n} circuits; {enough} are enough.\n"
-            "  Next: put as many circuits into a forward as max_rows allows."
+            "  Next: put as many circuits into a forward as max_rows allows: "
+            "`torch.cat([tokens] * n)` has a copy of the prompts for each of n circuits."
         )
 
 

@@ -292,5 +292,6 @@ def assert_table(name: str, fn: Fn, case: Case, receivers: list[Receiver], freez
     if case.model.runs > enough:
         raise CheckFailed(
             f"{name} {words}: it took {case.model.runs} forwards for {n_senders} senders; {enough - 1} are enough.\n"
-            "  Next: run both texts once for all, and put as many senders into a forward as max_rows allows."
+            "  Next: run both texts once for all, and put as many senders into a forward as max_rows allows: "
+            "`torch.cat([clean] * n)` has a copy of the prompts for each of n senders."
         )
