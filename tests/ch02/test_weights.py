@@ -1,6 +1,7 @@
 """Where weights begin, and GPT-2's: mistakes that the checks do not know, right answers in another style, GPT-2."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -95,6 +96,10 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
         (
             "has standard deviation 0.0",
             initialised(scaled=lambda std, n: std / (n * 2) ** 0.25),
+        ),
+        (
+            "it is neither std = 0.03 nor std / sqrt(2 n_layers) = 0.0122; check the factor, and the number under the",
+            initialised(scaled=lambda std, n: std / math.sqrt(2 * (n + 1))),
         ),
         ("has mean", initialised(draw=lambda shape, generator: torch.randn(shape, generator=generator) + 1)),
         ("is no longer the parameter that it was", parameter_exchanged),

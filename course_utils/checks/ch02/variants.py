@@ -126,6 +126,13 @@ def turning(**wrong: Any) -> Callable[..., Tensor]:
         "the first of a pair is a cos + b sin; it is a cos - b sin.": turning(
             mixed=lambda a, b, cos, sin: (a * cos + b * sin, a * sin + b * cos)
         ),
+        "the second of a pair is made from the first as it is after the turn: a slice is a view, so a line that writes "
+        "into it changes what the next line reads.": turning(
+            mixed=lambda a, b, cos, sin: ((turned_a := a * cos - b * sin), turned_a * sin + b * cos)
+        ),
+        "the angles are computed in the dtype of `x`, and bfloat16 has no number 700; compute them in float32.": (
+            lambda x, p, n, base: turned(x, p.to(x.dtype), n, base)
+        ),
         "only the turned coordinates are returned; put the others behind them.": (
             lambda x, p, n, base: turned(x, p, n, base)[..., :n]
         ),
