@@ -211,8 +211,17 @@ def assert_parameters_stay(name: str, fn: Fn, case: Case) -> None:
     """With one prompt `hook_pos_embed` sees `W_pos` itself; the guard refuses a hook that writes into it."""
     cache = dict(case.cache())
     cache["hook_pos_embed"] = cache["hook_pos_embed"] + 1.0
-    with during("patching hook_pos_embed, (2,) with one prompt"):
-        fn(case.model, case.tokens, cache, "hook_pos_embed", (2,))
+    try:
+        with during("patching hook_pos_embed, (2,) with one prompt"):
+            fn(case.model, case.tokens, cache, "hook_pos_embed", (2,))
+    except CheckFailed as failed:
+        if "pos_embed.W_pos` in place" not in str(failed):
+            raise
+        raise CheckFailed(
+            f"{name}: your hook writes into the activation that it was given.\n"
+            "  At hook_pos_embed, with one prompt, that is a parameter: it changed `model.pos_embed.W_pos` in place.\n"
+            "  Next: begin the hook with `patched = activation.clone()`, write into `patched`, and return it."
+        ) from None
 
 
 def assert_one_patch(name: str, fn: Fn, case: Case, place: str, index: tuple[Any, ...]) -> None:

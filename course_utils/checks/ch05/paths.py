@@ -63,6 +63,9 @@ def running(receivers: Callable[[Any], Any] = lambda receivers: receivers, **wro
         "a head's number is used as a position: a q is [batch pos head d_head].": running(**POSITION),
         "only the first receiver receives.": running(lambda receivers: receivers[:1]),
         "only the last receiver receives.": running(lambda receivers: receivers[-1:]),
+        "only the last receiver of each hook point receives, as with a dict that has one hook for each.": running(
+            lambda receivers: list(dict(receivers).items())
+        ),
         "the final stream is what the last layer reads; take what it leaves, its resid_post.": running(
             final="hook_resid_pre"
         ),
@@ -122,6 +125,9 @@ def by_every_way(model: Any, clean: Any, corrupted: Any, senders: Any, *rest: An
         "clean and corrupted are swapped.": path_patching(swapped=True),
         "it is the whole effect of the senders, by every path: the heads in between are not held.": by_every_way,
         "the heads in between are not held, so information passes through them.": path_patching(fixing={"loose": True}),
+        "only the senders are fixed; hold all other heads and the MLPs at their clean values as well.": path_patching(
+            fixing={"loose": True}, freeze=lambda freeze_mlps: False
+        ),
         "the other heads are held at their corrupted values; hold the clean ones.": path_patching(
             fixing={"others": True}
         ),
@@ -186,15 +192,14 @@ def refuses(name: str, run: Callable[[Case, list[Head], list[Receiver]], Any]) -
     ]
     if name == "path_patch":
         bad += [([(3, 0)], [FINAL]), ([(0, 0), (1, 2)], [FINAL]), ([(-1, 0)], [FINAL])]
+    looked_at = "senders" if name == "path_patch" else "[]"
+    advice = f"call `refuse_unknown(model, {looked_at}, receivers)` first."
     for senders, receivers in bad:
         case.model.runs = 0
         call = f"senders={senders}, receivers={receivers}"
-        must_raise(name, ValueError, call, partial(run, case, senders, receivers))
+        must_raise(name, ValueError, call, partial(run, case, senders, receivers), advice)
         if case.model.runs:
-            raise CheckFailed(
-                f"{name}: with {call} it ran the model before it raised ValueError.\n"
-                "  Next: look at senders and receivers first."
-            )
+            raise CheckFailed(f"{name}: with {call} it ran the model before it raised ValueError.\n  Next: {advice}")
 
 
 def one_by_one(heads: list[Head], fit: int) -> list[list[Head]]:
