@@ -175,7 +175,7 @@ def minimal(
             lambda c, m, k, v: (m - k - v, m - k)
         ),
         "it has a sign; take the absolute value.": minimal(value=lambda a, b, m, c: (a - b) / m),
-        "it has a sign, and the other one at that; take the absolute value.": minimal(
+        "the difference is taken the other way round, and has a sign; take the absolute value.": minimal(
             value=lambda a, b, m, c: (b - a) / m
         ),
         "it is not a share of F(M).": minimal(value=lambda a, b, m, c: (a - b).abs()),
