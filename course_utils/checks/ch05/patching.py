@@ -237,10 +237,10 @@ def assert_one_patch(name: str, fn: Fn, case: Case, place: str, index: tuple[Any
 # -------------------------------------------------------------------------------------------------------------- sweeps
 
 
-def assert_sweep(name: str, fn: Fn, axes: str, grid: Grid, *which: str) -> None:
+def assert_sweep(name: str, fn: Fn, axes: str, grid: Grid, *which: str, deep: tuple[Any, ...] = DEEP) -> None:
     """A table of patches, in models of all sizes: values, and that nothing else happens."""
     words = "".join(f'with which="{value}" ' for value in which)
-    for sizes in [*SIZES, ONE] if which and which != ("z",) else [*SIZES, ONE, DEEP]:
+    for sizes in [*SIZES, ONE] if which and which != ("z",) else [*SIZES, ONE, deep]:
         case = case_of(*sizes)
         with leaves_no_trace(name, case), during(f"{words}{case.words}"):
             actual = fn(case.model, case.tokens, case.cache(), case.metric, *which)
@@ -310,7 +310,7 @@ def zeros_for_missing_mlps(model: Any, *arguments: Any) -> Tensor:
 )
 def check_patch_components(fn: Fn) -> None:
     """Attention and MLP at every layer and position; and a model without MLPs."""
-    assert_sweep("patch_components", fn, "component layer pos", outputs)
+    assert_sweep("patch_components", fn, "component layer pos", outputs, deep=(*DEEP, True))  # no MLPs: half the runs
 
 
 def heads(cfg: Any, n_pos: int, place: str = "z") -> tuple[list[Patch], tuple[int, ...]]:
