@@ -82,7 +82,7 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
     "random_composition_baseline": [
         ("it drew from torch's global random numbers", drawing(source=lambda generator: torch.default_generator)),
         ("different seeds give the same scores", drawing(source=lambda generator: torch.Generator().manual_seed(0))),
-        ("the deviation of 100 scores", drawing(pair=lambda W_A, R, W_B: (R**3, R.flip(0) ** 3))),
+        ("the deviation of 60 scores", drawing(pair=lambda W_A, R, W_B: (R**3, R.flip(0) ** 3))),
         ("on average", drawing(score=lambda W_A, W_B: frobenius(W_A @ W_B))),
         ("on average", drawing(score=lambda W_A, W_B: torch.linalg.matrix_norm(W_A @ W_B, 2) / frobenius(W_B))),
         ('for "V": the deviation', drawing(kinds=lambda kind: "Q")),

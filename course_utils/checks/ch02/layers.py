@@ -671,23 +671,15 @@ def check_Transformer(cls: Any) -> None:
         wanted = transformer_hooks(cfg)
         module = construct("Transformer", cls, cfg, transformer_parameters(cfg), wanted)
         weights = weights_of(module)
-        for tokens in (torch.tensor([[3, 0, 12, 3, 7], [8, 1, 5, 11, 2]]), torch.tensor([[4, 12, 6]])):
-            check_module(
-                "Transformer with its real parts",
-                module,
-                (tokens,),
-                always(by_loops.transformer(weights, cfg, tokens)),
-                "batch pos d_vocab",
-                wanted,
-                replace=False,
-            )
-        tokens = torch.tensor([[3, 0, 12, 3, 7], [8, 1, 5, 11, 2]])
-        expected = by_loops.transformer(weights, cfg, tokens)["output"]
+        tokens, one_row = torch.tensor([[3, 0, 12, 3, 7], [8, 1, 5, 11, 2]]), torch.tensor([[4, 12, 6]])
+        values, name = by_loops.transformer(weights, cfg, tokens), "Transformer with its real parts"
+        check_module(name, module, (tokens,), always(values), "batch pos d_vocab", wanted, replace=False)
+        expected = by_loops.transformer(weights, cfg, one_row)["output"]
+        compare(f"{name}, one row of three tokens", module(one_row).detach(), expected, "batch pos d_vocab")
         cache = make_cache(cls, cfg, batch=2)
         with torch.no_grad(), during("with a key-value cache"):
             steps = [module(tokens[:, :3], cache), module(tokens[:, 3:4], cache), module(tokens[:, 4:], cache)]
-        name = "Transformer with its real parts and a key-value cache"
-        compare(name, torch.cat(steps, dim=1), expected, "batch pos d_vocab")
+        compare(f"{name} and a key-value cache", torch.cat(steps, dim=1), values["output"], "batch pos d_vocab")
 
 
 def _check_transformer_wiring(cls: Any, cfg: TransformerConfig) -> None:

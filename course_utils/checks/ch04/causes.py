@@ -188,11 +188,10 @@ def check_ablate_heads(fn: Fn) -> None:
             _check_refusals(name, fn, model, tokens)
         _check_a_run_that_fails(name, fn, model, tokens)
         deep, short = SmallModel(TWELVE_LAYERS), some_tokens(TWELVE_LAYERS, 1, 4, seed=1)
-        ignored = some_tokens(TWELVE_LAYERS, 3, 2, seed=2)
-        for heads in [((1, 0),), ((10, 0), (2, 0))]:
-            with during(f'with "zero" and a reference of another shape, which is to be ignored, and {heads = }'):
-                actual = fn(deep, short, heads, "zero", ignored)
-            compare(f"{name} of twelve layers, {heads}", actual, ablated(deep, short, heads, "zero"), LOGITS)
+        heads, ignored = ((1, 0),), some_tokens(TWELVE_LAYERS, 3, 2, seed=2)  # "blocks.1" also begins "blocks.10"
+        with during(f'with "zero" and a reference of another shape, which is to be ignored, and {heads = }'):
+            actual = fn(deep, short, heads, "zero", ignored)
+        compare(f"{name} of twelve layers, {heads}", actual, ablated(deep, short, heads, "zero"), LOGITS)
 
 
 def _check_a_run_that_fails(name: str, fn: Fn, model: SmallModel, tokens: Tensor) -> None:

@@ -245,7 +245,7 @@ def check_random_composition_baseline(fn: Fn) -> None:
             advice="  Next: draw a new rotation for each.",
         )
     for kind in KINDS:
-        _check_spread(name, draw(kind, 100, 3), model, kind)
+        _check_spread(name, draw(kind, 60, 3), model, kind)
     must_raise(name, ValueError, 'random_composition_baseline(model, "O", ...)', lambda: draw("O", 2, 1))
     single = SmallModel(
         TransformerConfig(d_vocab=5, n_ctx=4, n_layers=1, n_heads=3, d_model=6, d_head=2, attn_only=True)
