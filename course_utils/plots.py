@@ -8,6 +8,7 @@ Values may be on any device, of any dtype, and in a graph. Nothing here needs th
 import functools
 import itertools
 import math
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from html import escape, unescape
@@ -268,8 +269,8 @@ def token_colours(tokens: Ticks, values: Tensor, *, title: str) -> Html:
 
 
 def visible(token: str) -> str:
-    """A token as one readable word: spaces become `·`, and a line break is spelled out."""
-    return token.replace(" ", "·").replace("\n", "\\n")
+    """A token as one readable word: spaces at its ends become `·`, and a line break is spelled out."""
+    return re.sub("^ +| +$", lambda spaces: "·" * len(spaces[0]), token).replace("\n", "\\n")
 
 
 # --- common to all ------------------------------------------------------------------------------------------------

@@ -108,6 +108,11 @@ def test_line_and_bar_draw_one_series_per_name() -> None:
     assert plots.bar(torch.ones(3), x="layer", y="score", title="c").layout.xaxis.dtick == 1
 
 
+def test_spaces_show_where_a_token_begins_or_ends_and_labels_stay_readable() -> None:
+    shown = {"": "", "  ": "··", " a ": "·a·", "after layer 0": "after layer 0", " \n": "·\\n"}
+    assert {text: plots.visible(text) for text in shown} == shown
+
+
 def test_the_diagonal_is_where_both_values_are_equal() -> None:
     across, up = torch.tensor([-1.0, 3]), torch.tensor([0.0, 5])
     (line,) = plots.scatter(across, up, x="a", y="b", title="c", diagonal=True).layout.shapes
