@@ -97,11 +97,14 @@ def heatmaps(
         x_axis = {} if crowded else _axis(x_ticks, n_columns)
         figure.update_xaxes(x_axis, showgrid=False, zeroline=False, row=1, col=column)
     label_axes(figure, x, y, title)
+    x_name = _wrapped(x, max(12, WIDE // len(tables)))
+    figure.update_xaxes(title_text=x_name)
     figure.update_yaxes(autorange="reversed")
     figure.update_yaxes(title=None, selector=lambda axis: axis.anchor != "x")  # only the first needs its name
     colours = {"colorscale": scale, "cmin": lowest, "cmax": highest, "colorbar": _colour_bar(colour)}
     n_lines = 1 + max((name.count("<br>") for name in names), default=0)
-    return figure.update_layout(coloraxis=colours, margin={"t": figure.layout.margin.t + 10 + 20 * n_lines, "b": 60})
+    top, bottom = figure.layout.margin.t + 10 + 20 * n_lines, 60 + 20 * x_name.count("<br>")
+    return figure.update_layout(coloraxis=colours, margin={"t": top, "b": bottom})
 
 
 def line(

@@ -36,8 +36,12 @@ def slider(figures: Mapping[str, Figure], *, steps: str) -> Figure:
         {"method": "update", "label": escape(visible(name)), "args": [of_data, of_layout]}
         for name, of_data, of_layout in zip(figures, data, words, strict=True)
     ]
-    control = {"steps": choices, "currentvalue": {"prefix": f"{escape(steps)}: "}, "pad": {"t": 70}}
-    return figure.update_layout(sliders=[control], margin={"b": 130}, height=(figure.layout.height or 450) + 70)
+    ticks = max((len(tick) for tick in figure.layout.xaxis.ticktext or ()), default=0)
+    below = 70 + max(0, 7 * ticks - 30)  # pixels: ticks may stand upright, and the axis' name comes below them
+    control = {"steps": choices, "currentvalue": {"prefix": f"{escape(steps)}: "}, "pad": {"t": below}}
+    return figure.update_layout(
+        sliders=[control], margin={"b": below + 60}, height=(figure.layout.height or 450) + below
+    )
 
 
 def _one_scale(figure: Figure, drawn: Sequence[Figure]) -> None:

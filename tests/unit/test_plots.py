@@ -49,6 +49,8 @@ def test_heatmaps_stand_side_by_side_in_the_same_colours() -> None:
     assert [note.text for note in figure.layout.annotations] == ["small", "large &lt;b&gt;"]
     assert figure.layout.xaxis2.title.text == "head" and figure.layout.yaxis.title.text == "layer"
     assert figure.layout.yaxis2.title.text is None and figure.layout.yaxis2.autorange == "reversed"
+    long = plots.heatmaps(dict.fromkeys("abc", MATRIX), x="head of layer 1, which reads", y="b", title="c")
+    assert long.layout.xaxis2.title.text == "head of layer 1,<br>which reads"  # no wider than its picture
     signed = plots.heatmaps({"a": MATRIX, "b": 2 * MATRIX}, x="a", y="b", title="c").layout.coloraxis
     assert (signed.cmin, signed.cmax) == (-20, 20)
     with pytest.raises(ValueError, match="some values are negative"):
@@ -262,6 +264,14 @@ def test_a_slider_holds_every_table_on_one_scale_of_colours() -> None:
     assert steps["100"] == [{"z": [(3 * MATRIX).tolist()]}, {}]  # ticks and texts are the same, so they come once
     assert steps["200"][0]["z"][0][0] == [None] * 4 + [0.0]
     assert not figure.frames  # the site keeps data and layout only
+
+
+def test_a_slider_stands_below_ticks_of_any_length() -> None:
+    def below(ticks: list[str]) -> float:
+        drawn = plots.heatmap(MATRIX, x="key", y="query", title="c", x_ticks=ticks)
+        return slider({"one": drawn}, steps="step").layout.sliders[0].pad.t
+
+    assert below(["<|endoftext|>"] + ["a"] * 4) > below(["a"] * 5) + 20
 
 
 def test_a_slider_is_small() -> None:
