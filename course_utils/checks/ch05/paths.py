@@ -85,13 +85,14 @@ def check_run_over_direct_paths(fn: Fn) -> None:
             words = f"to {', '.join(map(str, receivers))}, {len(fixed)} places fixed,"
             with leaves_no_trace(name, case), during(words):
                 actual = fn(case.model, case.tokens, fixed, receivers)
-            right = worked_out(
-                words,
-                case,
-                lambda case, fixed=fixed, receivers=receivers: over_paths(case.model, case.tokens, fixed, receivers),
-            )
+            right = worked_out(words, case, partial(over_paths_in, fixed=fixed, receivers=receivers))
             compare(f"{name} {words} {case.words}", actual, right, "batch pos d_vocab")
             no_graph(name, actual)
+
+
+def over_paths_in(case: Case, fixed: dict[str, Tensor], receivers: list[Receiver]) -> Tensor:
+    """The expected logits."""
+    return over_paths(case.model, case.tokens, fixed, receivers)
 
 
 def texts(case: Case) -> tuple[Tensor, Tensor]:
@@ -152,39 +153,32 @@ def check_path_patch(fn: Fn) -> None:
     for sizes, scenes in zip(SIZES, (SCENES, SCENES[1:4:2]), strict=True):
         for senders, receivers, freeze_mlps in scenes:
             assert_path(name, fn, case_of(*sizes), senders, receivers, freeze_mlps)
-    case = case_of(*SIZES[0])
-    case.asking = name
-    given = (case.model, *texts(case), [(0, 0)], [FINAL], case.metric)
-    right = worked_out(
-        "path_patch by default",
-        case,
-        lambda case: path_scores(case.model, *texts(case), [(0, 0)], [FINAL], case.metric),
-    )
-    compare(f"{name} without freeze_mlps", fn(*given), right, "batch")
     refuses(name, lambda case, senders, receivers: fn(case.model, *texts(case), senders, receivers, case.metric))
 
 
-SCENES: list[tuple[list[Head], list[Receiver], bool]] = [
+SCENES: list[tuple[list[Head], list[Receiver], bool | None]] = [  # freeze_mlps is None: it is not named
     ([(0, 1)], [Q], True),
     ([(0, 0), (1, 1)], [V, K], True),
     ([(0, 0)], [FINAL], False),
-    ([(1, 1)], [FINAL], True),
+    ([(1, 1)], [FINAL], None),
     ([(0, 1), (0, 0)], BOTH, True),
     ([(2, 0), (1, 0)], [K], True),  # no path: they come too late
 ]
 
 
 def assert_path(
-    name: str, fn: Fn, case: Case, senders: list[Head], receivers: list[Receiver], freeze_mlps: bool
+    name: str, fn: Fn, case: Case, senders: list[Head], receivers: list[Receiver], freeze_mlps: bool | None
 ) -> None:
     """One set of paths."""
-    words = f"from {senders} to {', '.join(map(str, receivers))} with freeze_mlps={freeze_mlps}"
+    option: dict[str, Any] = {} if freeze_mlps is None else {"freeze_mlps": freeze_mlps}
+    words = f"from {senders} to {', '.join(map(str, receivers))} "
+    words += f"with freeze_mlps={freeze_mlps}" if option else "without freeze_mlps"
     with leaves_no_trace(name, case), during(words):
-        actual = fn(case.model, *texts(case), senders, receivers, case.metric, freeze_mlps=freeze_mlps)
+        actual = fn(case.model, *texts(case), senders, receivers, case.metric, **option)
     right = worked_out(
         words,
         case,
-        lambda case: path_scores(case.model, *texts(case), senders, receivers, case.metric, freeze_mlps),
+        lambda case: path_scores(case.model, *texts(case), senders, receivers, case.metric, **option),
     )
     compare(f"{name} {words} {case.words}", actual, right, "batch")
     no_graph(name, actual)
