@@ -484,8 +484,8 @@ def name_copying_scores(model: Any, dataset: Any, sign: int = 1, k: int = 5) -> 
     layer's MLP (`blocks.0.hook_resid_post`), as in the paper; in a model without MLPs it is the embeddings of
     the name and its position alone (`blocks.0.hook_resid_pre`). It goes through the head's own `ln1`, `W_V`, `b_V` and
     `W_O`, and what the head would write through `ln_final` and the unembedding, as if there were nothing else. The
-    score is the share of names which are among the `k` largest logits. With `sign` -1 what the head would write is
-    negated: this is the score of a head that pushes down the name that it looks at.
+    score is the share of names which are among the `k` largest logits, in the model's dtype. With `sign` -1 what the
+    head would write is negated: this is the score of a head that pushes down the name that it looks at.
     Source: Wang et al. 2022, section 3.1.
     """
     refuse_shared_heads("name_copying_scores", model)

@@ -404,10 +404,7 @@ OF: dict[str, list[tuple[str, Answer]]] = {
         (WRONG, path_patch_of(receivers=one_for_each_name)),
         ("should raise ValueError", all_heads_for_none),
     ],
-    "path_patch_heads": [
-        (WRONG, heads_one_receiver_each),
-        ("without freeze_mlps", heads_with_loose_mlps),
-    ],
+    "path_patch_heads": [(WRONG, heads_one_receiver_each)],
     "attention_between": [
         (SHAPE, attention_in(list)),
         (WRONG, attention_in(lambda cache: sorted(name for name in cache if name.endswith("pattern")))),

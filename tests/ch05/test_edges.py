@@ -100,7 +100,6 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
         ("values are wrong", keeping(lambda edges, s, r: edges[:, [1, 0, *range(2, len(r))]])),
         ("values are wrong", keeping(lambda edges, s, r: edges[[0, 2, 1, *range(3, len(s))]])),
         ("values are wrong", never_cut(lambda sender, receiver: "." in sender and receiver.endswith("k"))),
-        ("values are wrong", with_sources(lambda source: source)),
         ("values are wrong", with_sources(lambda source: source.mean(1, keepdim=True))),
         ("a hook is left behind", leaving_a_hook(ref.run_with_edges)),
         ("hooks that others had attached", clearing_hooks(ref.run_with_edges)),
@@ -131,6 +130,7 @@ STILL_RIGHT = {
             "kept edges carry what the senders write on the clean",
             never_cut(lambda s, r: r != "final"),
         ),
+        ("run_with_edges", "the other edges get corrupted minus clean", with_sources(lambda source: source)),
         (
             "edge_attribution",
             "the steps are left out",

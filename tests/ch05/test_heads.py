@@ -54,6 +54,7 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
     ],
     "name_copying_scores": [
         ("wrong", partial(copying, smallest=True)),
+        ("the shares are in float32", lambda *given: copied(*given).float()),
         ("wrong", partial(copying, bias=True)),
         ("wrong", partial(copying, shift=1)),
         ("wrong", lambda *given: copied(*given).flip(1)),

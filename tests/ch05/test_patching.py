@@ -82,7 +82,6 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
         ("values are wrong", lambda model, resid, layer: ref.run_from(model, resid, layer).log_softmax(-1)),
     ],
     "batched_sweep": [
-        ("values are wrong", batched(repeat=lambda tensor, times: tensor.repeat_interleave(times, 0))),
         ("the metric was given logits", all_logits_at_once),
         ("one forward had", with_rows(lambda max_rows, n_batch: max_rows * n_batch)),
         ("are enough, and one without a patch", with_rows(lambda max_rows, n_batch: 1)),

@@ -156,6 +156,7 @@ ONLY_ON_GPU = "device"
         ("run_over_direct_paths", "the activations are still fixed in the second run", first_run),
         ("run_over_direct_paths", "only the last receiver of each hook point", subtle.direct_paths_to_one_each),
         ("path_patch", "only the last position is sent, or receives", last_position_sent),
+        ("path_patch_heads", "the MLPs are not frozen, and should be", subtle.heads_with_loose_mlps),
     ],
 )
 def test_a_mistake_made_in_another_way_has_the_same_cause(exercise: str, sentence: str, answer: Any) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from course_utils.checks.ch05.case import DEEP, Case, case_of, compare, counted, leaves_no_trace
+from course_utils.checks.ch05.case import DEEP, Case, case_of, compare, counted, leaves_no_trace, worked_out
 from course_utils.checks.ch05.patching import no_graph
 from course_utils.checks.ch05.task import differences
 from course_utils.checks.mistakes import known_mistakes
@@ -104,6 +104,17 @@ class Task:
     def scores(self, circuits: Sequence[Circuit]) -> Tensor:
         """F of each."""
         return scores_of(self.model, self.dataset, circuits, self.means)
+
+
+def logits_of(case: Case, circuit: Circuit) -> Tensor:
+    """The expected logits of one circuit."""
+    task = Task(case.sizes)
+    return ablated(task.model, task.dataset, circuit, task.means)
+
+
+def score_of(case: Case, circuit: Circuit) -> Tensor:
+    """The expected score of one circuit, as a row of one."""
+    return Task(case.sizes).scores([circuit])
 
 
 @contextmanager
@@ -300,7 +311,7 @@ def check_mean_ablate_except(fn: Fn) -> None:
             words = f"with circuit {'every head' if circuit is task.heads else circuit} {task.case.words}"
             with clean_run(name, task, words):
                 actual = fn(task.model, task.dataset, given, task.means)
-            right = ablated(task.model, task.dataset, circuit, task.means)
+            right = worked_out(f"logits of {circuit}", task.case, partial(logits_of, circuit=circuit))
             compare(f"{name} {words}", actual, right, "batch pos d_vocab")
             no_graph(name, actual)
 
@@ -351,13 +362,13 @@ def repeated(place: int) -> Fn:
 def check_circuit_scores(fn: Fn) -> None:
     """The scores of five circuits, in few and in many forwards; then memory, and the number of forwards."""
     name = "circuit_scores"
-    for sizes in SIZES:
-        for max_rows in (2, 11):  # the first has not even room for the prompts of one circuit; 64 is the default, below
-            task = Task(sizes)
-            assert_scores(name, fn, task, [*CIRCUITS, task.heads], max_rows)
-    assert_scores(name, fn, Task(SIZES[0]), CIRCUITS * 5, None)
-    assert_scores(name, fn, Task(DEEP), DEEP_CIRCUITS, 2)
-    assert_scores(name, fn, Task(DEEP), DEEP_CIRCUITS[:1], 2)
+    small, moved, deep = (Task(sizes) for sizes in [*SIZES, DEEP])
+    for max_rows in (2, 11):  # the first has not even room for the prompts of one circuit; 64 is the default, below
+        assert_scores(name, fn, small, [*CIRCUITS, small.heads], max_rows)
+    assert_scores(name, fn, moved, [*CIRCUITS, moved.heads], 11)
+    assert_scores(name, fn, small, CIRCUITS * 5, None)
+    assert_scores(name, fn, deep, DEEP_CIRCUITS, 2)
+    assert_scores(name, fn, deep, DEEP_CIRCUITS[:1], 2)
 
 
 def assert_scores(name: str, fn: Fn, task: Task, circuits: list[list[Head]], limit: int | None) -> None:
@@ -367,7 +378,7 @@ def assert_scores(name: str, fn: Fn, task: Task, circuits: list[list[Head]], lim
     with clean_run(name, task, words):
         given = () if limit is None else (limit,)
         actual = fn(task.model, task.dataset, of_all_kinds(circuits), task.means, *given)
-    once = {str(circuit): task.scores([circuit])[0] for circuit in circuits}
-    compare(f"{name} {words}", actual, torch.stack([once[str(circuit)] for circuit in circuits]), "circuit")
+    right = [worked_out(f"score of {circuit}", task.case, partial(score_of, circuit=circuit)) for circuit in circuits]
+    compare(f"{name} {words}", actual, torch.cat(right), "circuit")
     no_graph(name, actual)
     frugal(f"{name} {words}", task, len(circuits), max_rows, max(1, max_rows // task.case.n_batch))

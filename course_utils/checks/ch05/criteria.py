@@ -226,11 +226,13 @@ def search(
     once: bool = False,
     adding: bool = True,
     carried: bool = False,
+    piling_up: bool = False,
 ) -> list[list[Head]]:
     """The search, spelled out: `badness` of (an expected score, the model's, the one before) says who goes next.
 
     The other switches: `count` rounds; with `once` changes are measured once, without `adding` they do not add up;
-    `carried`, a round begins with what the one before expected.
+    `carried`, a round begins with what the one before expected. With `piling_up` the estimate for a head has the
+    changes of those looked at before it.
     """
     known: dict[frozenset[Head], float] = {}
 
@@ -248,7 +250,10 @@ def search(
             changes = {head: score(without(circuit, head)) - score(circuit) for head in circuit}
         left = list(circuit)
         for _ in range(max(1, count(share * len(circuit)))):
-            values = {head: badness(now + changes[head], whole, now) for head in left}
+            values, looked_at = dict[Head, float](), 0.0
+            for head in left:
+                values[head] = badness(now + looked_at + changes[head], whole, now)
+                looked_at += changes[head] if piling_up else 0.0
             gone = min(left, key=values.__getitem__)
             left.remove(gone)
             now += changes[gone] if adding else 0.0
@@ -274,6 +279,7 @@ def searching(then: Callable[[list[list[Head]]], Any] = lambda rounds: rounds, *
         "within a round the changes do not add up: each head is looked at as if it went alone.": searching(
             adding=False
         ),
+        "each head's estimate has the changes of the heads that were looked at before it.": searching(piling_up=True),
         "the share is rounded up; it is rounded down, but at least one head goes.": searching(
             count=lambda n: -int(-n // 1)
         ),

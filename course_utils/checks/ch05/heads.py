@@ -139,8 +139,9 @@ def copied(
         "`b_V` is left out.": partial(copied, no_b_V=True),
         "`ln_final` is left out.": partial(copied, without=("ln_final",)),
         "the unembedding's `b_U` is left out.": partial(copied, no_b_U=True),
-        "`sign` is the wrong way round, or ignored.": lambda model, dataset, sign=1, k=5: copied(
-            model, dataset, -sign, k
+        "`sign` is the wrong way round.": lambda model, dataset, sign=1, k=5: copied(model, dataset, -sign, k),
+        "`sign` is ignored: with -1 what the head would write is negated.": lambda model, dataset, sign=1, k=5: copied(
+            model, dataset, 1, k
         ),
         "`k` is ignored: it is the first only.": lambda model, dataset, sign=1, k=5: copied(model, dataset, sign, 1),
         "`k` is off by one.": lambda model, dataset, sign=1, k=5: copied(model, dataset, sign, k + 1),
@@ -183,6 +184,11 @@ def check_name_copying_scores(fn: Fn) -> None:
     double = model.double()
     with during("in float64"):
         actual = fn(double, dataset, 1, 3)
+    if isinstance(actual, Tensor) and actual.dtype != torch.float64:
+        raise CheckFailed(
+            f"{name}: the model is in float64, but the shares are in {str(actual.dtype).removeprefix('torch.')}.\n"
+            "  Next: make numbers of True and False in the model's dtype: `.to(stream.dtype)`, not `.float()`."
+        )
     comparing.compare(f"{name} in float64", actual, copied(double, dataset, 1, 3), axes)  # shares may be rounded
 
 

@@ -240,7 +240,10 @@ def assert_one_patch(name: str, fn: Fn, case: Case, place: str, index: tuple[Any
 def assert_sweep(name: str, fn: Fn, axes: str, grid: Grid, *which: str, deep: tuple[Any, ...] = DEEP) -> None:
     """A table of patches, in models of all sizes: values, and that nothing else happens."""
     words = "".join(f'with which="{value}" ' for value in which)
-    for sizes in [*SIZES, ONE] if which and which != ("z",) else [*SIZES, ONE, deep]:
+    cases = [*SIZES, ONE, deep]
+    if which and which != ("z",):  # the five differ in one name; a pattern in its axes as well
+        cases = [*SIZES, ONE] if which == ("pattern",) else SIZES[: 2 if which == ("v",) else 1]
+    for sizes in cases:
         case = case_of(*sizes)
         with leaves_no_trace(name, case), during(f"{words}{case.words}"):
             actual = fn(case.model, case.tokens, case.cache(), case.metric, *which)
@@ -273,7 +276,7 @@ def first_row_for_all(patches: Sequence[Patch]) -> list[list[Patch]]:
 )
 def check_patch_residual_stream(fn: Fn) -> None:
     """Every depth and position."""
-    assert_sweep("patch_residual_stream", fn, "depth pos", streams)
+    assert_sweep("patch_residual_stream", fn, "depth pos", streams, deep=(*DEEP, True))  # no MLPs: a shorter way
 
 
 def outputs(cfg: Any, n_pos: int) -> tuple[list[Patch], tuple[int, ...]]:
@@ -486,8 +489,8 @@ def batched(**wrong: Any) -> Fn:
     """A batched_sweep as frugal as the check asks for, with switches for what people get wrong.
 
     `wrong` may hold: `sort`, what the patches are sorted by; `as_sorted`, the answers stay in that order; `together`,
-    each patch acts on all copies; `layer`, where a run with a patch starts; `streams`, of which run; `repeat`, how the
-    prompts are copied.
+    each patch acts on all copies; `layer`, where a run with a patch starts; `of_group`, which of these a group takes;
+    `streams`, of which run; `repeat`, how the prompts are copied; `hooked`, whose hook points get a hook.
     """
 
     def batched_sweep(model: Any, tokens: Any, source_cache: Any, metric: Any, patches: Any, max_rows: int = 64) -> Any:
@@ -511,8 +514,9 @@ def batched(**wrong: Any) -> Fn:
                             copies[at] = put(copies[at], source_cache[name], index)
                 return torch.cat(copies)
 
-            layer = min(wrong.get("layer", first)(name, n_layers) for name, _ in group)
-            with torch.no_grad(), hooks(model, {name: act for name, _ in group}):
+            layer = wrong.get("of_group", min)(wrong.get("layer", first)(name, n_layers) for name, _ in group)
+            hooked = wrong.get("hooked", lambda group: group)(group)
+            with torch.no_grad(), hooks(model, {name: act for name, _ in hooked}):
                 if layer < 0:
                     logits = model(repeat(tokens, len(group)))
                 else:
@@ -542,6 +546,11 @@ ON_ALL = "each patch acts on all copies of the prompts, not only on its own"
         "the answers come in the order of the hook points, not in that of the patches.": batched(
             sort=lambda name, number: name, as_sorted=True
         ),
+        "the copies are interleaved (each prompt several times), but a patch acts on a block of rows.": batched(
+            repeat=lambda tensor, times: tensor.repeat_interleave(times, 0)
+        ),
+        "a group starts at the layer of its last patch; it starts at its first one.": batched(of_group=max),
+        "only the hook point of a group's first patch has a hook.": batched(hooked=lambda group: group[:1]),
         f"{ON_ALL}.": batched(together=True),
         f"{ON_ALL}; nor are the patches sorted.": batched(together=True, sort=lambda name, number: number),
     },
@@ -549,8 +558,8 @@ ON_ALL = "each patch acts on all copies of the prompts, not only on its own"
 )
 def check_batched_sweep(fn: Fn) -> None:
     """Patches of all kinds in no order, in few and in many forwards; then memory, forwards, and layers."""
-    for sizes in SIZES:
-        for max_rows in (2, 9, 64):  # the first has not even room for the prompts of one patch
+    for sizes, limits in zip(SIZES, [(2, 9, 64), (11, 64)], strict=True):
+        for max_rows in limits:  # the first has not even room for the prompts of one patch
             assert_batched(fn, case_of(*sizes), MIXED, max_rows)
     assert_batched(fn, case_of(*SIZES[0]), WITH_EMBEDDINGS, 9)
     assert_batched(fn, case_of(*SIZES[0]), MIXED * 3, None)

@@ -77,7 +77,7 @@ def check_run_over_direct_paths(fn: Fn) -> None:
     name = "run_over_direct_paths"
     for sizes in SIZES:
         case = case_of(*sizes)
-        everything = fix(case.model, *texts(case), [(0, 1), (1, 0)], True)
+        everything = worked_out("fixed", case, lambda case: fix(case.model, *texts(case), [(0, 1), (1, 0)], True))
         one_layer = {z(0): everything[z(0)]}
         ends: list[list[Receiver]] = [[Q], [V, K], [V], [FINAL], [Q, FINAL], BOTH]
         for receivers in ends:
@@ -85,9 +85,14 @@ def check_run_over_direct_paths(fn: Fn) -> None:
             words = f"to {', '.join(map(str, receivers))}, {len(fixed)} places fixed,"
             with leaves_no_trace(name, case), during(words):
                 actual = fn(case.model, case.tokens, fixed, receivers)
-            right = over_paths(case.model, case.tokens, fixed, receivers)
+            right = worked_out(words, case, partial(over_paths_in, fixed=fixed, receivers=receivers))
             compare(f"{name} {words} {case.words}", actual, right, "batch pos d_vocab")
             no_graph(name, actual)
+
+
+def over_paths_in(case: Case, fixed: dict[str, Tensor], receivers: list[Receiver]) -> Tensor:
+    """The expected logits."""
+    return over_paths(case.model, case.tokens, fixed, receivers)
 
 
 def texts(case: Case) -> tuple[Tensor, Tensor]:
@@ -148,34 +153,32 @@ def check_path_patch(fn: Fn) -> None:
     for sizes, scenes in zip(SIZES, (SCENES, SCENES[1:4:2]), strict=True):
         for senders, receivers, freeze_mlps in scenes:
             assert_path(name, fn, case_of(*sizes), senders, receivers, freeze_mlps)
-    case = case_of(*SIZES[0])
-    case.asking = name
-    given = (case.model, *texts(case), [(0, 0)], [FINAL], case.metric)
-    compare(f"{name} without freeze_mlps", fn(*given), path_scores(*given), "batch")
     refuses(name, lambda case, senders, receivers: fn(case.model, *texts(case), senders, receivers, case.metric))
 
 
-SCENES: list[tuple[list[Head], list[Receiver], bool]] = [
+SCENES: list[tuple[list[Head], list[Receiver], bool | None]] = [  # freeze_mlps is None: it is not named
     ([(0, 1)], [Q], True),
     ([(0, 0), (1, 1)], [V, K], True),
     ([(0, 0)], [FINAL], False),
-    ([(1, 1)], [FINAL], True),
+    ([(1, 1)], [FINAL], None),
     ([(0, 1), (0, 0)], BOTH, True),
     ([(2, 0), (1, 0)], [K], True),  # no path: they come too late
 ]
 
 
 def assert_path(
-    name: str, fn: Fn, case: Case, senders: list[Head], receivers: list[Receiver], freeze_mlps: bool
+    name: str, fn: Fn, case: Case, senders: list[Head], receivers: list[Receiver], freeze_mlps: bool | None
 ) -> None:
     """One set of paths."""
-    words = f"from {senders} to {', '.join(map(str, receivers))} with freeze_mlps={freeze_mlps}"
+    option: dict[str, Any] = {} if freeze_mlps is None else {"freeze_mlps": freeze_mlps}
+    words = f"from {senders} to {', '.join(map(str, receivers))} "
+    words += f"with freeze_mlps={freeze_mlps}" if option else "without freeze_mlps"
     with leaves_no_trace(name, case), during(words):
-        actual = fn(case.model, *texts(case), senders, receivers, case.metric, freeze_mlps=freeze_mlps)
+        actual = fn(case.model, *texts(case), senders, receivers, case.metric, **option)
     right = worked_out(
         words,
         case,
-        lambda case: path_scores(case.model, *texts(case), senders, receivers, case.metric, freeze_mlps),
+        lambda case: path_scores(case.model, *texts(case), senders, receivers, case.metric, **option),
     )
     compare(f"{name} {words} {case.words}", actual, right, "batch")
     no_graph(name, actual)
@@ -241,12 +244,62 @@ def forwards(heads: list[Head], fit: int) -> list[list[Head]]:
     return [chunk for chunk in chunks for _ in chunk]
 
 
+def all_so_far(heads: list[Head], fit: int) -> list[list[Head]]:
+    return [heads[: i + 1] for i in range(len(heads))]
+
+
+def all_so_far_if_alone(heads: list[Head], fit: int) -> list[list[Head]]:
+    """A tensor repeated once may be the cache's own: what is written there stays."""
+    return (all_so_far if fit == 1 else one_by_one)(heads, fit)
+
+
+def interleaved(
+    model: Any, clean: Any, corrupted: Any, receivers: Any, metric: Any, freeze_mlps: bool = True, max_rows: int = 64
+) -> Tensor:
+    """Each prompt stands several times in a row, with one sender after the other; but the logits are read in blocks."""
+    heads = list(product(range(model.cfg.n_layers), range(model.cfg.n_heads)))
+    fit, values = max(1, max_rows // len(clean)), []
+    for start in range(0, len(heads), fit):
+        group = heads[start : start + fit]
+        logits = [
+            over_paths(model, clean, fix(model, clean, corrupted, [head], freeze_mlps), receivers) for head in group
+        ]
+        values += [metric(block).mean() for block in torch.stack(logits, 1).flatten(0, 1).split(len(clean))]
+    return torch.stack(values).reshape(model.cfg.n_layers, -1)
+
+
+def sent_to_blocks(
+    model: Any, clean: Any, corrupted: Any, receivers: Any, metric: Any, freeze_mlps: bool = True, max_rows: int = 64
+) -> Tensor:
+    """Each prompt stands several times in a row, but each sender writes to a block of rows, which are read as such."""
+    heads, n_batch = list(product(range(model.cfg.n_layers), range(model.cfg.n_heads))), len(clean)
+    fit, values = max(1, max_rows // n_batch), []
+    for start in range(0, len(heads), fit):
+        group = heads[start : start + fit]
+        for head, rows in zip(group, torch.arange(len(group) * n_batch).split(n_batch), strict=True):
+            texts = clean[rows // len(group)], corrupted
+            values.append(
+                metric(over_paths(model, texts[0], fix(model, *texts, [head], freeze_mlps), receivers)).mean()
+            )
+    return torch.stack(values).reshape(model.cfg.n_layers, -1)
+
+
+INTERLEAVED = "the copies are interleaved (each prompt several times in a row)"
+
+
 @known_mistakes(
     {
-        "earlier senders are still sending: each entry has only its own sender.": sending(
-            lambda heads, fit: [heads[: i + 1] for i in range(len(heads))]
+        "earlier senders are still sending: each entry has only its own sender; clone before you write.": sending(
+            all_so_far
         ),
-        "all senders of a forward send to every copy of the prompts.": sending(forwards),
+        "earlier senders are still sending where a forward has one: its z is the cache's own; clone it.": sending(
+            all_so_far_if_alone
+        ),
+        "all senders of a forward send to every copy of the prompts, as they do if one z stands for all.": sending(
+            forwards
+        ),
+        f"{INTERLEAVED}, but the logits are read in blocks.": interleaved,
+        f"{INTERLEAVED}, but senders write to blocks of rows.": sent_to_blocks,
         "clean and corrupted are swapped.": sending(swapped=True),
         "the heads in between are not held, so information passes through them.": sending(fixing={"loose": True}),
         "the metric is summed over the prompts; take its mean.": sending(reduce=torch.sum),
@@ -268,20 +321,29 @@ def check_path_patch_heads(fn: Fn) -> None:
     """Every head as a sender; few and many rows in a forward; MLPs frozen or not."""
     name = "path_patch_heads"
     first, second = (case_of(*sizes) for sizes in SIZES)
-    assert_table(name, fn, first, [V, K], True, 64)
+    assert_table(name, fn, first, [V, K], True, 64, by_default=True)
     assert_table(name, fn, first, [FINAL], False, 2 * first.n_batch + 1)
     assert_table(name, fn, first, [Q], True, 1)  # not even room for the prompts
     assert_table(name, fn, second, [*BOTH, Q], True, 5 * second.n_batch)
-    given = (first.model, *texts(first), [V, K], first.metric)
-    compare(f"{name} without freeze_mlps and max_rows", fn(*given), sending()(*given), "layer head")
     refuses(name, lambda case, senders, receivers: fn(case.model, *texts(case), receivers, case.metric))
 
 
-def assert_table(name: str, fn: Fn, case: Case, receivers: list[Receiver], freeze_mlps: bool, max_rows: int) -> None:
-    """One table of senders."""
+def assert_table(
+    name: str,
+    fn: Fn,
+    case: Case,
+    receivers: list[Receiver],
+    freeze_mlps: bool,
+    max_rows: int,
+    by_default: bool = False,
+) -> None:
+    """One table of senders; with `by_default` the options are what they are when nobody names them."""
     words = f"to {', '.join(map(str, receivers))} with freeze_mlps={freeze_mlps}, max_rows={max_rows}"
+    options: dict[str, Any] = {} if by_default else {"freeze_mlps": freeze_mlps, "max_rows": max_rows}
+    if by_default:
+        words += " (the defaults)"
     with leaves_no_trace(name, case), during(words):
-        actual = fn(case.model, *texts(case), receivers, case.metric, freeze_mlps=freeze_mlps, max_rows=max_rows)
+        actual = fn(case.model, *texts(case), receivers, case.metric, **options)
     right = worked_out(
         words, case, lambda case: sending()(case.model, *texts(case), receivers, case.metric, freeze_mlps)
     )

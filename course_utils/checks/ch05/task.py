@@ -236,6 +236,9 @@ def run_without_norm() -> tuple[Any, ActivationCache, Tensor]:
         "the LayerNorm's `w` and `b` are left out.": lens(
             norm=lambda rows, cache, model: F.layer_norm(rows, rows.shape[-1:], eps=0.1)
         ),
+        "the LayerNorm's `b` is left out.": lens(
+            norm=lambda rows, cache, model: model.ln_final(rows) - model.ln_final.b
+        ),
         "the last row is missing: what the last layer leaves.": lens(then=lambda values: values[:-1]),
         "the rows are in reverse order.": lens(then=lambda values: values.flip(0)),
         "only the last position is read; give all of them.": lens(then=lambda values: values[..., -1]),
