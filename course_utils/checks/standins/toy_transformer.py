@@ -55,7 +55,7 @@ class ToyBlock(nn.Module):
             see(f"attn.hook_{letter.lower()}", (read @ getattr(attn, f"W_{letter}")).transpose(1, 2))
             for letter in "QKV"
         )
-        # matrix products, not einsum: on tensors this small it takes four times as long, and checks run this often
+        # matrix products, not einsum: einsum takes longer on tensors this small, and checks run this often
         scores = (q.transpose(1, 2) @ k.permute(0, 2, 3, 1)).masked_fill(future(n_pos, resid.device), -torch.inf)
         pattern = see("attn.hook_pattern", scores.softmax(-1))
         z = see("attn.hook_z", (pattern @ v.transpose(1, 2)).transpose(1, 2))
