@@ -14,8 +14,9 @@ lab: $(VENV)/.core  ## set up, copy missing chapters into work/ and open Jupyter
 	@$(BIN)/course lab $(ARGS)
 
 # Slow tests of which nothing has changed since they passed are left out, and named in the end (tests/passed.json).
+# One file of tests on each core, with one thread: small tensors gain nothing from more. Each process takes 1 or 2 GB.
 test: $(VENV)/.test  ## set up, run the suite and every solution notebook
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile $(ARGS)
 
 test-browser: $(VENV)/.browser site  ## what learners and readers see, in a real browser without network (needs Debian's chromium)
 	$(BIN)/python -m pytest -m browser tests $(ARGS)

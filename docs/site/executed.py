@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import nbformat
+from filelock import FileLock
 
 from course_utils.cli import execute
 
@@ -37,14 +38,15 @@ def executed(name: str, text: str, common: str, cache: Path = CACHE) -> nbformat
     """
     key = hashlib.sha256((text + common).encode()).hexdigest()[:16]
     kept = cache / f"{name}-{key}.ipynb"
-    if not kept.is_file():
-        print(f"{name}: running it, because it or what it uses has changed", flush=True)
-        notebook = nbformat.reads(text, as_version=4)
-        execute(notebook, ENVIRONMENT, timeout=60 * MINUTES)
-        cache.mkdir(parents=True, exist_ok=True)
-        for old in cache.glob(f"{name}-*.ipynb"):
-            old.unlink()
-        partial = kept.with_suffix(".partial")  # whoever is stopped leaves no half of a run
-        nbformat.write(notebook, partial)
-        partial.replace(kept)
-    return nbformat.read(kept, as_version=4)
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(cache / f"{name}.lock"):  # tests, site and rehearsal may want it at the same time
+        if not kept.is_file():
+            print(f"{name}: running it, because it or what it uses has changed", flush=True)
+            notebook = nbformat.reads(text, as_version=4)
+            execute(notebook, ENVIRONMENT, timeout=60 * MINUTES)
+            for old in cache.glob(f"{name}-*.ipynb"):
+                old.unlink()
+            partial = kept.with_suffix(".partial")  # whoever is stopped leaves no half of a run
+            nbformat.write(notebook, partial)
+            partial.replace(kept)
+        return nbformat.read(kept, as_version=4)

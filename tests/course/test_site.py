@@ -147,7 +147,7 @@ def test_an_attention_view_keeps_its_data_and_leaves_the_script() -> None:
     view = stored(html)
     assert view["component"] == "AttentionHeads"
     assert torch.allclose(torch.tensor(view["data"]["attention"]), weights)
-    assert "2 attention patterns over 3 tokens: a &lt;b&gt; c·d" in html
+    assert "2 attention patterns over 3 tokens: a &lt;b&gt; c d" in html
     assert circuitsvis_html("<p>some other output</p>") is None
 
 

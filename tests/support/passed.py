@@ -6,10 +6,12 @@
 
 The function is handed the test's parameters. `--record` writes the fingerprints of what has passed to
 `tests/passed.json`, which is committed; `--all-mutants` and `--all-chapters` run everything (GitHub: every night).
+With several processes (pytest-xdist) each finds out for itself what to leave out, and the first collects what passed.
 """
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -80,7 +82,21 @@ class Passed:
                 self.failed.add(key)
         return report
 
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any, error: object) -> None:
+        """Of pytest-xdist: one of its processes has ended, and what it found comes here."""
+        found = getattr(node, "workeroutput", {}).get("passed")
+        if found:
+            self.collected.update(found["collected"])
+            self.now.update(found["now"])
+            self.failed.update(found["failed"])
+            self.left_out = found["left_out"]  # the same in each
+
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if hasattr(self.config, "workeroutput"):  # one of several processes
+            found = {"collected": list(self.collected), "now": self.now, "failed": list(self.failed)}
+            self.config.workeroutput["passed"] = {**found, "left_out": self.left_out}
+            return
         if session.exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and any(self.left_out.values()):
             session.exitstatus = pytest.ExitCode.OK
         if self.config.getoption("--record"):

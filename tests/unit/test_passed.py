@@ -172,6 +172,8 @@ def run(folder: Path, *options: str, prints: str = "one=1 two=2", fail: str = ""
     )
     (folder / "pytest.ini").write_text("[pytest]\ntestpaths = .\nmarkers =\n    unless_unchanged: see there\n")
     command = [sys.executable, "-m", "pytest", "-p", "tests.support.passed", "-p", "no:cacheprovider", *options]
+    if "-n" in options:
+        command += ["-p", "xdist.plugin"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == code, done.stdout + done.stderr
@@ -210,3 +212,13 @@ def test_a_conflict_in_the_file_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "passed.json").write_text('{\n<<<<<<< ours\n"a": "1"\n}\n')
     with pytest.raises(pytest.UsageError, match=r"Take either side of a conflict, then run pytest --record\."):
         read(tmp_path / "passed.json")
+
+
+def test_several_processes_note_the_same_as_one(tmp_path: Path) -> None:
+    assert "3 passed" in run(tmp_path, "--record", "-n", "2")
+    assert (tmp_path / "passed.json").read_text() == '{\n"test_slow[one]": "1",\n"test_slow[two]": "2"\n}\n'
+    said = run(tmp_path, "-n", "2")
+    assert "1 passed" in said and "Left out: small changes of the reference solutions (2)" in said
+    run(tmp_path, "--record", "-n", "2", prints="one=1 two=3", fail="two", code=1)
+    assert (tmp_path / "passed.json").read_text() == '{\n"test_slow[one]": "1"\n}\n'
+    run(tmp_path, "-n", "2", "-k", "one")
