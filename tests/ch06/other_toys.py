@@ -60,7 +60,7 @@ def train_toy(model: Any, draw: Any, loss_of: Any, steps: Any, peak: Any, weight
     def factor(step: int) -> float:
         if step < warmup:
             return peak * (step + 1) / warmup
-        return 0.5 * peak * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+        return 0.5 * peak * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     losses = []

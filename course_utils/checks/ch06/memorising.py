@@ -184,15 +184,15 @@ class Stretching(nn.Module):
         return out * (1 + 2 * (x[..., :1].detach() > 2))
 
 
-class Cubing(nn.Module):
-    """The third power of every number: the larger the push, the larger the gain."""
+class Squaring(nn.Module):
+    """Twice the square of every number: a push away from 0 changes more than one towards it."""
 
     def __init__(self) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.tensor(2.0))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.scale * x**3
+        return self.scale * x**2
 
 
 def pushing(
@@ -246,6 +246,7 @@ def pushing(
             scaled=lambda gradient, epsilon: epsilon * gradient / gradient.norm(dim=-1, keepdim=True), nan=True
         ),
         "there is one step, whatever `n_steps` says.": pushing(once=True),
+        "each step goes against the gradient, to a smaller change.": pushing(down=True),
         "the gradient's sign is taken, which makes a push of another length.": pushing(
             scaled=lambda gradient, epsilon: epsilon * gradient.sign()
         ),
@@ -268,7 +269,12 @@ def check_worst_case_gain(fn: Fn) -> None:
         actual = fn(Stretching(turned), x, 0.1, n_steps, seed())
         expected = torch.full((2,), 1.5)
         compare(f"{name} of rotations, with n_steps={n_steps}", actual, expected, "instance", rtol=1e-3)
-    still = torch.zeros(2, 1, 1)
-    for epsilon in (0.5, 2.0):
-        actual = fn(Cubing(), still, epsilon, 2, seed())
-        compare(f"{name} of x³ at 0, with epsilon={epsilon}", actual, torch.tensor([2 * epsilon**2]), "instance")
+    x = torch.full((6, 1, 1), 0.3)
+    for epsilon in (0.4, 0.5):
+        expected = torch.tensor([2 * ((0.3 + epsilon) ** 2 - 0.3**2) / epsilon])
+        compare(
+            f"{name} of 2 x² at 0.3, with epsilon={epsilon}",
+            fn(Squaring(), x, epsilon, 2, seed()),
+            expected,
+            "instance",
+        )
