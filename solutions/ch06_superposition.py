@@ -130,7 +130,7 @@ def feature_dimensionality(W: Float[Tensor, "instance d_hidden feature"]) -> Flo
     """
     squares = feature_norms(W).square()
     shared = squares + interference(W)
-    return torch.where(shared > 0, squares / shared.where(shared > 0, 1.0), 0.0)
+    return torch.where(shared > 0, squares / shared, 0.0)
 
 
 def losses_by_hand(
@@ -152,7 +152,7 @@ def losses_by_hand(
     importance = importance[:, None]
     variance = probability / 3 - probability.square() / 4
     both = probability.square() / 6  # the error is min(x_0, x_1), for either feature
-    return torch.stack([importance * variance, variance.expand_as(importance * both), (1 + importance) * both]) / 2
+    return torch.stack([importance * variance, variance.expand(len(importance), -1), (1 + importance) * both]) / 2
 
 
 def phase_diagram(
@@ -314,6 +314,6 @@ def worst_case_gain(
         change = (model(x + push) - before).square().sum()
         (gradient,) = torch.autograd.grad(change, push)
         length = gradient.norm(dim=-1, keepdim=True)
-        push = torch.where(length > 0, epsilon * gradient / length.where(length > 0, 1.0), push.detach())
+        push = torch.where(length > 0, epsilon * gradient / length, push).detach()
     with torch.no_grad():
         return (model(x + push) - before).norm(dim=-1).mean(dim=0) / epsilon

@@ -14,7 +14,15 @@ from tests.ch06 import other_toys as other
 SECRETS = ("masked_fill(itself", "squares / ", "gather(2")
 ONLY_ON_GPU = "device="
 # Changes after which the reference still does what its statement says.
-STILL_RIGHT: set[str] = set()
+STILL_RIGHT = {
+    "nn.functional.normalize(W, dim=1) -> nn.functional.normalize(W)",  # the default
+    "shared > 0 -> shared != 0",  # it is never negative
+    "weights.abs() > 0.5 -> weights.abs() >= 0.5",  # hardly ever equal
+    "chance < probability -> chance <= probability",
+    "chance > 1 - probability -> chance >= 1 - probability",
+    "weights.prod(dim=-1) < 0 -> weights.prod(dim=-1) <= 0",  # of stored features, so it is not 0
+    "-2 -> 2",  # of four axes
+}
 
 
 def rounded(fn: Any) -> Any:

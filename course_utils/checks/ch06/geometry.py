@@ -387,9 +387,9 @@ def unless_both(one: Tensor, other: Tensor, p: float) -> Tensor:
 )
 def check_sample_pairs(fn: Fn) -> None:
     """What many samples say about each feature, about partners, and about all others; then what is refused."""
-    name, n_pairs, p = "sample_pairs", 3, 0.3
-    for kind in ("correlated", "anticorrelated"):
-        call = f'{name}(5, 2, 3, 0.3, "{kind}", generator)'
+    name, n_pairs = "sample_pairs", 3
+    for kind, p in (("correlated", 0.7), ("anticorrelated", 0.3)):
+        call = f'{name}(5, 2, 3, {p}, "{kind}", generator)'
         axes, of_kind = "batch instance feature", f"{name}, {kind}"
         draws(of_kind, call, partial(_of_kind, fn, 5, 2, n_pairs, p, kind), (5, 2, 6), axes)
         x = fn(3000, 2, n_pairs, p, kind, torch.Generator().manual_seed(5))
@@ -413,6 +413,9 @@ def check_sample_pairs(fn: Fn) -> None:
         advice = "every active feature has a value of its own."
         wanted = torch.full((2, 3), alike)
         near(of_kind, "the mean square difference of partners", difference, wanted, 0.03, "instance pair", advice)
+    half = fn(2000, 1, 1, 0.5, "anticorrelated", torch.Generator().manual_seed(6))
+    one, advice = (half > 0).float().sum(-1), "with a probability of 1/2 one of the partners is always active."
+    near(f"{name} at 0.5", "active partners", one.mean(0), torch.ones(1), 0.01, "instance", advice)
     generator = torch.Generator()
     for kind, chance in (("opposite", 0.2), ("anticorrelated", 0.6)):
         call = f'{name}(4, 2, 3, {chance}, "{kind}", generator)'
