@@ -201,7 +201,7 @@ def sample_pairs(
     shape, device = (n_batch, n_instances, n_pairs), generator.device
     chance = torch.rand(shape, generator=generator, device=device)
     if kind == "correlated":
-        is_active = torch.stack([chance < probability] * 2, dim=-1)
+        is_active = (chance < probability)[..., None]  # for both of them
     else:
         is_active = torch.stack([chance < probability, chance > 1 - probability], dim=-1)
     values = torch.rand((*shape, 2), generator=generator, device=device)

@@ -22,6 +22,8 @@ STILL_RIGHT = {
     "chance > 1 - probability -> chance >= 1 - probability",
     "weights.prod(dim=-1) < 0 -> weights.prod(dim=-1) <= 0",  # of stored features, so it is not 0
     "-2 -> 2",  # of four axes
+    "kind == 'correlated' -> kind >= 'correlated'",  # of two kinds
+    "kind == 'anticorrelated' -> kind <= 'anticorrelated'",
 }
 
 

@@ -15,6 +15,9 @@ STILL_RIGHT = {
     "300 -> 299",  # rows that are drawn
     "300 -> 301",
     "length > 0 -> length != 0",  # it is never negative
+    # the gradients of the steps before are there for nobody
+    "torch.where(length > 0, epsilon * gradient / length, push).detach() -> "
+    "torch.where(length > 0, epsilon * gradient / length, push)",
 }
 
 
