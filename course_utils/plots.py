@@ -211,6 +211,59 @@ def scatter(
     return _log_axes(figure, [across] if x_log else None, [up] if y_log else None)
 
 
+def vectors(
+    panels: Mapping[str, Tensor],
+    *,
+    title: str,
+    weights: Tensor | None = None,
+    colour: str = "",
+    limit: float | None = None,
+    columns: int = 5,
+) -> Figure:
+    """Vectors in the plane, [vector 2], as lines from the origin: one panel for each name, all on the same scale.
+
+    `weights`, one for each vector, colour the tips, and `colour` says what they are. The axes reach as far as the
+    longest vector, or up to `limit`. The pointer reads a vector's number and its length.
+    """
+    from plotly.subplots import make_subplots
+
+    tables = [_numbers(table, 2, "vectors") for table in panels.values()]
+    for table in tables:
+        if table.shape[1] != 2:
+            raise ValueError(f"vectors: it draws vectors with two numbers, but these have shape {tuple(table.shape)}.")
+    columns = min(columns, len(tables))
+    n_rows = math.ceil(len(tables) / columns)
+    names = [_wrapped(name, WIDE // columns) for name in panels]
+    figure = make_subplots(n_rows, columns, subplot_titles=names, horizontal_spacing=0.02, vertical_spacing=0.12)
+    reach = 1.15 * (limit or max((float(table.norm(dim=1).max()) for table in tables if len(table)), default=1.0))
+    for panel, table in enumerate(tables):
+        start, gap = torch.zeros(len(table)), torch.full((len(table),), torch.nan)
+        tips = [torch.stack([start, coordinate, gap], dim=1).flatten().numpy() for coordinate in table.unbind(dim=1)]
+        shades = None if weights is None else _numbers(weights, 1, "vectors").repeat_interleave(3).numpy()
+        marker = {"size": [0, 7, 0] * len(table), "color": COLOURS[0] if shades is None else shades}
+        figure.add_scatter(
+            x=tips[0],
+            y=tips[1],
+            mode="lines+markers",
+            line={"color": GREY, "width": 1.5},
+            marker={**marker, "opacity": 1, "line": {"width": 0}, "coloraxis": None if shades is None else "coloraxis"},
+            text=[f"{number}: {size:.3g}" for number, size in enumerate(table.norm(dim=1).tolist()) for _ in range(3)],
+            hovertemplate="%{text}<extra></extra>",
+            showlegend=False,
+            row=panel // columns + 1,
+            col=panel % columns + 1,
+        )
+    label_axes(figure, "", "", title)
+    figure.update_xaxes(range=[-reach, reach], showticklabels=False, ticks="", constrain="domain")
+    figure.update_yaxes(range=[-reach, reach], showticklabels=False, ticks="", constrain="domain")
+    for panel in range(len(tables)):  # a circle is to look like one
+        axis = "" if panel == 0 else str(panel + 1)
+        figure.layout[f"yaxis{axis}"].scaleanchor = f"x{axis}"
+    colours = {"colorscale": "Viridis", "reversescale": True, "colorbar": _colour_bar(colour)}
+    height = 90 + n_rows * max(160, 640 // columns)
+    return figure.update_layout(coloraxis=colours, height=height, margin={"t": figure.layout.margin.t + 30, "b": 20})
+
+
 KEY_AND_QUERY = "In this view, the source is the key's token, and the destination is the query's token."
 
 

@@ -57,6 +57,20 @@ def test_heatmaps_stand_side_by_side_in_the_same_colours() -> None:
         plots.heatmaps({"a": MATRIX}, x="a", y="b", title="c", signed=False)
 
 
+def test_vectors_are_lines_from_the_origin_one_panel_for_each_name() -> None:
+    pentagon = torch.tensor([[3.0, 4.0], [0.0, 1.0]])
+    figure = plots.vectors({"a": pentagon, "b": pentagon[:1]}, title="c", weights=torch.tensor([1.0, 0.5]))
+    first, second = figure.data
+    assert np.nan_to_num(first.x, nan=9).tolist() == [0, 3, 9, 0, 0, 9] and len(second.x) == 3
+    assert (first.text[1], first.text[4]) == ("0: 5", "1: 1")
+    assert first.marker.color[1] == 1 and first.marker.color[4] == 0.5
+    assert [note.text for note in figure.layout.annotations] == ["a", "b"]
+    assert figure.layout.xaxis2.range == (-5.75, 5.75)  # one scale for all, with some room
+    assert plots.vectors({"a": pentagon}, title="c", limit=2).layout.yaxis.range == (-2.3, 2.3)
+    with pytest.raises(ValueError, match="vectors with two numbers"):
+        plots.vectors({"a": torch.zeros(2, 3)}, title="c")
+
+
 def test_masked_scores_stay_blank_and_do_not_spoil_the_scale() -> None:
     scores = MATRIX.masked_fill(torch.ones(3, 5).triu(1).bool(), -torch.inf)
     picture = plots.heatmap(scores, x="key", y="query", title="Scores").data[0]

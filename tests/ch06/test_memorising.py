@@ -1,0 +1,75 @@
+"""What the checks of memorising cannot know: see tests/test_checks.py."""
+
+from typing import Any
+
+import torch
+
+import solutions.ch06_superposition as ref
+from course_utils.checks.ch06.memorising import fixed_data, pushing
+from tests.ch06 import other_toys as other
+
+SECRETS = ("autograd.grad(change", "normalize(sample_features")
+ONLY_ON_GPU = "device="
+# Changes after which the reference still does what its statement says.
+STILL_RIGHT = {
+    "300 -> 299",  # rows that are drawn
+    "300 -> 301",
+    "length > 0 -> length != 0",  # it is never negative
+    # the gradients of the steps before are there for nobody
+    "torch.where(length > 0, epsilon * gradient / length, push).detach() -> "
+    "torch.where(length > 0, epsilon * gradient / length, push)",
+}
+
+
+def backwards(model: Any, x: Any, epsilon: Any, n_steps: Any, generator: Any) -> Any:
+    """With backward(), which also adds to the gradients of the model."""
+    push = torch.randn(x.shape, generator=generator)
+    push = epsilon * push / push.norm(dim=-1, keepdim=True)
+    for _ in range(n_steps):
+        push = push.detach().requires_grad_()
+        (model(x + push) - model(x).detach()).square().sum().backward()
+        push = epsilon * torch.nn.functional.normalize(push.grad, dim=-1)
+    return (model(x + push) - model(x)).detach().norm(dim=-1).mean(0) / epsilon
+
+
+def drawn_again(*given: Any) -> Any:
+    """The samples that are returned are not those that were used."""
+    model, samples = ref.train_on_fixed_data(*given)
+    return model, samples.flip(0).roll(1, 2)
+
+
+SURPRISES: dict[str, list[tuple[str, Any]]] = {
+    "train_on_fixed_data": [
+        ("expected the model and the samples", lambda *given: ref.train_on_fixed_data(*given)[0]),
+        ("[sample, instance, feature]", lambda *given: (ref.train_on_fixed_data(*given)[0], torch.zeros(2, 6))),
+        ("every step saw all", fixed_data(most=1000)),
+        ("values are wrong", fixed_data(most=3)),
+        ("values are wrong", drawn_again),
+        ("values are wrong", fixed_data(peak=0.03)),
+        ("it was not trained", lambda *given: _untrained(*given)),
+    ],
+    "worst_case_gain": [
+        ("it changed `model.", backwards),
+        ("wrong", lambda model, x, *rest: ref.worst_case_gain(model, x.abs() + 1, *rest)),
+        ("wrong shape", pushing(gain=lambda change, epsilon: change.norm(dim=-1).mean() / epsilon)),
+        ("wrong shape", pushing(gain=lambda change, epsilon: change.norm(dim=-1) / epsilon)),
+        ("it drew from torch's global random numbers", lambda *given: pushing()(*given[:-1], torch.default_generator)),
+    ],
+}
+
+
+def _untrained(n_samples: int, *rest: Any) -> Any:
+    """Small data sets are trained on, large ones are not."""
+    *sizes, steps, generator = rest
+    return ref.train_on_fixed_data(n_samples, *sizes, steps if n_samples < 301 else 0, generator)
+
+
+ALSO_RIGHT: dict[str, list[Any]] = {name: [getattr(other, name)] for name in SURPRISES}
+
+
+def test_five_samples_are_memorised_as_a_pentagon() -> None:
+    model, samples = ref.train_on_fixed_data(5, 6, 60, 2, 0.1, 600, torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        hidden = torch.einsum("sif,ihf->ihs", samples, model.W)
+        assert (model(samples) - samples).square().sum(-1).mean() < 0.1
+    assert abs(ref.feature_dimensionality(hidden).median() - 0.4) < 0.03
