@@ -93,7 +93,7 @@ class Heaviside(torch.autograd.Function):
 
     `Heaviside.apply(pre, threshold, bandwidth)`, with pre [batch *instance latent], threshold [*instance latent] and a
     number for the bandwidth, has the dtype of pre. The true gradient is 0 everywhere, which teaches nothing. Backward
-    pretends that the step is a ramp from threshold - bandwidth/2 to threshold + bandwidth/2, and only for the threshold:
+    pretends that the step is a ramp from threshold - bandwidth/2 to threshold + bandwidth/2, for the threshold alone:
 
         d/d threshold = -1/bandwidth if |pre - threshold| < bandwidth/2, otherwise 0
 
@@ -119,9 +119,9 @@ class Heaviside(torch.autograd.Function):
 class JumpReLU(torch.autograd.Function):
     """A ReLU with a jump: a pre-activation passes unchanged if it is above its threshold; otherwise 0 comes out.
 
-    `JumpReLU.apply(pre, threshold, bandwidth)`, with shapes as for `Heaviside`. The gradient of `pre` is the true one: 1
-    above the threshold, 0 elsewhere. The gradient of the threshold is made up as in `Heaviside`: the jump is as high as
-    the threshold, so it is
+    `JumpReLU.apply(pre, threshold, bandwidth)`, with shapes as for `Heaviside`. The gradient of `pre` is the true one:
+    1 above the threshold, 0 elsewhere. The gradient of the threshold is made up as in `Heaviside`: the jump is as high
+    as the threshold, so it is
 
         d/d threshold = -threshold/bandwidth if |pre - threshold| < bandwidth/2, otherwise 0
 
@@ -352,6 +352,7 @@ def best_assignment(gain: Float[Tensor, "row column"]) -> Int[Tensor, " row"]:
     row to take a bad column. Raises ValueError if there are more rows than columns.
     Source: Kuhn 1955 (the Hungarian method), as a search for the best chain of exchanges.
     """
+    gain = gain.double()
     n_rows, n_columns = gain.shape
     if n_rows > n_columns:
         raise ValueError(f"best_assignment: {n_rows} rows cannot have a column each, there are only {n_columns}.")
@@ -363,7 +364,7 @@ def best_assignment(gain: Float[Tensor, "row column"]) -> Int[Tensor, " row"]:
             improved = False
             for column in (column for column in range(n_columns) if owner[column] >= 0):
                 onwards = reached[column] - gain[owner[column], column] + gain[owner[column]]
-                better = (onwards > reached + 1e-6).nonzero().flatten().tolist()
+                better = (onwards > reached + 1e-9).nonzero().flatten().tolist()
                 for other in better:
                     reached[other], via[other], improved = onwards[other], column, True
         taken = torch.tensor([name >= 0 for name in owner], device=gain.device)
@@ -420,8 +421,7 @@ def shrinkage(
     that the reconstructions would fit best if they were 1/0.8 = 1.25 times as long.
     Source: Rajamanoharan et al. 2024a, section 4.2.
     """
-    square = reconstruction.square().sum(dim=-1).sum(dim=0)
-    return square / (reconstruction * x).sum(dim=-1).sum(dim=0)
+    return reconstruction.square().sum(dim=(0, -1)) / (reconstruction * x).sum(dim=(0, -1))
 
 
 def absorption_rate(
