@@ -19,7 +19,7 @@ from course_utils.checks.ch06.sizes import (
     compare_slopes,
     every_kind,
 )
-from course_utils.checks.comparing import compare, unchanged
+from course_utils.checks.comparing import compare
 from course_utils.checks.guarding import may_change
 from course_utils.checks.mistakes import known_mistakes
 from course_utils.checks.modules import noise
@@ -162,11 +162,6 @@ def drawing(
     return lambda x, reconstruction, n, generator: draw(weigh(x - reconstruction), n, generator)
 
 
-def by_rank(weights: Tensor, n: int, generator: torch.Generator) -> Tensor:
-    order = weights.argsort(descending=True)
-    return order.repeat(n // len(order) + 1)[:n]
-
-
 @known_mistakes(
     {
         "the chance is in proportion to the loss; it should be to its square.": drawing(
@@ -186,7 +181,6 @@ def by_rank(weights: Tensor, n: int, generator: torch.Generator) -> Tensor:
         "the worst row is always taken; the draw should be random.": drawing(
             draw=lambda weights, n, generator: weights.argmax().repeat(n)
         ),
-        "the rows come in the order of their loss; they should be drawn.": drawing(draw=by_rank),
     }
 )
 def check_pick_worst(fn: Fn) -> None:
@@ -269,7 +263,7 @@ OPTIMIZERS: list[tuple[str, tuple[str, str], Any]] = [
     ("chapter 03's AdamW", ("m", "v"), 7),
 ]
 
-AXES = {"W_enc": "d_in latent", "W_dec": "latent d_in", "b_enc": "latent", "b_dec": "d_in", "log_threshold": "latent"}
+AXES = {"W_dec": "latent d_in", "W_enc": "d_in latent", "b_enc": "latent", "b_dec": "d_in", "log_threshold": "latent"}
 
 
 def anew(sae: Any, optimizer: Any, dead: Tensor, directions: Tensor, share: float = 0.2, **wrong: Any) -> None:
@@ -380,8 +374,7 @@ def check_resample_dead(fn: Fn) -> None:
                 directions = noise(*lead, LATENT, D_IN, seed=43) * lengths
                 where = f"{name}{words}, {kind}"
                 with during(f"{words or ' with some latents dead'}, {kind}".strip()), _stays_itself(name, sae):
-                    with unchanged(name, dead=dead, directions=directions):
-                        fn(sae, optimizer, dead, directions)
+                    fn(sae, optimizer, dead, directions)
                 anew(right, other, dead, directions)
                 _compare_all(where, sae, optimizer, right, other, WORDS[lead])
     _in_double(name, fn)
