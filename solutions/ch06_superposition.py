@@ -33,7 +33,7 @@ def topk_latents(pre: Float[Tensor, "batch *instance latent"], k: int) -> Float[
 
 
 def batch_topk_latents(
-    pre: Float[Tensor, "batch *instance latent"], k: float
+    pre: Float[Tensor, "batch *instance latent"], k: int | float
 ) -> tuple[Float[Tensor, "batch *instance latent"], Float[Tensor, "*instance"]]:
     """Keep the largest pre-activations of the whole batch, k for each sample on average; all others become 0.
 
@@ -164,7 +164,7 @@ class SparseAutoencoder(nn.Module):
         d_sae: int,
         kind: str,
         n_instances: int | None = None,
-        k: float = 1,
+        k: int | float = 1,
         threshold: float = 0.1,
         bandwidth: float = 0.1,
         generator: torch.Generator | None = None,
@@ -228,7 +228,7 @@ def sae_loss(
     reconstruction: Float[Tensor, "batch *instance d_in"],
     latents: Float[Tensor, "batch *instance latent"],
     W_dec: Float[Tensor, "*instance latent d_in"],
-    sparsity: float | Float[Tensor, "*instance"],
+    sparsity: int | float | Float[Tensor, "*instance"],
     active: Float[Tensor, "batch *instance latent"] | None = None,
 ) -> dict[str, Tensor]:
     """What a sparse autoencoder minimises, and the parts that it is made of.

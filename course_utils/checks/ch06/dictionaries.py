@@ -141,14 +141,14 @@ def check_topk_latents(fn: Fn) -> None:
         every_kind(name, fn, (pre, 2), axes)
 
 
-def largest_of_batch(pre: Tensor, k: float) -> tuple[Tensor, Tensor]:
+def largest_of_batch(pre: Tensor, k: int | float) -> tuple[Tensor, Tensor]:
     """The definition for one instance: sort all values of the batch, and keep so many."""
     values = sorted(pre.flatten().tolist(), reverse=True)[: min(round(k * len(pre)), pre.numel())]
     lowest = values[-1]
     return pre * ((pre >= lowest) & (pre > 0)), torch.tensor(max(lowest, 0.0), dtype=pre.dtype)
 
 
-def expected_of_batch(pre: Tensor, k: float) -> tuple[Tensor, Tensor]:
+def expected_of_batch(pre: Tensor, k: int | float) -> tuple[Tensor, Tensor]:
     if pre.dim() == 2:
         return largest_of_batch(pre, k)
     each = [largest_of_batch(own, k) for own in pre.unbind(1)]
@@ -156,7 +156,7 @@ def expected_of_batch(pre: Tensor, k: float) -> tuple[Tensor, Tensor]:
 
 
 def sharing(
-    count: Callable[[float, int], int] = lambda k, n_batch: round(k * n_batch),
+    count: Callable[[Any, int], int] = lambda k, n_batch: round(k * n_batch),
     rows: bool = False,
     together: bool = False,
     finish: Callable[[Tensor], Tensor] = torch.relu,
@@ -165,7 +165,7 @@ def sharing(
 ) -> Fn:
     """batch_topk_latents with switches for what people get wrong."""
 
-    def batch_topk_latents(pre: Tensor, k: float) -> tuple[Tensor, Tensor]:
+    def batch_topk_latents(pre: Tensor, k: int | float) -> tuple[Tensor, Tensor]:
         moved = pre.movedim(0, -2)  # [*instance batch latent]
         flat = moved.reshape(1, -1) if together else moved if rows else moved.flatten(-2)
         n = max(
@@ -450,7 +450,7 @@ def wrong_windows(step: Callable[..., Any], height: Callable[..., Any]) -> dict[
 BANDWIDTHS = (0.8, 0.3)
 
 
-def check_step(
+def _check_step(
     name: str, cls: Any, value: Callable[[float, float], float], slope: Callable[..., tuple[float, float]]
 ) -> None:
     """Forward, then the gradients of the threshold and of the pre-activation, number by number."""
@@ -531,7 +531,7 @@ def check_Heaviside(cls: Any) -> None:
     def slope(pre: float, threshold: float, bandwidth: float) -> tuple[float, float]:
         return 0.0, -1 / bandwidth if abs(pre - threshold) < bandwidth / 2 else 0.0
 
-    check_step("Heaviside", cls, lambda pre, threshold: float(pre > threshold), slope)
+    _check_step("Heaviside", cls, lambda pre, threshold: float(pre > threshold), slope)
 
 
 def jump_height(pre: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
@@ -580,7 +580,7 @@ def check_JumpReLU(cls: Any) -> None:
     def slope(pre: float, threshold: float, bandwidth: float) -> tuple[float, float]:
         return float(pre > threshold), -threshold / bandwidth if abs(pre - threshold) < bandwidth / 2 else 0.0
 
-    check_step("JumpReLU", cls, lambda pre, threshold: pre if pre > threshold else 0.0, slope)
+    _check_step("JumpReLU", cls, lambda pre, threshold: pre if pre > threshold else 0.0, slope)
 
 
 # ------------------------------------------------------------------------------------------------- the autoencoder
@@ -895,10 +895,13 @@ def _check_slopes(name: str, fn: Fn, lead: tuple[int, ...], *tensors: Tensor) ->
         rtol=1e-9,
         atol=1e-9,
     )
-    active = (tensors[2] > 0).to(tensors[2]).requires_grad_()
-    (slope,) = torch.autograd.grad(fn(*tensors, 0.3, active)["total"], active, allow_unused=True)
-    if slope is None:
-        raise CheckFailed(f"{name}: no gradient reaches `active`.\n  Next: use it itself, and do not compare it.")
+    compare_slopes(
+        f'{name} with L0: "total"',
+        lambda active: fn(*tensors, 0.3, active)["total"],
+        lambda active: losing()(*tensors, 0.3, active)["total"],
+        {"active": (tensors[2] > 0).to(tensors[2])},
+        {"active": words["latents"]},
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ directions
