@@ -147,7 +147,8 @@ class JumpReLU(torch.autograd.Function):
 class SparseAutoencoder(nn.Module):
     """Latents that an input is written with, few at a time, and the directions that they stand for.
 
-    `kind` is "relu", "topk", "batch_topk", "gated" or "jumprelu". Rows of `W_dec` are the directions. With
+    `kind` is "relu", "topk", "batch_topk", "gated" or "jumprelu"; `k` belongs to the second and the third,
+    the `bandwidth` and the first `threshold` to the last. Rows of `W_dec` are the directions. With
     `n_instances`, so many autoencoders are trained side by side, each with weights of its own: every parameter gets an
     axis `instance` in front, and every input and output has one behind the batch.
 
@@ -170,6 +171,9 @@ class SparseAutoencoder(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
+        kinds = ("relu", "topk", "batch_topk", "gated", "jumprelu")
+        if kind not in kinds:
+            raise ValueError(f"SparseAutoencoder: there is no kind {kind!r}; choose one of {', '.join(kinds)}.")
         self.kind, self.k, self.bandwidth = kind, k, bandwidth
         instances = () if n_instances is None else (n_instances,)
         directions = normalise_decoder(torch.randn(*instances, d_sae, d_in, generator=generator))
@@ -299,11 +303,12 @@ def pick_worst(
 
     The loss of a row is its squared error, summed over d_in. A row is drawn with a probability in proportion to the
     *square* of its loss. The draws are independent, so a row may come several times. All random numbers come from
-    `generator`.
+    `generator`, which may be on another device than x.
     Source: Bricken et al. 2023, "Neuron Resampling".
     """
     loss = (x - reconstruction).square().sum(dim=-1)
-    return torch.multinomial(loss.square(), n, replacement=True, generator=generator)
+    chances = loss.square().to(generator.device)
+    return torch.multinomial(chances, n, replacement=True, generator=generator).to(x.device)
 
 
 @torch.no_grad()
@@ -352,23 +357,23 @@ def best_assignment(gain: Float[Tensor, "row column"]) -> Int[Tensor, " row"]:
     row to take a bad column. Raises ValueError if there are more rows than columns.
     Source: Kuhn 1955 (the Hungarian method), as a search for the best chain of exchanges.
     """
-    gain = gain.double()
     n_rows, n_columns = gain.shape
     if n_rows > n_columns:
         raise ValueError(f"best_assignment: {n_rows} rows cannot have a column each, there are only {n_columns}.")
+    table = gain.detach().double().cpu()
     owner = [-1] * n_columns
     for row in range(n_rows):
-        reached, via = gain[row].clone(), [-1] * n_columns  # the gain in all, if a chain of exchanges ends at a column
+        # What the row and a chain of exchanges gain in all if the chain ends at a column, and the column before it.
+        reached, via = table[row].clone(), [-1] * n_columns
         improved = True
         while improved:
             improved = False
             for column in (column for column in range(n_columns) if owner[column] >= 0):
-                onwards = reached[column] - gain[owner[column], column] + gain[owner[column]]
-                better = (onwards > reached + 1e-9).nonzero().flatten().tolist()
-                for other in better:
+                onwards = reached[column] - table[owner[column], column] + table[owner[column]]
+                for other in (onwards > reached + 1e-9).nonzero().flatten().tolist():
                     reached[other], via[other], improved = onwards[other], column, True
-        taken = torch.tensor([name >= 0 for name in owner], device=gain.device)
-        column = int(reached.masked_fill(taken, -torch.inf).argmax())
+        is_taken = torch.tensor([who >= 0 for who in owner])
+        column = int(reached.masked_fill(is_taken, -torch.inf).argmax())
         while via[column] >= 0:
             owner[column] = owner[via[column]]
             column = via[column]
