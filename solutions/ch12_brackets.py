@@ -1,11 +1,12 @@
 """Chapter 12: a model that tells balanced brackets from others, read in full, and then fooled."""
 
+from collections.abc import Sequence
 from typing import Any
 
-import einops
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from course_utils.data.brackets import (
     BALANCED,
@@ -20,6 +21,7 @@ from course_utils.data.brackets import (
     random_balanced,
 )
 from course_utils.hooks import ActivationCache, HookPoint, run_with_cache, run_with_hooks
+from solutions.ch03_training import cosine_schedule
 
 # ----------------------------------------------------------------------------------------------------------- the task
 
@@ -64,27 +66,31 @@ def is_balanced_batch(tokens: Int[Tensor, "batch pos"]) -> Bool[Tensor, " batch"
 
 
 def bracket_dataset(
-    n: int, n_ctx: int, generator: torch.Generator
+    n: int, n_ctx: int, generator: torch.Generator, shares: Sequence[float] = SHARES
 ) -> tuple[Int[Tensor, "batch n_ctx"], Int[Tensor, " batch"]]:
     """Draw `n` different texts: their rows, and how each was made, as a number into KINDS.
 
     A row is START, the brackets, END, and PAD up to `n_ctx`. The number of pairs is drawn evenly from 1 to the most
-    that fit, and the kind with the chances SHARES. The text then has twice as many brackets as pairs, and is
+    that fit, and the kind with the chances `shares`. The text then has twice as many brackets as pairs, and is
 
     - "random": each bracket opens or closes with the same chance;
     - "balanced": `random_balanced(1, n_pairs, generator)`, in which all balanced texts are equally likely;
     - "swapped": a balanced text in which one random OPEN and one random CLOSE have changed places;
+    - "flipped": a balanced text in which one random bracket is turned round;
     - "shuffled": as many OPENs as CLOSEs, in a random order.
 
     No row comes twice, so any split of the rows keeps training and held-out texts apart: a text that was drawn before
     is dropped, and more are drawn until there are `n`. The order is that of the drawing. All random numbers come from
-    `generator`. A kind says how a text was made: chance can balance a shuffled one.
+    `generator`. A kind says how a text was made: chance can balance a shuffled one. Raises ValueError if there are no
+    `n` different texts of even length that fit.
     """
+    if n > sum(4**pairs for pairs in range(1, (n_ctx - 2) // 2 + 1)):
+        raise ValueError(f"bracket_dataset: there are no {n} different texts of at most {n_ctx - 2} brackets.")
     device = generator.device
     tokens = torch.empty(0, n_ctx, dtype=torch.long, device=device)
     kinds = torch.empty(0, dtype=torch.long, device=device)
     while len(tokens) < n:
-        new_kinds = torch.multinomial(torch.tensor(SHARES, device=device), n, replacement=True, generator=generator)
+        new_kinds = torch.multinomial(torch.tensor(shares, device=device), n, replacement=True, generator=generator)
         n_pairs = torch.randint(1, (n_ctx - 2) // 2 + 1, (n,), generator=generator, device=device)
         tokens = torch.cat([tokens, drawn_rows(new_kinds, n_pairs, n_ctx, generator)])
         kinds = torch.cat([kinds, new_kinds])
@@ -104,13 +110,16 @@ def drawn_rows(
         every = torch.arange(len(here), device=generator.device)
         balanced = random_balanced(len(here), pairs, generator)
         chances = torch.rand(2, *balanced.shape, generator=generator, device=generator.device)
-        swapped = balanced.clone()
+        swapped, flipped = balanced.clone(), balanced.clone()
         swapped[every, (chances[0] * (balanced == OPEN)).argmax(dim=1)] = CLOSE
         swapped[every, (chances[1] * (balanced == CLOSE)).argmax(dim=1)] = OPEN
+        turned = chances[0].argmax(dim=1)
+        flipped[every, turned] = OPEN + CLOSE - balanced[every, turned]
         options = {
             "random": torch.randint(2, balanced.shape, generator=generator, device=generator.device),
             "balanced": balanced,
             "swapped": swapped,
+            "flipped": flipped,
             "shuffled": balanced.gather(1, chances[0].argsort(dim=1)),
         }
         rows[here, 1 : 2 * pairs + 1] = torch.stack([options[kind] for kind in KINDS])[kinds[here], every]
@@ -137,6 +146,27 @@ def unbalanced_scores(model: nn.Module, tokens: Int[Tensor, "batch pos"]) -> Flo
     logits = model(tokens)
     every, end = torch.arange(len(tokens), device=tokens.device), (tokens == END).long().argmax(dim=1)
     return logits[every, end, UNBALANCED] - logits[every, end, BALANCED]
+
+
+def fit_brackets(model: nn.Module, tokens: Int[Tensor, "batch pos"], steps: int, seed: int) -> list[float]:
+    """Train a model on random batches of 64 rows, in place, and return the loss of every step."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = (~is_balanced_batch(tokens)).float()
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98))
+    losses = []
+    for step in tqdm(range(steps), mininterval=1):
+        rate = cosine_schedule(step, warmup=100, total=steps, peak=2e-3, floor=2e-5)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        batch = torch.randint(len(tokens), (64,), generator=generator)
+        scores = unbalanced_scores(model, tokens[batch])
+        loss = nn.functional.binary_cross_entropy_with_logits(scores, labels[batch])
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
 
 
 # --------------------------------------------------------------------------------------------------- who says it: parts
@@ -198,7 +228,11 @@ def attention_by_position(
 
 
 def neuron_contributions(
-    model: Any, cache: ActivationCache, tokens: Int[Tensor, "batch pos"], direction: Float[Tensor, " d_model"], layer: int
+    model: Any,
+    cache: ActivationCache,
+    tokens: Int[Tensor, "batch pos"],
+    direction: Float[Tensor, " d_model"],
+    layer: int,
 ) -> Float[Tensor, "batch neuron"]:
     """How far each neuron of a layer's MLP moves the stream at END along `direction`.
 

@@ -10,8 +10,9 @@ OPEN, CLOSE, START, END, PAD = range(5)
 D_VOCAB = 5
 SYMBOLS = ("(", ")", "START", "END", "PAD")
 N_CTX = 42  # START, at most forty brackets, END
-KINDS = ("random", "balanced", "swapped", "shuffled")  # how a text of the data set is made
-SHARES = (0.2, 0.35, 0.1, 0.35)  # the chance of each kind
+KINDS = ("random", "balanced", "swapped", "flipped", "shuffled")  # how a text of the data set is made
+SHARES = (0.1, 0.35, 0.1, 0.25, 0.2)  # the chance of each kind
+WITHOUT_FLIPPED = (0.2, 0.35, 0.1, 0.0, 0.35)  # the same for a data set that lacks texts which just miss the total
 UNBALANCED, BALANCED = 0, 1  # the two columns of the logits at END that are the answer; the other three are not used
 
 
