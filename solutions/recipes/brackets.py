@@ -56,9 +56,7 @@ class BracketRecipe:
 
     def data(self) -> tuple[Tensor, Tensor]:
         """The texts for training, and those held out; no text is in both, since none is drawn twice."""
-        tokens, _ = bracket_dataset(
-            self.n_texts + 10_000, N_CTX, torch.Generator().manual_seed(self.seed), self.shares
-        )
+        tokens, _ = bracket_dataset(self.n_texts + 10_000, N_CTX, torch.Generator().manual_seed(self.seed), self.shares)
         return tokens[: self.n_texts], tokens[self.n_texts :]
 
 
