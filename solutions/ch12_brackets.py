@@ -87,52 +87,35 @@ def bracket_dataset(
     if n > sum(4**pairs for pairs in range(1, (n_ctx - 2) // 2 + 1)):
         raise ValueError(f"bracket_dataset: there are no {n} different texts of at most {n_ctx - 2} brackets.")
     device = generator.device
-    tokens = torch.empty(0, n_ctx, dtype=torch.long, device=device)
-    kinds = torch.empty(0, dtype=torch.long, device=device)
-    while len(tokens) < n:
-        new_kinds = torch.multinomial(torch.tensor(shares, device=device), n, replacement=True, generator=generator)
+    found: dict[tuple[int, ...], int] = {}  # the kind of each row; a dict keeps its order
+    while len(found) < n:
+        kinds = torch.multinomial(torch.tensor(shares, device=device), n, replacement=True, generator=generator)
         n_pairs = torch.randint(1, (n_ctx - 2) // 2 + 1, (n,), generator=generator, device=device)
-        tokens = torch.cat([tokens, drawn_rows(new_kinds, n_pairs, n_ctx, generator)])
-        kinds = torch.cat([kinds, new_kinds])
-        first = first_of_each(tokens)
-        tokens, kinds = tokens[first], kinds[first]
-    return tokens[:n], kinds[:n]
-
-
-def drawn_rows(
-    kinds: Int[Tensor, " batch"], n_pairs: Int[Tensor, " batch"], n_ctx: int, generator: torch.Generator
-) -> Int[Tensor, "batch n_ctx"]:
-    """One row of each of these kinds and lengths; the rows of one length are made together."""
-    rows = torch.full((len(kinds), n_ctx), PAD, device=generator.device)
-    rows[:, 0] = START
-    for pairs in n_pairs.unique().tolist():
-        here = (n_pairs == pairs).nonzero().flatten()
-        every = torch.arange(len(here), device=generator.device)
-        balanced = random_balanced(len(here), pairs, generator)
-        chances = torch.rand(2, *balanced.shape, generator=generator, device=generator.device)
-        swapped, flipped = balanced.clone(), balanced.clone()
-        swapped[every, (chances[0] * (balanced == OPEN)).argmax(dim=1)] = CLOSE
-        swapped[every, (chances[1] * (balanced == CLOSE)).argmax(dim=1)] = OPEN
-        turned = chances[0].argmax(dim=1)
-        flipped[every, turned] = OPEN + CLOSE - balanced[every, turned]
-        options = {
-            "random": torch.randint(2, balanced.shape, generator=generator, device=generator.device),
-            "balanced": balanced,
-            "swapped": swapped,
-            "flipped": flipped,
-            "shuffled": balanced.gather(1, chances[0].argsort(dim=1)),
-        }
-        rows[here, 1 : 2 * pairs + 1] = torch.stack([options[kind] for kind in KINDS])[kinds[here], every]
-        rows[here, 2 * pairs + 1] = END
-    return rows
-
-
-def first_of_each(rows: Int[Tensor, "batch pos"]) -> Int[Tensor, " different"]:
-    """Where each different row comes for the first time, in ascending order."""
-    different, number = rows.unique(dim=0, return_inverse=True)
-    places = torch.arange(len(rows), device=rows.device)
-    first = places.new_full((len(different),), len(rows)).scatter_reduce(0, number, places, "amin")
-    return first.sort().values
+        rows = torch.full((n, n_ctx), PAD, device=device)
+        rows[:, 0] = START
+        for pairs in n_pairs.unique().tolist():  # the texts of one length are made together, in every kind
+            here = (n_pairs == pairs).nonzero().flatten()
+            every = torch.arange(len(here), device=device)
+            balanced = random_balanced(len(here), pairs, generator)
+            chances = torch.rand(2, *balanced.shape, generator=generator, device=device)
+            swapped, flipped = balanced.clone(), balanced.clone()
+            swapped[every, (chances[0] * (balanced == OPEN)).argmax(dim=1)] = CLOSE
+            swapped[every, (chances[1] * (balanced == CLOSE)).argmax(dim=1)] = OPEN
+            turned = chances[0].argmax(dim=1)
+            flipped[every, turned] = OPEN + CLOSE - balanced[every, turned]
+            options = {
+                "random": torch.randint(2, balanced.shape, generator=generator, device=device),
+                "balanced": balanced,
+                "swapped": swapped,
+                "flipped": flipped,
+                "shuffled": balanced.gather(1, chances[0].argsort(dim=1)),
+            }
+            rows[here, 1 : 2 * pairs + 1] = torch.stack([options[kind] for kind in KINDS])[kinds[here], every]
+            rows[here, 2 * pairs + 1] = END
+        for row, kind in zip(rows.tolist(), kinds.tolist(), strict=True):
+            found.setdefault(tuple(row), kind)
+    tokens, made = (torch.tensor(list(part)[:n], device=device) for part in (found, found.values()))
+    return tokens, made
 
 
 # ---------------------------------------------------------------------------------------------------------- the model
@@ -204,18 +187,21 @@ def component_contributions(
 ) -> tuple[list[str], Float[Tensor, "component batch"]]:
     """How far each part of the model moves the stream at END along `direction`: (labels, dot products).
 
-    The parts are those of chapter 04: "embed", "pos_embed", then for each layer its heads ("head 0.0" is layer 0, head
-    0), what attention adds on top of them ("bias 0"), and "mlp 0". But each text is read at its own END. For each
-    text the sum over the parts is the dot product of its final stream at END. The cache holds each head's `result`.
+    The parts are those of chapter 04: "embed", "pos_embed" (not where positions are rotary), then for each layer its
+    heads ("head 0.0" is layer 0, head 0), what attention adds on top of them ("bias 0"), and "mlp 0", if it has one.
+    But each text is read at its own END. The sum over the parts is the dot product of the final stream there. The cache
+    holds each head's `result`.
     """
     every, end = torch.arange(len(tokens), device=tokens.device), (tokens == END).long().argmax(dim=1)
-    labels = ["embed", "pos_embed"]
+    labels = ["embed", "pos_embed"] if "pos_embed" in cache else ["embed"]
     vectors = [cache[label][every, end] for label in labels]
     for layer in range(cache.n_layers):
         heads = cache["result", layer][every, end]
-        labels += [*(f"head {layer}.{head}" for head in range(heads.shape[1])), f"bias {layer}", f"mlp {layer}"]
-        bias = cache["attn_out", layer][every, end] - heads.sum(dim=1)
-        vectors += [*heads.unbind(dim=1), bias, cache["mlp_out", layer][every, end]]
+        labels += [*(f"head {layer}.{head}" for head in range(heads.shape[1])), f"bias {layer}"]
+        vectors += [*heads.unbind(dim=1), cache["attn_out", layer][every, end] - heads.sum(dim=1)]
+        if ("mlp_out", layer) in cache:
+            labels.append(f"mlp {layer}")
+            vectors.append(cache["mlp_out", layer][every, end])
     return labels, torch.stack(vectors) @ direction
 
 
@@ -260,7 +246,7 @@ def probe_r2(
     return 1 - errors.square().sum() / (y_test - y_test.mean()).square().sum()
 
 
-# ---------------------------------------------------------------------------------------------------------------- causes
+# ------------------------------------------------------------------------------------------------------------- causes
 
 
 def corrupted_pairs(
@@ -277,9 +263,9 @@ def corrupted_pairs(
     """
     if kind not in ("total", "order"):
         raise ValueError(f'corrupted_pairs: kind must be "total" or "order", got {kind!r}.')
-    every, places = torch.arange(len(tokens)), torch.arange(tokens.shape[1])
+    every, places = (torch.arange(size, device=tokens.device) for size in tokens.shape)
     corrupted = tokens.clone()
-    opens = torch.zeros(len(tokens), dtype=torch.long)
+    opens = torch.zeros_like(every)
     if kind == "order":
         grounded = (tokens == OPEN) & (elevation(tokens) == 1)
         opens = torch.multinomial(grounded.float(), 1, generator=generator)[:, 0]
@@ -321,7 +307,7 @@ def scores_with_patch(
     return logits[every, end, UNBALANCED] - logits[every, end, BALANCED]
 
 
-# -------------------------------------------------------------------------------------------------------------- break it
+# ----------------------------------------------------------------------------------------------------------- break it
 
 
 def flip_effects(model: Any, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos"]:
@@ -347,12 +333,12 @@ def hill_climb(
 ) -> Int[Tensor, "batch pos"]:
     """Look for unbalanced texts that the model calls balanced: change two brackets at random, keep what helps, repeat.
 
-    All rows are unbalanced. In each step two different brackets of each text, chosen at random, are turned round. A text
-    keeps the change if it is still unbalanced and its score (`unbalanced_scores`) is lower than before; otherwise it
-    stays as it was. Its length never changes. Random numbers come from `generator`. Texts have at least two brackets.
+    All rows are unbalanced. In each step two different brackets of each text, chosen at random, are turned round. The
+    text keeps the change if it is still unbalanced and its score (`unbalanced_scores`) is lower than before; otherwise
+    it stays as it was. Its length never changes. Random numbers come from `generator`. Texts have two brackets or more.
     """
     best, scores = tokens.clone(), unbalanced_scores(model, tokens)
-    every = torch.arange(len(tokens))
+    every = torch.arange(len(tokens), device=tokens.device)
     for _ in range(steps):
         brackets = (best == OPEN) | (best == CLOSE)
         chosen = torch.multinomial(brackets.float(), 2, generator=generator)

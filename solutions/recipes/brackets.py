@@ -1,4 +1,4 @@
-"""The model `brackets`, which tells balanced brackets from others, and what its recipe shares with `brackets-fooled`."""
+"""The model `brackets`, which judges texts of brackets, and what its recipe shares with `brackets-fooled`."""
 
 import argparse
 import time

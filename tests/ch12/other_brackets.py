@@ -72,10 +72,7 @@ def bracket_dataset(n: int, n_ctx: int, generator: torch.Generator, shares: Sequ
         elif KINDS[kind] == "flipped":
             text[torch.randint(2 * pairs, (), generator=generator)] ^= 1
         elif KINDS[kind] == "swapped":
-            for token in (OPEN, CLOSE):
-                places = (text == token).nonzero().flatten() if token == OPEN else closes
-                if token == OPEN:
-                    closes = (text == CLOSE).nonzero().flatten()
+            for places in [(text == token).nonzero().flatten() for token in (OPEN, CLOSE)]:
                 text[places[torch.randint(pairs, (), generator=generator)]] ^= 1
         row = F.pad(
             torch.cat([torch.tensor([START]), text, torch.tensor([END])]), (0, n_ctx - 2 - 2 * pairs), value=PAD
