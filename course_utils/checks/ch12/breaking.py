@@ -180,8 +180,8 @@ def climbing(
 )
 def check_hill_climb(fn: Fn) -> None:
     """No step; one step from many copies of a text, where all that can happen is known; then several."""
-    name, model = "hill_climb", small_model(1, 1)
-    for text, n in (("())(", 90), ("(()", 60), ("((((", 90)):
+    name, model = "hill_climb", small_model(1, 2)
+    for text, n in (("((()", 90), ("((((", 90), ("(()", 60)):
         tokens = encode([text] * n, 6)
         _compare_rows(name, f"{name} of {text!r}, no step", _run(name, fn, model, tokens, 0), tokens)
         _one_step(name, model, text, _run(name, fn, model, tokens, 1))
