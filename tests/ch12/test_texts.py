@@ -72,7 +72,7 @@ def from_a_copy(n: int, n_ctx: int, generator: torch.Generator, *shares: Any) ->
 
 SURPRISES: dict[str, list[tuple[str, Any]]] = {
     "is_balanced": [
-        ("expected a bool, got an int", lambda text: int(other.is_balanced(text))),
+        ("expected True, got 1", lambda text: int(other.is_balanced(text))),
         ("should raise ValueError", lambda text: without_pairs(text)),
         ("wrong answer", lambda text: other.is_balanced(text) and len(text) < 6),
     ],
@@ -92,7 +92,7 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
     ],
     "is_balanced_batch": [
         ("expected dtype bool", lambda tokens: other.is_balanced_batch(tokens).long()),
-        ("value is wrong", lambda tokens: other.is_balanced_batch(tokens) & (tokens[:, 1] < END)),  # the empty text
+        ("values is wrong", lambda tokens: other.is_balanced_batch(tokens) & (tokens[:, 1] < END)),  # the empty text
         ("expected a Tensor", lambda tokens: other.is_balanced_batch(tokens).tolist()),
     ],
     "bracket_dataset": [
@@ -102,7 +102,8 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
         ("most random texts have the total 0", made(halves)),
         ("it drew from torch's global random numbers", from_global),
         ("it left `generator` as it was", from_a_copy),
-        ("the kinds have the shares", dataset(using=lambda shares: (0.0, 0.5, 0.0, 0.0, 0.5))),
+        ("the kinds are [1, 4]", dataset(using=lambda shares: (0.0, 0.5, 0.0, 0.0, 0.5))),
+        ("the kinds have the shares", dataset(using=lambda shares: (0.2, 0.2, 0.2, 0.2, 0.2))),
         ("expected the rows and their kinds", lambda *args: ref.bracket_dataset(*args)[0]),
     ],
 }

@@ -79,7 +79,7 @@ def check_is_balanced(fn: Fn) -> None:
         must_raise(name, ValueError, call_of(name, text), partial(fn, text), "only ( and ) are brackets.")
 
 
-ROWS = ("(())()", ")(", "(()", "())(", "))", "((()))", "()()()()", "(", "())(()", "", "(()))(")
+ROWS = ("(())()", ")(", "(()", "())(", "))", "((()))", "()()()()", "(", "())(()", "", "(()))(", "))((")
 
 
 def rows(n_ctx: int = 11, texts: Sequence[str] = ROWS) -> Tensor:
