@@ -29,9 +29,12 @@ def leaves_its_hook(model: Any, clean: Any, corrupted: Any, component: str, mask
     return answer
 
 
+TURNS = count()  # every second draw is fair
+
+
 SURPRISES: dict[str, list[tuple[str, Any]]] = {
     "corrupted_pairs": [
-        ("expected about", spoiling(pick=lambda places, drawn, turns=count(): drawn if next(turns) % 2 else 0)),
+        ("expected about", spoiling(pick=lambda places, drawn: drawn if next(TURNS) % 2 else 0)),
         ("is no longer START, brackets, END, PAD", end_lost),
         ("it drew from torch's global", lambda tokens, kind, g: other.corrupted_pairs(tokens, kind, None)),
         (
