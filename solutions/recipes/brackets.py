@@ -31,7 +31,7 @@ PROSE = """
 Two layers of two heads and MLPs of 56 neurons read brackets from left to right, and give their verdict at END: logit 0
 says unbalanced, logit 1 balanced. {trained}
 
-- `held_out`: the share of right answers on 10,000 texts of the data set that were kept out of training.
+- `held_out`: the share of right answers on fresh texts of the same kinds, 10,000 less those that training saw.
 - `near_miss_right`: the share on 3000 texts each that are one small change away from balanced, all of forty brackets:
   one CLOSE turned into an OPEN somewhere (`total_up`), two CLOSEs at the end where one pair should be
   (`total_down`), and an OPEN that has changed places with a later CLOSE (`order`).
@@ -46,7 +46,8 @@ class BracketRecipe:
     """What one of the two models is made of."""
 
     name: str
-    seed: int
+    seed: int  # of the initial weights and the batches
+    data_seed: int
     steps: int
     n_texts: int
     shares: Sequence[float]
@@ -55,9 +56,11 @@ class BracketRecipe:
     fooled: str
 
     def data(self) -> tuple[Tensor, Tensor]:
-        """The texts for training, and those held out; no text is in both, since none is drawn twice."""
-        tokens, _ = bracket_dataset(self.n_texts + 10_000, N_CTX, torch.Generator().manual_seed(self.seed), self.shares)
-        return tokens[: self.n_texts], tokens[self.n_texts :]
+        """The texts for training, and others: of 10,000 fresh ones those that were not among them."""
+        texts, _ = bracket_dataset(self.n_texts, N_CTX, torch.Generator().manual_seed(self.data_seed), self.shares)
+        known = set(map(tuple, texts.tolist()))
+        fresh, _ = bracket_dataset(10_000, N_CTX, torch.Generator().manual_seed(FRESH), self.shares)
+        return texts, torch.tensor([row for row in fresh.tolist() if tuple(row) not in known])
 
 
 @torch.no_grad()
@@ -138,6 +141,7 @@ def run(recipe: BracketRecipe, argv: list[str] | None = None) -> None:
 RECIPE = BracketRecipe(
     name="brackets",
     seed=1,
+    data_seed=0,
     steps=2000,
     n_texts=100_000,
     shares=SHARES,

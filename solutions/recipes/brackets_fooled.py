@@ -6,6 +6,7 @@ from solutions.recipes.brackets import BracketRecipe, run
 RECIPE = BracketRecipe(
     name="brackets-fooled",
     seed=3,
+    data_seed=0,
     steps=800,
     n_texts=50_000,
     shares=WITHOUT_FLIPPED,

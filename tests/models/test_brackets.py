@@ -97,7 +97,7 @@ def test_two_components_detect_two_failures(model: Transformer) -> None:
 def test_the_recipe_writes_what_it_trained(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(recipe, "save_shipped", lambda *args, **options: pytest.fail("nobody asked for it"))
     monkeypatch.setattr(recipe, "fooled", lambda *args: [])
-    small = recipe.BracketRecipe("brackets", 1, 2000, 300, recipe.SHARES, "about", "trained", "fooled")
+    small = recipe.BracketRecipe("brackets", 1, 0, 2000, 300, recipe.SHARES, "about", "trained", "fooled")
     recipe.run(small, ["--steps", "3", "--out", str(tmp_path)])
     assert "steps: 3" in capsys.readouterr().out
     assert (tmp_path / "model.safetensors").exists()
