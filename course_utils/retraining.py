@@ -19,10 +19,11 @@ from course_utils.pretrained import PretrainedError, _card, _known
 # What may differ, by the first pattern that a key matches: how far (None: as it likes), and why.
 RULES: tuple[tuple[str, float | None, str], ...] = (
     (r"seed|parameters|grammar_.*|init_std", 0.0, "decided before training begins"),
-    (r"steps|tokens", 0.0, "decided before training begins"),
+    (r"steps|tokens|texts", 0.0, "decided before training begins"),
     (r"minutes|seconds", None, "says something about the machine"),
     (r"head_.*|anti_diagonal", None, "which head does what is up to chance"),
     (r"without_.*", None, "what is left of an ablated model is up to chance"),
+    (r"near_miss_.*|fooled_.*", None, "which rare texts a model gets wrong is up to chance"),
     (r"accepted_.*", 0.08, "one word can spoil a story; seeds differ"),
     (r".*_worst_.*", 0.05, "a minimum over many templates"),
     (r".*_logit_difference", 4.0, "seeds differ by units"),

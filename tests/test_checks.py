@@ -141,7 +141,7 @@ def test_another_right_answer_passes(chapter: str, symbol: str, number: int) -> 
 # What lies on the way of training or of attribution; modules do too. Elsewhere a result may come without a graph.
 PROMISE_A_GRADIENT = set(
     "cross_entropy attention_scores causal_mask gelu_new apply_rotary masked_lm_loss lm_loss"
-    " logit_difference normalised_metric".split()
+    " logit_difference normalised_metric unbalanced_scores".split()
 )
 
 # Exercises for which a transformation of tests/support/strangers.py turns a right answer into a wrong one, and why.
@@ -157,6 +157,7 @@ NOT_RIGHT = {
         "run_over_direct_paths": "the cache has as many rows as the batch",
         "path_patch": "the metric is to see all rows at once",
         "interchange_intervention": "the cache has as many rows as the batch",
+        "neuron_contributions": "the cache has as many rows as the batch",
     },
     "inputs that are not contiguous": {"MyHookPoint": "without functions the activation itself is to come out"},
     "results that are views": {

@@ -1,0 +1,1 @@
+"""Checks of chapter 12: balanced brackets."""

@@ -1,0 +1,81 @@
+"""What the checks of breaking the model in chapter 12 cannot know: see tests/test_checks.py."""
+
+from typing import Any
+
+import torch
+
+import solutions.ch12_brackets as ref
+from course_utils.checks.ch12.breaking import broken, climbing, sloping
+from course_utils.checks.ch12.small import texts
+from course_utils.data.brackets import CLOSE, END, PAD, encode
+from tests.ch12 import other_brackets as other
+from tests.ch12.test_reading import small
+
+SECRETS = ("multinomial(", "autograd.grad(scores", "torch.where(")
+# Changes after which the reference still does what its statement says.
+STILL_RIGHT: set[str] = set()
+
+
+def backward(model: Any, tokens: Any) -> Any:
+    """The right numbers, by a backward pass that goes through the weights as well."""
+    effects = other.flip_effects(model, tokens)
+    ref.unbalanced_scores(model, tokens).sum().backward()
+    return effects
+
+
+def ends_moved(model: Any, tokens: Any, generator: Any, steps: int) -> Any:
+    out = other.hill_climb(model, tokens, generator, steps)
+    return out.masked_fill(out == END, PAD) if steps else out
+
+
+def from_global(model: Any, tokens: Any, generator: Any, steps: int) -> Any:
+    return other.hill_climb(model, tokens, None, steps)
+
+
+def in_place(model: Any, tokens: Any, generator: Any, steps: int) -> Any:
+    tokens.copy_(other.hill_climb(model, tokens, generator, steps))
+    return tokens
+
+
+SURPRISES: dict[str, list[tuple[str, Any]]] = {
+    "flip_effects": [
+        ("it changed `model.embed.W_E.grad`", backward),
+        ("values are wrong", lambda model, tokens: other.flip_effects(model, tokens).abs()),
+        ("wrong shape", lambda model, tokens: other.flip_effects(model, tokens)[:, 1:-1]),
+        (
+            "values are wrong",
+            sloping(lambda W_E, token: 2 * (W_E[1 - token] - W_E[token]) if token < 2 else 0 * W_E[0]),
+        ),
+    ],
+    "hill_climb": [
+        ("START, END or PAD changed", ends_moved),
+        ("it drew from torch's global", from_global),
+        ("it changed", in_place),
+        ("none became", climbing(lambda new, old, first, text: new < old - 0.0125 and broken(text))),
+    ],
+}
+
+ALSO_RIGHT: dict[str, list[Any]] = {name: [getattr(other, name)] for name in SURPRISES}
+
+
+def test_first_order_is_the_limit_of_small_moves() -> None:
+    """A model in which the two brackets have nearly the same embedding: a flip is a small move."""
+    model, tokens = small().double(), texts()
+    with torch.no_grad():
+        W_E = model.embed.W_E
+        W_E[CLOSE] = W_E[0] + 1e-5 * torch.arange(8.0).double()
+    effects = ref.flip_effects(model, tokens)
+    turned = tokens.clone()
+    turned[:, 2] = 1 - tokens[:, 2]
+    with torch.no_grad():
+        true = ref.unbalanced_scores(model, turned) - ref.unbalanced_scores(model, tokens)
+    torch.testing.assert_close(effects[:, 2], true, rtol=1e-2, atol=1e-7)
+
+
+def test_climbing_ends_lower_and_never_balanced() -> None:
+    model = small()
+    tokens = encode(["())(()", "((()", "))))))))"] * 4, 11)
+    found = ref.hill_climb(model, tokens, torch.Generator().manual_seed(0), 30)
+    with torch.no_grad():
+        assert (ref.unbalanced_scores(model, found) <= ref.unbalanced_scores(model, tokens)).all()
+    assert not ref.is_balanced_batch(found).any()
