@@ -24,7 +24,8 @@ def sample_features(
     `generator`; the result is on its device, and has the dtype of `probability`.
     Source: Elhage et al. 2022, "Demonstrating superposition".
     """
-    shape, options = (n_batch, *probability.shape), {"device": generator.device, "dtype": probability.dtype}
+    shape = (n_batch, *probability.shape)
+    options: dict[str, Any] = {"device": generator.device, "dtype": probability.dtype}
     values = torch.rand(shape, generator=generator, **options)
     is_active = torch.rand(shape, generator=generator, **options) < probability
     return values * is_active
@@ -241,7 +242,8 @@ class AbsModel(nn.Module):
 
     def __init__(self, n_instances: int, n_features: int, n_neurons: int, generator: torch.Generator) -> None:  # given
         super().__init__()
-        scale, options = (2 / (n_features + n_neurons)) ** 0.5, {"generator": generator, "device": generator.device}
+        scale = (2 / (n_features + n_neurons)) ** 0.5
+        options: dict[str, Any] = {"generator": generator, "device": generator.device}
         self.W_in = nn.Parameter(scale * torch.randn(n_instances, n_neurons, n_features, **options))
         self.W_out = nn.Parameter(scale * torch.randn(n_instances, n_features, n_neurons, **options))
         self.b = nn.Parameter(torch.zeros(n_instances, n_features, device=generator.device))

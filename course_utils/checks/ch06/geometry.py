@@ -60,7 +60,7 @@ def geometry(name: str, fn: Fn, each: Callable[[Tensor, int], Tensor]) -> None:
 )
 def check_feature_norms(fn: Fn) -> None:
     """Any weights, and features that are not stored."""
-    geometry("feature_norms", fn, lambda w, f: torch.sqrt(sum(w[k, f] ** 2 for k in range(len(w)))))  # type: ignore[arg-type]
+    geometry("feature_norms", fn, lambda w, f: torch.sqrt(sum(w[k, f] ** 2 for k in range(len(w)))))
 
 
 # ------------------------------------------------------------------------------------------------------- interference

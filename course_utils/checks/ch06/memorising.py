@@ -155,7 +155,7 @@ def _made(name: str, fn: Fn, n_samples: int, steps: int) -> tuple[Any, Tensor]:
         raise CheckFailed(f"{name}: expected the model and the samples, got {got}.\n  {call}\n  Next: return both.")
     model, samples = made
     if not isinstance(samples, Tensor) or tuple(samples.shape) != (n_samples, 2, 6):
-        got = tuple(samples.shape) if isinstance(samples, Tensor) else type(samples).__name__
+        got = str(tuple(samples.shape)) if isinstance(samples, Tensor) else type(samples).__name__
         raise CheckFailed(
             f"{name}: the samples should have shape ({n_samples}, 2, 6), [sample, instance, feature], got {got}.\n"
             f"  {call}\n  Next: return what sample_features gave, scaled."

@@ -183,13 +183,13 @@ def check_importance_weighted_loss(fn: Fn) -> None:
     for what, (n_batch, n_instances, n_features, each) in cases.items():
         x, out = (noise(n_batch, n_instances, n_features, seed=seed) for seed in (1, 2))
         importance = noise(*([n_instances] if each else []), n_features, seed=3).abs() + 0.3
-        total = 0.0
+        total = torch.zeros(())
         for i in range(n_instances):
             for f in range(n_features):
                 weight = importance[i, f] if each else importance[f]
-                total += weight * sum((out[row, i, f] - x[row, i, f]) ** 2 for row in range(n_batch))
+                total = total + weight * (out[:, i, f] - x[:, i, f]).square().sum()
         expected = total / (n_batch * n_features)
-        compare(f"{name} with importance {what}", fn(out, x, importance), torch.as_tensor(expected), "")
+        compare(f"{name} with importance {what}", fn(out, x, importance), expected, "")
     follows_input(name, fn, (out, x, importance), "")
     carries_gradient(name, fn, (out, x, importance))
 
