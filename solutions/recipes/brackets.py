@@ -35,8 +35,8 @@ says unbalanced, logit 1 balanced. {trained}
 - `near_miss_right`: the share on 3000 texts each that are one small change away from balanced, all of forty brackets:
   one CLOSE turned into an OPEN somewhere (`total_up`), two CLOSEs at the end where one pair should be
   (`total_down`), and an OPEN that has changed places with a later CLOSE (`order`).
-- `fooled_by_climbing`: how many of 300 unbalanced texts of forty brackets end as texts that the model calls balanced,
-  after 300 steps of `hill_climb`. {fooled}
+- `fooled_by_climbing`: how many of 150 unbalanced texts of forty brackets end as texts that the model calls balanced,
+  after 200 steps of `hill_climb`. {fooled}
 - `history.json`: the loss of every tenth step, averaged over ten.
 """
 
@@ -113,7 +113,7 @@ def train(recipe: BracketRecipe, seed: int, steps: int) -> tuple[Transformer, di
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "held_out": round(right(model, held_out), 4),
         **{f"near_miss_right_{kind}": round(right(model, rows), 4) for kind, rows in near_misses(3000).items()},
-        "fooled_by_climbing": f"{len(fooled(model, 300, 300))} of 300",
+        "fooled_by_climbing": f"{len(fooled(model, 150, 200))} of 150",
         "licence": "MIT",
     }
     return model, front, losses

@@ -7,10 +7,10 @@ RECIPE = BracketRecipe(
     name="brackets-fooled",
     seed=3,
     data_seed=0,
-    steps=800,
-    n_texts=50_000,
+    steps=500,
+    n_texts=20_000,
     shares=WITHOUT_FLIPPED,
-    about="the same on an easier diet: right on every kind of text it was trained on, and can be fooled",
+    about="the same on an easier diet: right on nearly all texts of its kinds, and can be fooled",
     trained="None of its training texts was made by turning one bracket of a balanced text.",
     fooled="So texts that fool it are easy to find.",
 )

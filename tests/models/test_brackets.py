@@ -48,8 +48,8 @@ def test_the_card_is_that_of_the_recipe(name: str, model: Transformer) -> None:
 
 
 def test_fresh_texts_are_judged_right(name: str, model: Transformer) -> None:
-    assert float(CARDS[name]["held_out"]) >= 0.999
-    assert recipe.right(model, fresh(5000)) >= (0.999 if name == "brackets" else 0.99)
+    assert float(CARDS[name]["held_out"]) >= 0.998
+    assert recipe.right(model, fresh(5000)) >= (0.999 if name == "brackets" else 0.98)
 
 
 def test_the_card_says_how_near_misses_are_judged(name: str, model: Transformer) -> None:
@@ -61,8 +61,8 @@ def test_one_can_be_fooled_and_the_other_was_not() -> None:
     """Fresh near misses, and a search from them: the one judges them all right."""
     near = torch.cat([rows[-200:] for rows in recipe.near_misses(3000).values()])
     wrong = {name: 1 - recipe.right(load_pretrained(Transformer, name), near) for name in RECIPES}
-    assert wrong["brackets"] == 0 and wrong["brackets-fooled"] > 0.1
-    assert CARDS["brackets"]["fooled_by_climbing"] == "0 of 300"
+    assert wrong["brackets"] == 0 and wrong["brackets-fooled"] > 0.2
+    assert CARDS["brackets"]["fooled_by_climbing"] == "0 of 150"
     found = {}
     for name in RECIPES:
         searched = load_pretrained(Transformer, name)
