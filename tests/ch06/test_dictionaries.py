@@ -1,5 +1,8 @@
 """What the checks of dictionaries cannot know: see tests/test_checks.py."""
 
+import ast
+import inspect
+import textwrap
 from typing import Any
 
 import pytest
@@ -9,12 +12,29 @@ from torch import Tensor
 import solutions.ch06_superposition as ref
 from course_utils.checks.ch06 import dictionaries as known
 from tests.ch06 import other_dictionaries as other
+from tests.support.mutation import variants
 
 SECRETS = ("einsum(", ".topk(", "scatter(", "rearrange(", "torch.where(", "keepdim=True")
+
+
+def changes_of(method: Any) -> set[str]:
+    """The small changes of a method that is given: no check sees them, since the kinds come later as exercises."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(method)))
+    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.expr)]
+    return {f"{ast.unparse(node)} -> {ast.unparse(variant)}" for node in nodes for variant in variants(node)}
+
+
 # Changes after which the reference still does what its statement says.
 STILL_RIGHT = {
     "flat.topk(n_kept, dim=-1) -> flat.topk(n_kept)",  # the last axis is where it looks by itself
     "pre.topk(min(k, pre.shape[-1]), dim=-1) -> pre.topk(min(k, pre.shape[-1]))",
+    "1.0 -> 2.0",  # a row of zeros divided by anything is zero
+    "norm > 0 -> norm != 0",  # no norm is negative
+    # torch sums what backward returns to the shape of the argument; no sample is exactly at the edge of the window
+    "(-grad * is_near / ctx.bandwidth).sum(dim=0) -> -grad * is_near / ctx.bandwidth",
+    "(-grad * is_near * threshold / ctx.bandwidth).sum(dim=0) -> -grad * is_near * threshold / ctx.bandwidth",
+    "(pre - threshold).abs() < ctx.bandwidth / 2 -> (pre - threshold).abs() <= ctx.bandwidth / 2",
+    *changes_of(ref.SparseAutoencoder.activate),  # tested below
 }
 
 
@@ -95,6 +115,7 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
         ("values are wrong", known.jumping(value=lambda pre, threshold: pre.clamp(min=threshold))),
         ("the gradient of `threshold`", known.jumping(reduce=lambda slopes: slopes.amin(0))),
         ("the gradient of `pre`", known.jumping(to_pre=lambda grad, pre, threshold: grad * pre)),
+        ("torch refuses what backward returns", known.jumping(reduce=lambda slopes: slopes.sum())),
     ],
     "SparseAutoencoder": [
         ("expected a class that inherits from nn.Module", lambda *given, **options: None),
@@ -176,3 +197,43 @@ def test_the_gradient_that_is_left_is_perpendicular() -> None:
     W_dec, grad = torch.randn(3, 6, 5), torch.randn(3, 6, 5)
     left = ref.remove_parallel_gradient(W_dec, grad)
     assert (left * W_dec).sum(-1).abs().max() < 1e-5
+
+
+def given_sae(kind: str, n_instances: int | None) -> tuple[Any, Tensor]:
+    """An autoencoder whose parameters all differ, and pre-activations for it."""
+    sae = ref.SparseAutoencoder(5, 7, kind, n_instances, k=2)
+    with torch.no_grad():
+        for seed, parameter in enumerate(sae.parameters()):
+            parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed)) * 0.5)
+    lead = () if n_instances is None else (n_instances,)
+    return sae, torch.randn(11, *lead, 7, generator=torch.Generator().manual_seed(50))
+
+
+@pytest.mark.parametrize("n_instances", [None, 3])
+def test_each_kind_activates_in_its_own_way(n_instances: int | None) -> None:
+    right = {
+        "relu": lambda sae, pre: other.relu_latents(pre),
+        "topk": lambda sae, pre: other.topk_latents(pre, 2),
+        "batch_topk": lambda sae, pre: other.batch_topk_latents(pre, 2)[0],
+        "gated": lambda sae, pre: other.gated_latents(pre - sae.b_enc, sae.b_enc, sae.r_mag, sae.b_mag)[0],
+        "jumprelu": lambda sae, pre: pre * (pre > sae.log_threshold.exp()),
+    }
+    for kind, expected in right.items():
+        sae, pre = given_sae(kind, n_instances)
+        torch.testing.assert_close(sae.activate(pre), expected(sae, pre))
+
+
+@pytest.mark.parametrize("n_instances", [None, 3])
+def test_in_evaluation_batch_topk_uses_the_mean_threshold(n_instances: int | None) -> None:
+    sae, pre = given_sae("batch_topk", n_instances)
+    sae.activate(pre)
+    threshold = 0.02 * other.batch_topk_latents(pre, 2)[1]
+    torch.testing.assert_close(sae.threshold, threshold)
+    sae.eval()
+    torch.testing.assert_close(sae.activate(pre), pre * (pre > threshold[..., None]))
+    torch.testing.assert_close(sae.threshold, threshold)
+
+
+def test_an_unknown_kind_is_refused() -> None:
+    with pytest.raises(ValueError, match="there is no kind 'l1'; choose one of relu, topk"):
+        ref.SparseAutoencoder(5, 7, "l1")

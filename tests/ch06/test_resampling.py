@@ -12,6 +12,7 @@ from solutions.ch03_training import AdamW
 from tests.ch06 import other_dictionaries as other
 
 SECRETS = ("einsum(", "masked_fill", "multinomial(", "torch.where(", "keepdim=True")
+ONLY_ON_GPU = "device"
 # Changes after which the reference still does what its statement says.
 STILL_RIGHT = {"-1 -> 1"}  # of two axes, the second is the last
 

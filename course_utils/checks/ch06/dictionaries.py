@@ -277,6 +277,9 @@ def gating(
             magnitude=lambda projected, r_mag, b_mag, b_gate: projected * r_mag.exp() + b_mag
         ),
         "a latent is its magnitude whether the gate is open or not.": gating(join=lambda gate, magnitude: magnitude),
+        "a gate of exactly 0 counts as open; it should be above 0.": gating(
+            join=lambda gate, magnitude: magnitude * (gate >= 0)
+        ),
         "magnitude and gate are multiplied; the gate should only let pass or not.": gating(
             join=lambda gate, magnitude: magnitude * gate.relu()
         ),
@@ -301,6 +304,7 @@ def check_gated_latents(fn: Fn) -> None:
     for lead in LEADS:
         axes = f"batch {WORDS[lead]}latent"
         inputs = (batch_of(lead, LATENT, 4), *(noise(*lead, LATENT, seed=seed, scale=0.7) for seed in (5, 6, 7)))
+        inputs[0][1, ..., 2], inputs[3][..., 2] = -inputs[1][..., 2], 3.0  # a gate of exactly 0, which is not open
         projected, b_gate, r_mag, b_mag = [tensor.expand_as(inputs[0]).flatten().tolist() for tensor in inputs]
         right = [
             max(p * math.exp(r) + m, 0.0) if p + g > 0 else 0.0
@@ -480,13 +484,26 @@ def _check_step(
                         f"{name}: no gradient gets through.\n  Next: call no `.detach()` or no_grad in it."
                     )
                 with during("in backward"), unchanged(name, **{"the gradient from above": grad}):
-                    got = torch.autograd.grad(out, leaves, grad, allow_unused=True)
+                    got = backward_of(where, out, leaves, grad)
                 slopes = [slope(p, t, bandwidth) for p, t in zip(narrow, wide, strict=True)]
                 for number, (label, words) in enumerate((("pre", axes), ("threshold", f"{WORDS[lead]}latent"))):
                     want = torch.tensor([each[number] for each in slopes], dtype=dtype).reshape(pre.shape) * grad
                     want = want if number == 0 else want.sum(0)
                     given = torch.zeros_like(leaves[number]) if got[number] is None else got[number]
                     compare(f"{where}: the gradient of `{label}`", given, want, words)
+
+
+def backward_of(where: str, out: Tensor, leaves: list[Tensor], grad: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients of the leaves; what torch says about a backward that returns something else is for the learner."""
+    try:
+        return torch.autograd.grad(out, leaves, grad, allow_unused=True)
+    except RuntimeError as error:
+        if not str(error).startswith("Function "):
+            raise
+        raise CheckFailed(
+            f"{where}: torch refuses what backward returns.\n  {error}\n"
+            "  Next: return a gradient (or None) for each of the three arguments, in the shape of that argument."
+        ) from None
 
 
 def unit_height(pre: Tensor, threshold: Tensor, bandwidth: float) -> float:
