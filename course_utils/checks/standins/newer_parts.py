@@ -9,6 +9,10 @@ class RotaryAttention(Attention):
     """Attention with hook points for turned queries and keys."""
 
 
+class GroupedQueryAttention(Attention):
+    """Attention with fewer heads of keys and values than of queries, and no biases."""
+
+
 class ParallelBlock(Block):
     """A block without a stream between attention and MLP."""
 
