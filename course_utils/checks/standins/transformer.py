@@ -179,7 +179,7 @@ class TiedUnembed(nn.Module):
         self.embed = [embed]  # no submodule: it is one of the model already
 
     @property
-    def W_U(self) -> Tensor:
+    def W_U(self) -> Tensor:  # noqa: N802 (a weight's name)
         return self.embed[0].W_E.T
 
     def forward(self, resid: Tensor) -> Tensor:
