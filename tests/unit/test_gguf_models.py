@@ -50,7 +50,6 @@ def test_an_unembedding_of_its_own(tmp_path: Path) -> None:
 
 
 def test_the_tokenizer(there) -> None:
-    file, _ = there
     tokenizer = load_pretrained(solution.Transformer, NAME).tokenizer
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (0, 2, 2)
     written = [tokenizer.convert_ids_to_tokens(tokenizer.encode(text)) for text in ("the the 12", "a<|im_end|>1212")]
@@ -76,7 +75,9 @@ def test_a_damaged_file_is_refused_by_name(there, damage: str) -> None:
     file, _ = there
     content = file.read_bytes()
     file.write_bytes(content[:-100] if damage == "truncated" else content[:-1] + bytes([content[-1] ^ 1]))
-    with pytest.raises(PretrainedError, match=r"tiny\.gguf is damaged or was changed, .*`course models fetch") as caught:
+    with pytest.raises(
+        PretrainedError, match=r"tiny\.gguf is damaged or was changed, .*`course models fetch"
+    ) as caught:
         load_pretrained(solution.Transformer, NAME)
     assert "\n" not in str(caught.value)
 
