@@ -231,7 +231,7 @@ def test_a_full_disk_is_one_sentence(index: Index, full: str) -> None:
 def test_where_nothing_can_be_written(index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv(fetching.FOLDER, str(tmp_path / "file"))
-    with pytest.raises(CourseError, match="Nothing can be written into .*, or name another folder with COURSE_CACHE"):
+    with pytest.raises(CourseError, match=r"Nothing can be written into .*, or name another folder with COURSE_CACHE"):
         fetch(NAME)
 
 
