@@ -903,7 +903,8 @@ class TiedUnembed(nn.Module):
     @property
     def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
         """The transpose of `W_E`: a view, not a copy."""
-        return self.embed[0].W_E.T
+        W_E: Tensor = self.embed[0].get_parameter("W_E")
+        return W_E.T
 
     def forward(self, resid: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:
         """Return the logits of the next token at every position."""

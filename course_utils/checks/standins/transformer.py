@@ -180,7 +180,8 @@ class TiedUnembed(nn.Module):
 
     @property
     def W_U(self) -> Tensor:  # noqa: N802 (a weight's name)
-        return self.embed[0].W_E.T
+        W_E: Tensor = self.embed[0].get_parameter("W_E")
+        return W_E.T
 
     def forward(self, resid: Tensor) -> Tensor:
         return resid @ self.W_U
