@@ -39,7 +39,7 @@ from course_utils.lint import (
 from course_utils.overview import FILES, read_chapter, with_passages
 from course_utils.scopes import FUNCTIONS, scan
 from course_utils.slicing import DEFINITIONS
-from course_utils.wording import MEANT
+from course_utils.wording import CITED, MEANT
 
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
@@ -239,7 +239,7 @@ def with_marks(parts: list[list[Part]]) -> list[str]:
         for part in cell:
             following = following[1:] if part.level else following
             texts.append(with_mark(part, following) if part.marked else part.source)
-        result.append(MEANT.sub("", "".join(texts)))
+        result.append(CITED.sub("", MEANT.sub("", "".join(texts))))
     return result
 
 

@@ -110,15 +110,21 @@ def hook_points(model: nn.Module) -> dict[str, HookPoint]:
     named = model.named_modules()
     points = {name.replace(WRAPPER, ""): module for name, module in named if isinstance(module, HookPoint)}
     for name, point in points.items():
-        point.name = name
+        if point.name != name:  # a module's attributes are slow to set
+            point.name = name
     return points
 
 
-def _select(model: nn.Module, names: Names) -> dict[str, HookPoint]:
-    """The hook points that a name, a glob, several of these, or a predicate stands for, in the model's order."""
+def _some_hook_points(model: nn.Module) -> dict[str, HookPoint]:
+    """All hook points of a model that has any."""
     points = hook_points(model)
     if not points:
         raise ValueError(f"This {type(model).__name__} has no hook points; give it some, as self.hook_z = HookPoint().")
+    return points
+
+
+def _select(points: Mapping[str, HookPoint], names: Names) -> dict[str, HookPoint]:
+    """Those that a name, a glob, several of these, or a predicate stands for, in the model's order."""
     if callable(names):
         chosen = {name for name in points if names(name)}
         if not chosen:
@@ -145,7 +151,8 @@ def _eager(model: nn.Module) -> AbstractContextManager[Any]:
 @contextmanager
 def _attached(model: nn.Module, wanted: Mapping[Any, Any] | Iterable[tuple[Any, Any]]) -> Iterator[None]:
     pairs = list(wanted.items() if isinstance(wanted, Mapping) else wanted)
-    chosen = [(_select(model, names).values(), fns) for names, fns in pairs]  # all names first: nothing half attached
+    found = _some_hook_points(model) if pairs else {}
+    chosen = [(_select(found, names).values(), fns) for names, fns in pairs]  # all names first: nothing half attached
     with ExitStack() as stack:
         stack.enter_context(_eager(model))
         for points, fns in chosen:
@@ -182,7 +189,7 @@ def add_hook(model: nn.Module, name: Names, fn: HookFn) -> None:
             "add_hook: what torch.compile has made of a model calls no hooks that come later; "
             "add them before you compile, or use run_with_hooks."
         )
-    for point in _select(model, name).values():
+    for point in _select(_some_hook_points(model), name).values():
         point.add(fn)
 
 
@@ -346,7 +353,7 @@ def run_with_cache(
     size, before it is filled, if the cache will take more than 1000 MB; raises UnknownName, before the model runs, for
     a name or glob that fits nothing.
     """
-    points = _select(model, "*" if names is None else names)
+    points = _select(_some_hook_points(model), "*" if names is None else names)
     if names is None:
         points = {name: point for name, point in points.items() if not point.on_request}
     activations: dict[str, Tensor] = {}

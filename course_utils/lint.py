@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from course_utils.cells import names, plain_python
-from course_utils.wording import UNREAD, findings
+from course_utils.wording import findings
 
 FENCED = re.compile(r"^(`{3,}|~{3,}).*?^\1", re.MULTILINE | re.DOTALL)
 HEADING = re.compile(r"^(#{1,6})[ \t]+(.*)$", re.MULTILINE)
@@ -186,7 +186,7 @@ def wording_problems(cells: Iterable[LessonCell]) -> Iterator[str]:
     """Words in the prose for which the course has a better one."""
     for cell in cells:
         file, _, line = cell.where.rpartition(":")
-        if cell.kind == "markdown" and Path(file).name[:2] not in UNREAD:
+        if cell.kind == "markdown":
             yield from (f"{file}:{int(line) + finding.line}: {finding}" for finding in findings(cell.source))
 
 

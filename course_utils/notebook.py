@@ -192,7 +192,7 @@ def _at_most(seconds: float, cells: str) -> Iterator[types.SimpleNamespace]:
 def exercise(module: types.ModuleType, name: str) -> Any:
     """The learner's object of that name, or a CourseError that says which cell is to blame."""
     if name in module.__broken__:
-        raise CourseError(f"{name}: {_reason(module, name)[1]}")
+        raise CourseError(f"{name}: {reason(module, name)[1]}")
     if not hasattr(module, name):
         missing = f"not found in {module.__notebook__}; was its cell deleted or the name changed?"
         raise CourseError(f"{name}: {module.__left_out__.get(name, missing)}")
@@ -203,7 +203,7 @@ def exercise(module: types.ModuleType, name: str) -> Any:
     return found
 
 
-def _reason(module: types.ModuleType, name: str) -> tuple[str, str]:
+def reason(module: types.ModuleType, name: str) -> tuple[str, str]:
     """Why a name is not what it should be, in a sentence; and the name where that began, which this one was made of."""
     known, seen = module.__left_out__ | module.__broken__, {name}
     while (missing := MISSING.search(known[name])) and missing[1] in known.keys() - seen:
@@ -226,9 +226,9 @@ def explained(module: types.ModuleType, name: str, message: str) -> str:
     for part in used:
         # What does not exist does no harm as long as nobody asks for it.
         if part in module.__left_out__ and hasattr(module, part):
-            return _needs(name, *_reason(module, part))
+            return _needs(name, *reason(module, part))
     if missing and missing[1] in module.__left_out__ | module.__broken__:
-        return _needs(name, *_reason(module, missing[1]))
+        return _needs(name, *reason(module, missing[1]))
     if missing and module.__unseen__:
         return _needs(name, missing[1], module.__unseen__[0])
     aside = [(part, module.__aside__[part]) for part in used if part in module.__aside__]

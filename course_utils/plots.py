@@ -172,10 +172,12 @@ def scatter(
     texts: Sequence[str | None] | None = None,
     x_log: bool = False,
     y_log: bool = False,
+    diagonal: bool = False,
 ) -> Figure:
     """One dot per pair of values; `labels` appear when the pointer is on a dot, `texts` stand beside it for good.
 
     A dot whose text is None or "" has none; give texts to the few dots that the prose names.
+    With `diagonal`, a dotted line shows where both values are equal.
     """
     import plotly.graph_objects as go
 
@@ -198,6 +200,9 @@ def scatter(
             hovertemplate="%{hovertext}: (%{x:.4g}, %{y:.4g})<extra></extra>",
         )
     )
+    if diagonal and len(across):
+        low, high = max(across.min(), up.min()).item(), min(across.max(), up.max()).item()
+        figure.add_shape(type="line", x0=low, y0=low, x1=high, y1=high, line={"dash": "dot"}, layer="below")
     label_axes(figure, x, y, title)
     return _log_axes(figure, [across] if x_log else None, [up] if y_log else None)
 

@@ -4,6 +4,7 @@ Of the cells above it runs what the cells below need, and nothing else: no exerc
 runs for its picture alone. After "Run All" everything is there already, and it does nothing.
 """
 
+import re
 import tempfile
 from pathlib import Path
 
@@ -11,11 +12,13 @@ import nbformat
 from IPython import get_ipython
 
 from course_utils.cells import names, plain_python, read_notebook
-from course_utils.notebook import load_notebook
+from course_utils.exercises import course_exercises
+from course_utils.notebook import load_notebook, reason
 from course_utils.places import own_notebooks, work_folder
 
 MOST_SECONDS = 600.0
 JUST_STARTED = 10  # a kernel that has run more cells than these has run those above, in `course run` for instance
+STUB = re.compile(r": NotImplementedError: (\w+)")  # what an exercise says that is not written yet
 
 
 def resume(chapter: str) -> None:
@@ -42,8 +45,19 @@ def resume(chapter: str) -> None:
     found = {name: value for name, value in vars(module).items() if name in missing - module.__broken__.keys()}
     shell.user_ns.update(found)
     print(f"{len(found)} names are back.")
+    optional = {exercise.name for exercise in course_exercises().get(chapter, ()) if exercise.optional}
+    skipped = set[str]()
     for name in sorted(missing & module.__broken__.keys()):
-        print(f"  without {name}: {module.__broken__[name]}")
+        stub = STUB.search(reason(module, name)[1])
+        if stub and stub[1] in optional:
+            skipped.add(stub[1])
+        else:
+            print(f"  without {name}: {module.__broken__[name]}")
+    if skipped:
+        print(
+            f"Left out: what needs the optional exercises that you have not written ({', '.join(sorted(skipped))}). "
+            "The core path does not need it."
+        )
 
 
 def divided(path: Path, chapter: str) -> tuple[nbformat.NotebookNode, set[str]]:

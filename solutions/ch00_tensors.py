@@ -52,7 +52,7 @@ def gather_logprobs(
 
 
 def mean_where(values: Float[Tensor, "batch pos"], mask: Bool[Tensor, "batch pos"]) -> Float[Tensor, " batch"]:
-    """For each text the mean of those values at which the mask is True; there is at least one in every text.
+    """For each text, the mean of the values where the mask is True; every text has at least one.
 
     The other values do not matter, whatever they are: padding may hold inf or NaN.
     """
@@ -94,7 +94,7 @@ def merge_heads(z: Float[Tensor, "batch pos head d_head"]) -> Float[Tensor, "bat
 
 
 def repeat_prompts(tokens: Int[Tensor, "batch pos"], n_samples: int) -> Int[Tensor, "row pos"]:
-    """Every prompt `n_samples` times, so that as many stories can be drawn from each.
+    """Every prompt `n_samples` times, so that several stories can be drawn from each.
 
     The copies of one prompt stand together: first all of prompt 0, then all of prompt 1, and so on.
     """
@@ -106,7 +106,7 @@ def average_values(
 ) -> Float[Tensor, "batch query head d_head"]:
     """What each head gathers for each query: the sum of its values over all keys, each times its weight in the pattern.
 
-    The weights of a query sum to 1 already, so that the sum is a weighted mean.
+    The weights of a query already sum to 1, so the sum is a weighted mean.
     """
     return einops.einsum(pattern, v, "batch head query key, batch key head d_head -> batch query head d_head")
 
@@ -155,7 +155,7 @@ def gradient_by_backward(fn: Callable[[Tensor], Tensor], at: Float[Tensor, "..."
     """How fast fn(at), a single number, changes with each of the numbers in `at`; worked out by `backward`.
 
     `at` stays as it is in every respect: if it did not record gradients, it does not do so afterwards, and its own
-    `.grad`, where it has one, is neither changed nor part of the answer. The answer records no gradients.
+    `.grad`, if it has one, is neither changed nor part of the answer. The answer records no gradients.
     """
     leaf = at.detach().requires_grad_()
     fn(leaf).backward()
@@ -176,5 +176,5 @@ class Bigram(nn.Module):
         self.table = nn.Parameter(torch.zeros(d_vocab, d_vocab))
 
     def forward(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_vocab"]:
-        """The logits after each token; not probabilities. Dtype and device are those of the parameter."""
+        """The logits after each token; not probabilities. Dtype and device are the parameter's."""
         return self.table[tokens]

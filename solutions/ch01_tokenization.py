@@ -37,8 +37,8 @@ def count_pairs(words: Mapping[Word, int]) -> Counter[Pair]:
 def merge_pair(word: Word, pair: Pair, new_id: int) -> Word:
     """Replace `pair` in the word by the one token `new_id`, everywhere, from left to right.
 
-    A token is used once: in (7, 7, 7) the pair (7, 7) is replaced once, and a 7 is left over at the end. What has just
-    been made takes no part in the same merge.
+    A token is used once: in (7, 7, 7) the pair (7, 7) is replaced once, and a 7 is left over at the end. A token
+    just made takes no part in the same merge.
     """
     merged: list[int] = []
     position = 0

@@ -342,7 +342,8 @@ def convert_gpt2_weights(state_dict: dict[str, Tensor], cfg: TransformerConfig) 
     Theirs are stored [in, out] (their `Conv1D`), so that `resid @ W` is right as it is; only `lm_head.weight` is
     [out, in]. `c_attn` holds queries, keys and values side by side, and within each the heads side by side: head 0's
     d_head columns first. `attn.c_proj` takes the heads stacked in the same order. GPT-2 has no unembedding bias: ours
-    is zero. Masks stored among the weights (`attn.bias`, `attn.masked_bias`) are left behind.
+    is zeros in the dtype of the other weights (`new_zeros`). Masks stored among the weights (`attn.bias`,
+    `attn.masked_bias`) are left behind.
     """
     gpt2 = {name.removeprefix("transformer."): weight for name, weight in state_dict.items()}
     ours = {
@@ -407,7 +408,8 @@ def apply_frequency_penalty(
 def keep_top_k(logits: Float[Tensor, "batch d_vocab"], k: int) -> Float[Tensor, "batch d_vocab"]:
     """Keep the `k` largest logits of each row and set the others to -inf.
 
-    A `k` larger than the vocabulary keeps everything; raises ValueError for a `k` below 1. The input is left unchanged.
+    A `k` larger than the vocabulary keeps everything; raises ValueError for a `k` below 1. If several logits equal the
+    `k`-th largest, either exactly `k` stay, whichever of the equals, or all of the equals. The input is left unchanged.
     Source: Fan et al. 2018, section 5.4.
     """
     if k < 1:
@@ -421,7 +423,8 @@ def keep_top_p(
 ) -> Float[Tensor, "batch d_vocab"]:
     """Keep each row's smallest set of likeliest tokens whose probabilities sum to at least `p`; the rest become -inf.
 
-    The token with which the sum crosses `p` is kept. At least `min_tokens_to_keep` tokens stay, however small `p` is.
+    The token with which the sum reaches or crosses `p` is the last one kept. At least `min_tokens_to_keep` tokens stay,
+    however small `p` is.
     With `p` = 1 every token stays, even where rounding makes the sum reach 1 before the last of them.
     Raises ValueError for a `p` outside (0, 1]. The input is left unchanged.
     Source: Holtzman et al. 2020, section 3.1 (nucleus sampling).
@@ -729,8 +732,9 @@ def convert_neox_weights(state_dict: dict[str, Tensor], cfg: TransformerConfig) 
     head: first the d_head rows of head 0's queries, then those of its keys, then of its values, then head 1. Its bias
     is arranged in the same way. The columns of `attention.dense` are the heads, one after the other. The unembedding is
     named `lm_head.weight`, or `embed_out.weight` in older versions of transformers: take the one that is there. It has
-    no bias: ours is zero. Rotary positions have no weights, so there is no `pos_embed`; masks and tables stored among
-    the weights (`attention.bias`, `attention.masked_bias`, `attention.rotary_emb.inv_freq`) are left behind.
+    no bias: ours is zeros in the dtype of the other weights (`new_zeros`). Rotary positions have no weights, so there
+    is no `pos_embed`; masks and tables stored among the weights (`attention.bias`, `attention.masked_bias`,
+    `attention.rotary_emb.inv_freq`) are left behind.
     """
     neox = {name.removeprefix("gpt_neox."): weight for name, weight in state_dict.items()}
     unembed = neox["lm_head.weight"] if "lm_head.weight" in neox else neox["embed_out.weight"]

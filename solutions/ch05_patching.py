@@ -76,7 +76,8 @@ def head_attribution(
     What a head adds to the stream is its `z` (in the cache) times its `W_O`. It goes through the final LayerNorm as a
     part of the whole: its own mean is subtracted, it is divided by the scale of the whole stream (`ln_final.scale` in
     the cache) and multiplied by `ln_final.w`; then the dot product with the prompt's direction. `b_O` and `ln_final.b`
-    belong to no head and are left out. Without normalisation only the dot product is there.
+    belong to no head and are left out. In a model without normalisation (`model.cfg.normalization` is "none") only the
+    dot product is there.
     Source: Elhage et al. 2021; Wang et al. 2022, section 3.1.
     """
     refuse_rms_norm("head_attribution", model)
@@ -138,6 +139,7 @@ def patch_residual_stream(
     return torch.stack(values).reshape(n_layers + 1, n_pos)
 
 
+@torch.no_grad()
 def patch_components(
     model: Any, tokens: Int[Tensor, "batch pos"], source_cache: Any, metric: Metric
 ) -> Float[Tensor, "component layer pos"]:
@@ -155,8 +157,7 @@ def patch_components(
                 values.append(metric(logits).mean())
     table = torch.stack(values).reshape(-1, n_layers, n_pos)
     if model.cfg.attn_only:
-        with torch.no_grad():
-            unpatched = metric(model(tokens)).mean()
+        unpatched = metric(model(tokens)).mean()
         table = torch.cat([table, unpatched.expand_as(table)])
     return table
 
@@ -356,9 +357,9 @@ def refuse_unknown(model: Any, senders: Sequence[Head], receivers: Sequence[Rece
 def two_runs(
     model: Any, clean: Int[Tensor, "batch pos"], corrupted: Int[Tensor, "batch pos"], freeze_mlps: bool
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """What to hold, and what to send: activations of the clean run, and the z of all heads of the corrupted run.
+    """What to hold, and what to send: activations of the clean run, and the z of all heads in the corrupted run.
 
-    To hold are the z of all heads and, with `freeze_mlps` and where there are MLPs, their `mlp_out`.
+    The z of all heads are held; with `freeze_mlps`, so is the `mlp_out` of any MLPs.
     """
     names = ["blocks.*.attn.hook_z"]
     held = [*names, "blocks.*.hook_mlp_out"] if freeze_mlps and not model.cfg.attn_only else names
@@ -373,11 +374,11 @@ def run_over_direct_paths(
 ) -> Float[Tensor, "batch pos d_vocab"]:
     """Run on `tokens` with receivers that get what they would get if these activations were `fixed`; return logits.
 
-    Two runs. In the first each hook point in `fixed` gives the tensor that stands there, whatever came in; noted is
-    what the receivers get. In the second nothing is fixed, and each receiver has what was noted for it: a q, k or v
-    that one head, at all positions; the final stream, the last layer's `resid_post`, all of it. So what one receiver
-    does reaches no other one, and beside "final" the others count for nothing. Neither `fixed` nor the model is
-    changed, nor are hooks left behind, and no gradients are recorded.
+    Two runs. In the first, each hook point in `fixed` gives the tensor that `fixed` has for it, whatever came in. Note
+    what the receivers get. In the second, nothing is fixed, and each receiver gets what was noted for it: for q, k or
+    v, the named head alone, at all positions; for "final", the whole of the last layer's `resid_post`. So what one
+    receiver does reaches no other receiver, and if "final" is among them the others make no difference. Leave `fixed`
+    and the model unchanged and no hooks behind, and record no gradients.
     Source: Wang et al. 2022, section 3.1 and appendix B.
     """
     last = f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
@@ -407,10 +408,10 @@ def path_patch(
     metric: Metric,
     freeze_mlps: bool = True,
 ) -> Float[Tensor, " batch"]:
-    """Say what the metric of each prompt is if only direct paths from senders to receivers carry what is corrupted.
+    """Return the metric of each prompt when only direct paths from senders to receivers carry corrupted values.
 
     Run on `clean`. The senders' z are those of the run on `corrupted`, at all positions; all other heads keep their
-    clean z, so that nothing travels by way of another head. What then arrives at the receivers is patched into a last
+    clean z, so that nothing passes through another head. What then arrives at the receivers is patched into a last
     run on `clean`. With `freeze_mlps` the MLPs keep their clean outputs as well: the path is the residual stream and
     nothing else. Without it they compute anew from what they get, and count as part of the direct path, as in the
     paper. A sender in a receiver's layer or after it has no path to it: it changes nothing.
@@ -438,8 +439,8 @@ def path_patch_heads(
 ) -> Float[Tensor, "layer head"]:
     """Take every head in turn as the only sender of `path_patch`; return the metric's mean for each.
 
-    Both texts are run once for all. As in `batched_sweep` a forward holds a copy of the prompts for each of several
-    senders, at most `max_rows` rows but always one copy, and `metric` gets the logits of one copy at a time.
+    Run both texts only once. As described above, a forward holds a copy of the prompts for each of several senders,
+    at most `max_rows` rows but always one copy, and `metric` gets the logits of one copy at a time.
     """
     refuse_unknown(model, [], receivers)
     held, sent = two_runs(model, clean, corrupted, freeze_mlps)
@@ -464,7 +465,7 @@ def path_patch_heads(
 def attention_between(
     cache: Any, queries: Int[Tensor, " batch"], keys: Int[Tensor, " batch"]
 ) -> Float[Tensor, "layer head batch"]:
-    """How much each head of each prompt attends from one place to another.
+    """Return how much each head attends from one place to another, for each prompt.
 
     `queries` and `keys` are positions, one of each for each prompt, such as `dataset.positions["END"]` and
     `dataset.positions["IO"]`. The cache holds the patterns of all layers.
@@ -477,14 +478,14 @@ def attention_between(
 
 @torch.no_grad()
 def name_copying_scores(model: Any, dataset: Any, sign: int = 1, k: int = 5) -> Float[Tensor, "layer head"]:
-    """How often a head that looked at a name, and at nothing else, would make the model say that name.
+    """Return how often a head that looked at a name, and at nothing else, would make the model say that name.
 
     The names are those at IO and at S1 of every prompt. What is known there comes from the stream after the first
-    layer's MLP (`blocks.0.hook_resid_post`), as in the paper; in a model without MLPs it is the embedding alone, that
-    of the name and its position (`blocks.0.hook_resid_pre`). It goes through the head's own `ln1`, `W_V`, `b_V` and
+    layer's MLP (`blocks.0.hook_resid_post`), as in the paper; in a model without MLPs it is the embeddings of
+    the name and its position alone (`blocks.0.hook_resid_pre`). It goes through the head's own `ln1`, `W_V`, `b_V` and
     `W_O`, and what the head would write through `ln_final` and the unembedding, as if there were nothing else. The
     score is the share of names which are among the `k` largest logits. With `sign` -1 what the head would write is
-    turned round: the score of a head which takes away the name that it looks at.
+    negated: this is the score of a head that pushes down the name that it looks at.
     Source: Wang et al. 2022, section 3.1.
     """
     refuse_shared_heads("name_copying_scores", model)
@@ -510,13 +511,13 @@ SIGNALS = {"token": ("names",), "position": ("order",), "both": ("names", "order
 def signal_effects(
     model: Any, dataset: Any, senders: Sequence[Head], receivers: Sequence[Receiver]
 ) -> dict[str, Float[Tensor, " batch"]]:
-    """Ask what heads tell others: which name it was that came twice, or where it had stood the first time?
+    """Measure what heads tell others: which name occurred twice, or where it stood the first time?
 
     Three corruptions of `dataset`, by `dataset.flipped`, each of which changes one signal or both: "token" exchanges
-    the names (another name comes twice, and its first mention stands where the first name's had stood), "position"
-    the order (the same name comes twice, its first mention stands elsewhere), "both" does one after the other. For
-    each: by how much `path_patch` from `senders` to `receivers`, run on the dataset's own tokens, changes the logit
-    difference of each prompt, MLPs held (the default of `path_patch`). Labels are always those of `dataset`.
+    the names (the other name occurs twice, and its first mention stands where the first one's did), "position" the
+    order (the same name occurs twice, its first mention stands elsewhere), "both" does one after the other. For each,
+    return how much `path_patch` from `senders` to `receivers`, run on the dataset's own tokens, changes the logit
+    difference of each prompt, with the MLPs held (the default of `path_patch`). Labels are always those of `dataset`.
     Source: Wang et al. 2022, appendix A.
     """
     clean = dataset.tokens
@@ -537,12 +538,12 @@ def signal_effects(
 def head_roles(
     tables: Mapping[str, Float[Tensor, "layer head"]], rules: Mapping[str, Mapping[str, float]]
 ) -> dict[str, list[Head]]:
-    """Give each role to the heads that have earned it: to those whose measurements meet all of its conditions.
+    """Give each role to the heads whose measurements meet all of its conditions.
 
     `tables` holds what was measured, by name; `rules` says for each role which measurements must reach what. A
     condition of 0 or more is met by values not below it, a negative one by values not above it. The answer has every
-    role, in the order of `rules`; its heads come with the first condition's largest absolute value first. A role that
-    no head has earned has an empty list: that is a finding, too.
+    role, in the order of `rules`; its heads are sorted by the first condition's absolute value, the largest first. A
+    role that no head has earned has an empty list: that is a finding, too.
     Raises ValueError, naming role and measurement, for a condition on something that was not measured.
     """
     roles = {}
@@ -596,7 +597,7 @@ def template_means(
 def mean_ablate_except(
     model: Any, dataset: Any, circuit: Collection[tuple[int, int]], means: Mapping[str, Tensor]
 ) -> Float[Tensor, "batch pos d_vocab"]:
-    """Run the model on `dataset.tokens` with every head but those of `circuit` silenced; return the logits.
+    """Run the model on `dataset.tokens` with every head outside `circuit` ablated; return the logits.
 
     `circuit` holds pairs (layer, head). The `z` of all other heads is replaced, at all positions, by what `means` has:
     `means[name][row]` stands in for prompt `row`. Embeddings, MLPs and biases are left alive, and so are the heads of
@@ -605,12 +606,12 @@ def mean_ablate_except(
     Source: Wang et al. 2022, section 2.2 (knockouts).
     """
 
-    def silence(z: Tensor, hook: HookPoint) -> Tensor:
+    def ablate(z: Tensor, hook: HookPoint) -> Tensor:
         layer = int(hook.name.split(".")[1])
         kept = torch.tensor([(layer, head) in circuit for head in range(z.shape[2])], device=z.device)
         return torch.where(kept[:, None], z, means[hook.name])
 
-    return run_with_hooks(model, dataset.tokens, hooks={"*.attn.hook_z": silence})
+    return run_with_hooks(model, dataset.tokens, hooks={"*.attn.hook_z": ablate})
 
 
 @torch.no_grad()
@@ -621,9 +622,9 @@ def circuit_scores(
     means: Mapping[str, Tensor],
     max_rows: int = 64,
 ) -> Float[Tensor, " circuit"]:
-    """Score many circuits, several of them in one forward: F(C), the mean logit difference with all but C silenced.
+    """Score many circuits, several in one forward: F(C), the mean logit difference with all heads outside C ablated.
 
-    The prompts are repeated along the batch axis, once for each circuit, and in each copy other heads are silenced. A
+    The prompts are repeated along the batch axis, once for each circuit, and each copy has its own heads ablated. A
     forward has at most `max_rows` rows, but always room for one circuit. The numbers are those of `mean_ablate_except`.
     Source: Wang et al. 2022, section 4.
     """
@@ -633,13 +634,13 @@ def circuit_scores(
     for start in range(0, len(circuits), per_run):
         chunk = circuits[start : start + per_run]
 
-        def silence(z: Tensor, hook: HookPoint, chunk: Sequence[Collection[tuple[int, int]]] = chunk) -> Tensor:
+        def ablate(z: Tensor, hook: HookPoint, chunk: Sequence[Collection[tuple[int, int]]] = chunk) -> Tensor:
             layer, heads = int(hook.name.split(".")[1]), range(z.shape[2])
             kept = torch.tensor([[(layer, head) in circuit for head in heads] for circuit in chunk], device=z.device)
             copies = z.unflatten(0, (len(chunk), n_batch))
             return torch.where(kept[:, None, None, :, None], copies, means[hook.name]).flatten(0, 1)
 
-        logits = run_with_hooks(model, dataset.tokens.repeat(len(chunk), 1), hooks={"*.attn.hook_z": silence})
+        logits = run_with_hooks(model, dataset.tokens.repeat(len(chunk), 1), hooks={"*.attn.hook_z": ablate})
         scores += [logit_difference(copy, dataset).mean() for copy in logits.split(n_batch)]
     return torch.stack(scores)
 
@@ -647,7 +648,7 @@ def circuit_scores(
 def faithfulness(
     model: Any, dataset: Any, circuits: Sequence[Collection[tuple[int, int]]], means: Mapping[str, Tensor]
 ) -> Float[Tensor, " circuit"]:
-    """Say how much of the behaviour each circuit keeps: F(C) / F(M), a ratio of means over the prompts.
+    """Return how much of the behaviour each circuit keeps: F(C) / F(M), a ratio of means over the prompts.
 
     F(M) is the score of the circuit that holds every head, which is the model. So 1 means that the circuit is as good
     as the model; it may be better (above 1), or prefer the wrong name (below 0).
@@ -667,7 +668,7 @@ def completeness(
     """Take the same heads out of the circuit and out of the model: F(C \\ K) and F(M \\ K) for every K in `removed`.
 
     Side 0 is the circuit, side 1 the model; their difference is the incompleteness with respect to K. A circuit is
-    complete if the two sides agree for every K, not for the empty K alone, which is faithfulness. Raises ValueError
+    complete if the two sides agree for every K, not only for the empty K (that is faithfulness). Raises ValueError
     for a K with a head that is not of the circuit.
     Source: Wang et al. 2022, section 4.
     """
@@ -685,7 +686,7 @@ def minimality(
     removed: Mapping[tuple[int, int], Collection[tuple[int, int]]],
     means: Mapping[str, Tensor],
 ) -> Float[Tensor, " head"]:
-    """Say what each head v adds where the heads K are missing: |F(C \\ (K ∪ {v})) - F(C \\ K)| as a share of F(M).
+    """Return what each head v adds where the heads K are missing: |F(C \\ (K ∪ {v})) - F(C \\ K)| as a share of F(M).
 
     `removed` gives for every v that is asked about its K, and the answer comes in the same order. A head with a spare
     adds nothing while the spare is there (K empty), and a lot where K holds it. Raises ValueError for a v or a K that
@@ -711,8 +712,8 @@ def greedy_circuit(
     how much each would change the score. Then it takes heads out, `share` of those there are (rounded down, but at
     least one), one after the other. Keep a running estimate of the score: it begins at the circuit's own, and each head
     taken out adds its change. Always take the head that brings the estimate nearest to the whole model's score. The
-    next round measures anew. Return the circuits
-    before the first round and after each: every head first, the empty circuit last.
+    next round measures anew. Return the circuits before the first round and after each: every head first, the empty
+    circuit last.
     With `share=0` heads go one at a time, which assumes nothing and takes a number of runs that grows with the square
     of the number of heads; with a share it grows in proportion.
     """
@@ -733,7 +734,7 @@ def greedy_circuit(
 
 
 def random_circuits(model: Any, size: int, n: int, generator: torch.Generator) -> list[list[tuple[int, int]]]:
-    """Draw `n` circuits of `size` heads, each without repetition: what a circuit is worth that nobody looked for."""
+    """Draw `n` circuits of `size` heads, each without repetition: the scale for a circuit that was searched for."""
     heads = every_head(model)
     draws = [torch.randperm(len(heads), generator=generator)[:size].tolist() for _ in range(n)]
     return [[heads[i] for i in draw] for draw in draws]
@@ -748,7 +749,7 @@ def edge_nodes(cfg: Any) -> tuple[dict[str, int], dict[str, int]]:
     Senders add to the stream: "embed" (tokens and positions), each head ("0.3" is head 3 of layer 0), each MLP ("mlp
     0"). Receivers read from it: the queries, keys and values of each head ("1.3 q"), each MLP, and "final", the last
     LayerNorm. In a layer come first the queries of all heads, then all keys, all values, then the MLP.
-    The stages are numbers, and an edge is there where the sender's stage is below that of the receiver.
+    The stages are numbers: there is an edge if the sender's stage is below the receiver's.
     """
     senders, receivers = {"embed": 0}, dict[str, int]()
     heads = range(cfg.n_heads)
@@ -763,7 +764,7 @@ def edge_nodes(cfg: Any) -> tuple[dict[str, int], dict[str, int]]:
 
 
 def possible_edges(cfg: Any) -> Bool[Tensor, "sender receiver"]:
-    """Say which edges there are: nobody reads what is written later."""
+    """Return which edges exist: no receiver reads what is written later."""
     senders, receivers = (torch.tensor(list(nodes.values())) for nodes in edge_nodes(cfg))
     return senders[:, None] < receivers
 
@@ -771,7 +772,7 @@ def possible_edges(cfg: Any) -> Bool[Tensor, "sender receiver"]:
 def run_with_own_inputs(
     model: Any, tokens: Int[Tensor, "batch pos"], added: Callable[[slice], Tensor]
 ) -> Float[Tensor, "batch pos d_vocab"]:
-    """Run the model while every receiver reads a version of the residual stream of its own; return the logits.
+    """Run the model while every receiver reads its own version of the residual stream; return the logits.
 
     A receiver's version is the stream plus what `added` has for it. `added(rows)` gets a slice of the receivers (in the
     order of `edge_nodes`) and returns one tensor for each, [receiver batch pos d_model]; it is asked when the run
@@ -816,7 +817,7 @@ def sender_outputs(model: Any, cache: Any) -> Float[Tensor, "sender batch pos d_
     """Stack what every sender adds to the stream, in the order of `edge_nodes`.
 
     The embedding's share is the stream before the first layer; a head's is its `z` times its `W_O`; an MLP's is its
-    `mlp_out`. Together with the `b_O` of all layers, which belong to nobody, these sum to the last residual stream.
+    `mlp_out`. Together with the `b_O` of all layers, which belong to no head, these sum to the last residual stream.
     """
     outputs = [cache["resid_pre", 0][None]]
     for layer, block in enumerate(model.blocks):
@@ -918,8 +919,8 @@ def interchange_intervention(
     """Run on `base` while one vector per prompt takes from the run on `source` its part along some directions.
 
     The vector is the activation at hook point `name` (a residual stream, or anything else [batch pos d_model]) and at
-    `positions[i]` in prompt i, of base and source alike. Its projection on the directions' span becomes that of the
-    source's vector; what is orthogonal to them stays. No other position changes. Gradients flow to `directions`.
+    `positions[i]` in prompt i, of base and source alike. Its projection on the directions' span becomes the
+    source's; what is orthogonal to them stays. No other position changes. Gradients flow to `directions`.
     Raises ValueError unless the directions are orthonormal (their dot products within 1e-4 of 1 and 0).
     Source: Geiger et al. 2021, 2023.
     """
@@ -951,12 +952,12 @@ def align_direction(
     lr: float = 0.05,
     n_directions: int = 1,
 ) -> Float[Tensor, "direction d_model"]:
-    """Learn directions along which an interchange makes the answer to `base` that which the metric is against.
+    """Learn directions along which an interchange turns the answer to `base` into the one that the metric is against.
 
-    `metric(logits)` is above 0 for each prompt whose answer is still that of `base`, and below 0 where it has changed.
-    Minimised is the mean of softplus(metric), by Adam (PyTorch's defaults but for `lr`), for `steps` steps on all
-    prompts at once. What is learned is a matrix, drawn as `torch.randn(n_directions, d_model,
-    generator=generator)` and then converted to the model's dtype; the directions are an orthonormal basis of its rows.
+    `metric(logits)` is above 0 for each prompt whose answer is still the base's, and below 0 where it has changed.
+    Minimise the mean of softplus(metric) with Adam (PyTorch's defaults except `lr`), for `steps` steps on all prompts
+    at once. Learn a matrix, drawn as `torch.randn(n_directions, d_model, generator=generator)` and then converted to
+    the model's dtype; the directions are an orthonormal basis of its rows.
     The model stays as it is, gradients included; the result has no graph.
     A distributed alignment search (Geiger et al. 2023), in its smallest form.
     """

@@ -57,14 +57,16 @@ def untouched(name: str, **inputs: Any) -> Iterator[None]:
             )
 
 
-def must_raise(name: str, kinds: type[Exception], call: str, run: Callable[[], object]) -> None:
+def must_raise(
+    name: str, kinds: type[Exception], call: str, run: Callable[[], object], advice: str = "see the docstring."
+) -> None:
     """Raise CheckFailed unless `run` raises an error of that kind."""
     try:
         answer = run()
     except kinds:
         return
     raise CheckFailed(
-        f"{name}: {call} should raise {kinds.__name__}, but it returned {shown(answer)}.\n  Next: see the docstring."
+        f"{name}: {call} should raise {kinds.__name__}, but it returned {shown(answer)}.\n  Next: {advice}"
     )
 
 

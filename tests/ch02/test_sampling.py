@@ -21,7 +21,6 @@ STILL_RIGHT = {
     "-1 -> 1",  # of two axes, the last
     "logits.topk(min(k, logits.shape[-1]), dim=-1) -> logits.topk(min(k, logits.shape[-1]))",
     "logits.sort(dim=-1, descending=True) -> logits.sort(descending=True)",
-    "sum_before >= p -> sum_before > p",  # they differ where rounding decides
     "p < 1 -> p != 1",  # above 1 it has been refused
     "torch.zeros_like(dropped) -> dropped",  # all of it is overwritten
     "finished | (new == eos) -> new == eos",  # what is finished goes on with eos

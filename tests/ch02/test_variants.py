@@ -47,11 +47,6 @@ def written_to_neighbours(x: Any, positions: Any, rotary_dim: int, base: float) 
     return torch.cat([pairs, right[..., rotary_dim:]], dim=-1)
 
 
-def bfloat16_as(positions: Any, x: Any) -> Any:
-    """Positions in the dtype of x, where that is bfloat16: 700 becomes 704."""
-    return positions.to(x.dtype) if x.dtype == torch.bfloat16 else positions
-
-
 def first_heads(x: Any, positions: Any, rotary_dim: int, base: float) -> Any:
     return torch.cat([apply_rotary(x[:, :, :2], positions, rotary_dim, base), x[:, :, 2:]], dim=2)
 
@@ -129,7 +124,6 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
         ("values are wrong", lambda x, p, n, base: apply_rotary(x.flip(-1), p, n, base).flip(-1)),
         ("values are wrong", lambda x, p, n, base: apply_rotary(x, p % 8, n, base)),
         ("it changed `x` in place", lambda x, p, n, base: x.copy_(apply_rotary(x, p, n, base))),
-        ("in bfloat16: ", lambda x, p, n, base: turned(x, bfloat16_as(p, x), n, base)),
     ],
     "RotaryAttention": [
         ("`hook_rot_q` saw nothing", attention(hooked=False)),

@@ -1,6 +1,7 @@
 """Where weights begin, and GPT-2's: mistakes that the checks do not know, right answers in another style, GPT-2."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -96,6 +97,10 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
             "has standard deviation 0.0",
             initialised(scaled=lambda std, n: std / (n * 2) ** 0.25),
         ),
+        (
+            "it is neither std = 0.03 nor std / sqrt(2 n_layers) = 0.0122; check the factor, and the number under the",
+            initialised(scaled=lambda std, n: std / math.sqrt(2 * (n + 1))),
+        ),
         ("has mean", initialised(draw=lambda shape, generator: torch.randn(shape, generator=generator) + 1)),
         ("is no longer the parameter that it was", parameter_exchanged),
     ],
@@ -106,6 +111,7 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
         ),
         ("It holds what belongs in `blocks.0.ln1.w`", with_entry("blocks.1.ln1.w", from_ours="blocks.0.ln1.w")),
         ("`unembed.b_U`: 13 of 13", with_entry("unembed.b_U", torch.ones_like)),
+        ("with weights in float64, `unembed.b_U`: ", with_entry("unembed.b_U", torch.Tensor.float)),
         ("belongs in `blocks.1.", changed(lambda ours, theirs: ours.update(layer_by_its_first_digit(ours)))),
         ("`blocks.1.attn.W_V`: ", with_entry("blocks.1.attn.W_V", lambda weight: weight.flip(0))),  # heads reversed
         (

@@ -42,7 +42,7 @@ def template_means(model, tokens, templates, max_rows=256):
     return {name: torch.stack(rows) for name, rows in means.items()}
 
 
-def silenced(model, tokens, circuits, means):
+def ablated(model, tokens, circuits, means):
     """One run in which each circuit has a copy of the prompts."""
     n = len(tokens)
     handles = []
@@ -65,7 +65,7 @@ def silenced(model, tokens, circuits, means):
 
 
 def mean_ablate_except(model, dataset, circuit, means):
-    return silenced(model, dataset.tokens, [circuit], means)
+    return ablated(model, dataset.tokens, [circuit], means)
 
 
 def circuit_scores(model, dataset, circuits, means, max_rows=64):
@@ -73,7 +73,7 @@ def circuit_scores(model, dataset, circuits, means, max_rows=64):
     n_fit = max(max_rows // len(dataset.tokens), 1)
     while waiting:
         group, waiting = waiting[:n_fit], waiting[n_fit:]
-        logits = silenced(model, dataset.tokens, group, means).unflatten(0, (len(group), -1))
+        logits = ablated(model, dataset.tokens, group, means).unflatten(0, (len(group), -1))
         scores.extend(logit_difference(copy, dataset).mean() for copy in logits)
     return torch.stack(scores)
 

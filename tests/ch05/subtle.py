@@ -177,6 +177,10 @@ def final_if_alone(model: Any, tokens: Any, fixed: Any, receivers: Any) -> Any:
     return ref.run_over_direct_paths(model, tokens, fixed, kept)
 
 
+def direct_paths_to_one_each(model: Any, tokens: Any, fixed: Any, receivers: Any) -> Any:
+    return ref.run_over_direct_paths(model, tokens, fixed, one_for_each_name(receivers))
+
+
 def path_patch_of(senders: Answer = list, receivers: Answer = list) -> Answer:
     """A path_patch that changes the lists that it is given, once it has looked at them."""
 
@@ -393,7 +397,6 @@ OF: dict[str, list[tuple[str, Answer]]] = {
         ("at hook_embed", with_embeddings_held),
     ],
     "run_over_direct_paths": [
-        (WRONG, lambda *given: ref.run_over_direct_paths(*given[:3], one_for_each_name(given[3]))),
         (WRONG, final_if_alone),
     ],
     "path_patch": [

@@ -155,7 +155,7 @@ def test_random_circuits_are_of_their_size_and_without_repetition(model: nn.Modu
     assert len({frozenset(circuit) for circuit in drawn[0]}) > 1
 
 
-def test_hooks_of_others_see_the_silenced_model(model: nn.Module) -> None:
+def test_hooks_of_others_see_the_ablated_model(model: nn.Module) -> None:
     """A hook put on before acts first, and stays: an ablation can be combined with another intervention."""
     dataset = SimpleNamespace(tokens=torch.randint(31, (2, 6), generator=torch.Generator().manual_seed(4)))
     means = ref.template_means(model, dataset.tokens, torch.tensor([0, 1]))

@@ -68,6 +68,7 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
     "run_patched": [
         ("it changed `cache['blocks.1.hook_resid_pre']` in place", patching.patching(into_the_source)),
         ("it changed `model.pos_embed.W_pos` in place", writing_into_the_activation),
+        ("your hook writes into the activation that it was given", writing_into_the_activation),
         ("a hook is left behind", leaving_a_hook(ref.run_patched)),
         ("hooks that others had attached", clearing_hooks(ref.run_patched)),
         ("gradients are recorded", with_a_graph(ref.run_patched)),

@@ -118,6 +118,7 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
     ],
     "path_patch": [
         ("should raise ValueError", path_scores),
+        ("Next: call `refuse_unknown(model, senders, receivers)` first", path_scores),
         ("it ran the model before", refuses_late),
         ("a hook is left behind", leaving_a_hook(ref.path_patch)),
         ("gradients are recorded", with_a_graph(ref.path_patch)),
@@ -128,6 +129,7 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
     ],
     "path_patch_heads": [
         ("should raise ValueError", sending()),
+        ("Next: call `refuse_unknown(model, [], receivers)` first", sending()),
         ("one forward had", with_rows(lambda max_rows, n_batch: max_rows * n_batch)),
         ("forwards for", with_rows(lambda max_rows, n_batch: 1)),
         ("values are wrong", sending(reduce=torch.max)),
@@ -152,6 +154,7 @@ ONLY_ON_GPU = "device"
     ("exercise", "sentence", "answer"),
     [
         ("run_over_direct_paths", "the activations are still fixed in the second run", first_run),
+        ("run_over_direct_paths", "only the last receiver of each hook point", subtle.direct_paths_to_one_each),
         ("path_patch", "only the last position is sent, or receives", last_position_sent),
     ],
 )

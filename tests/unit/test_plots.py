@@ -108,6 +108,13 @@ def test_line_and_bar_draw_one_series_per_name() -> None:
     assert plots.bar(torch.ones(3), x="layer", y="score", title="c").layout.xaxis.dtick == 1
 
 
+def test_the_diagonal_is_where_both_values_are_equal() -> None:
+    across, up = torch.tensor([-1.0, 3]), torch.tensor([0.0, 5])
+    (line,) = plots.scatter(across, up, x="a", y="b", title="c", diagonal=True).layout.shapes
+    assert (line.x0, line.y0, line.x1, line.y1) == (0, 0, 3, 3)
+    assert not plots.scatter(across, up, x="a", y="b", title="c").layout.shapes
+
+
 def test_scatter_names_its_dots() -> None:
     figure = plots.scatter(torch.tensor([1.0, 2]), torch.tensor([3.0, 4]), x="a", y="b", title="c", labels=["p", "q"])
     assert list(figure.data[0].x) == [1, 2] and list(figure.data[0].y) == [3, 4]

@@ -8,6 +8,7 @@ import nbformat
 import pytest
 
 from course_utils import resume as module
+from course_utils.exercises import Exercise
 from course_utils.resume import resume
 
 ABOVE = [
@@ -41,6 +42,28 @@ def test_what_the_cells_below_need_is_made(space: dict[str, Any], capsys: pytest
     lines = capsys.readouterr().out.splitlines()
     assert lines[:2] == ["Running what the second half needs of 07_toy.ipynb ...", "2 names are back."]
     assert len(lines) == 3 and lines[2].startswith("  without waiting: code cell 8 of 07_toy.ipynb")
+
+
+def test_an_optional_exercise_that_was_skipped_is_no_alarm(
+    space: dict[str, Any], capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    course = {"07": (Exercise("stub", 1, 5, optional=True), Exercise("core", 1, 5, optional=False))}
+    monkeypatch.setattr(module, "course_exercises", lambda: course)
+    above = [
+        *ABOVE,
+        "made_of_it = waiting + 1",
+        "def core():\n    raise NotImplementedError('core')",
+        "needed = core()",
+    ]
+    cells = [*above, 'resume("07")', *BELOW, "print(made_of_it, needed)"]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in cells])
+    nbformat.write(notebook, tmp_path / "work/07_toy.ipynb")
+    resume("07")
+    alarm, calm = capsys.readouterr().out.splitlines()[2:]
+    assert alarm.startswith("  without needed: code cell 11") and "core" in alarm
+    assert calm == (
+        "Left out: what needs the optional exercises that you have not written (stub). The core path does not need it."
+    )
 
 
 def test_after_run_all_nothing_is_done(space: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:

@@ -38,6 +38,8 @@ def attend(module: Any, resid: Tensor, cache: Any = None, *, remember: Remember 
     hidden = wrong.get("hidden", later)(scores)
     if wrong.get("mask_after_softmax"):
         pattern = scores.softmax(-1) * ~hidden
+    elif wrong.get("mask_after_hook"):
+        pattern = module.hook_attn_scores(scores).masked_fill(hidden, -INF).softmax(-1)
     else:
         pattern = module.hook_attn_scores(scores.masked_fill(hidden, -INF)).softmax(wrong.get("axis", -1))
     z = module.hook_z(torch.einsum("bhqk,bkhd->bqhd", module.hook_pattern(pattern), v))

@@ -59,7 +59,7 @@ def judge_converted(
             raise
     doubled = fn({entry: tensor.double() for entry, tensor in theirs.items()}, cfg)
     for entry, weight in expected.items():
-        compare(f"{name}: `{entry}` from float64", doubled[entry], weight.double(), _axes(entry))
+        compare(f"{name} with weights in float64, `{entry}`", doubled[entry], weight.double(), _axes(entry))
 
 
 def _axes(entry: str) -> str:

@@ -202,7 +202,8 @@ def _check_appends(cls: Any) -> None:
             for what, got, index in (("keys", k, 0), ("values", v, 1)):
                 compare(f"{name}: the {what}", got, whole[layer, index, :, :end], HEADS)
             if layer < CFG.n_layers - 1:
-                when = f"when layers 0 to {layer} have {end} positions and the others {start}"
+                ahead = f"layers 0 to {layer} have" if layer else "layer 0 has"
+                when = f"when {ahead} {end} positions and the others {start}"
                 _check_length("KVCache", cache, start, when)
         _check_length("KVCache", cache, end, f"when every layer has {end} positions")
         start = end
@@ -221,7 +222,7 @@ def _check_limits(cls: Any) -> None:
             return
         except RuntimeError as error:
             raise CheckFailed(
-                f"KVCache: {what} should raise ValueError, and not a RuntimeError of torch ({error}).\n"
+                f'KVCache: {what} should raise ValueError, and not a RuntimeError of torch ("{error}").\n'
                 "  Next: compare the sizes before anything is stored."
             ) from None
         raise CheckFailed(f"KVCache: {what} should raise ValueError.\n  Next: compare before anything is stored.")
@@ -260,7 +261,7 @@ def _check_select(cls: Any) -> None:
                     returned = _appended(label, cache, layer, *new)
                 except ValueError as error:
                     raise CheckFailed(
-                        f"{label}: append refused {len(rows)} row{'s' * (len(rows) > 1)} ({error}).\n"
+                        f'{label}: append refused {len(rows)} row{"s" * (len(rows) > 1)}, with the words "{error}".\n'
                         "  Next: let `select` change the number of rows, even where nothing is stored yet."
                     ) from None
                 for what, got, index in (("keys", returned[0], 0), ("values", returned[1], 1)):

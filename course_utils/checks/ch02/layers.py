@@ -279,6 +279,9 @@ def wrong_attention(**wrong: Any) -> type:
         "the scores are divided by sqrt(d_model); use d_head.": wrong_attention(divisor=7**0.5),
         "nothing is masked: positions look into the future.": wrong_attention(hidden=lambda s: later(s, s.shape[3])),
         "past and future are swapped.": wrong_attention(hidden=lambda scores: ~later(scores, 0)),
+        "the scores pass `hook_attn_scores` before the mask; it should see them masked.": wrong_attention(
+            mask_after_hook=True
+        ),
         "the diagonal is masked too, which leaves the first query nothing to look at.": wrong_attention(
             hidden=lambda scores: later(scores, 0)
         ),

@@ -226,6 +226,9 @@ def rounded(logits: Tensor, p: float, n: int = 1) -> Tensor:
         "one token too many is kept after p is reached.": choosing(
             lambda chances, row, p, n: row[: len(nucleus(chances, row, p, n)) + 1]
         ),
+        "the sum has to exceed p (`>`); reaching it is enough (`>=`).": choosing(
+            lambda chances, row, p, n: nucleus(chances, row, p + 1e-9, n)
+        ),
         "the least likely tokens are kept.": choosing(lambda chances, row, p, n: nucleus(chances, row[::-1], p, n)),
         "the mask of the sorted logits is put on the unsorted ones: bring it back into the tokens' order.": choosing(
             lambda chances, row, p, n: range(len(nucleus(chances, row, p, n)))
@@ -268,6 +271,8 @@ def check_keep_top_p(fn: Callable[..., Any]) -> None:
         at = f" and min_tokens_to_keep = {at_least}" if at_least > 1 else ""
         given = {"logit": some, "probability": chances[:rows]}
         compare(f"keep_top_p with p = {p}{at}", actual, top_p(some, p, at_least), LOGITS, inputs=given)
+    n_kept = fn(torch.zeros(2, 4), 0.5).isfinite().sum(dim=-1)  # a quarter each: the sum of two is 0.5 without rounding
+    compare("keep_top_p, tokens kept of four equal ones with p = 0.5", n_kept, torch.tensor([2, 2]), "batch")
     follows_input("keep_top_p", fn, (logits, 0.6), LOGITS)
     follows_every_kind("keep_top_p", fn, (logits, 0.6), LOGITS)
     for bad in (0.0, -0.1, 1.5):

@@ -124,6 +124,13 @@ def turning(**wrong: Any) -> Callable[..., Tensor]:
         "the first of a pair is a cos + b sin; it is a cos - b sin.": turning(
             mixed=lambda a, b, cos, sin: (a * cos + b * sin, a * sin + b * cos)
         ),
+        "the second of a pair is made from the first as it is after the turn: a slice is a view, so a line that writes "
+        "into it changes what the next line reads.": turning(
+            mixed=lambda a, b, cos, sin: ((turned_a := a * cos - b * sin), turned_a * sin + b * cos)
+        ),
+        "the angles are computed in the dtype of `x`, and bfloat16 rounds them; compute them in float32.": (
+            lambda x, p, n, base: turned(x, p.to(x.dtype), n, base)
+        ),
         "only the turned coordinates are returned; put the others behind them.": (
             lambda x, p, n, base: turned(x, p, n, base)[..., :n]
         ),
@@ -147,7 +154,7 @@ def check_apply_rotary(fn: Callable[..., Any]) -> None:
         compare(name, actual, expected, HEADS, atol=1e-4, inputs={"x": x})
         follows_input("apply_rotary", fn, (x, positions, rotary_dim, base), HEADS, gradient=True)
     follows_every_kind("apply_rotary", fn, (x, positions, rotary_dim, base), HEADS)
-    for dtype in (torch.float16, torch.bfloat16):  # in bfloat16 there is no 700: 704 is the nearest
+    for dtype in (torch.float16, torch.bfloat16):  # the angles would be rounded: 31.25 for 31.30
         half = x.to(dtype)
         expected = by_loops.rotated(half.float(), [700], rotary_dim, base).to(dtype)
         name = f"apply_rotary in {str(dtype).removeprefix('torch.')}"

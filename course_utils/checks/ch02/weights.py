@@ -105,7 +105,8 @@ def check_init_weights(fn: Callable[..., Any]) -> None:
             )
         symbol = name.split(".")[-1]
         if symbol.startswith("W_"):
-            _check_normal(name, values[name], std / math.sqrt(2 * cfg.n_layers) if symbol in INTO_STREAM else std)
+            deviations = (std, std / math.sqrt(2 * cfg.n_layers))
+            _check_normal(name, values[name], deviations[symbol in INTO_STREAM], deviations)
         else:
             target = torch.ones_like if symbol == "w" else torch.zeros_like
             actual = values[name].flatten()
@@ -141,14 +142,25 @@ def _bare_model(cfg: TransformerConfig) -> Any:
     return model
 
 
-def _check_normal(name: str, values: Tensor, want: float) -> None:
-    """Mean 0, the right deviation, and the tails of a normal distribution."""
+def _check_normal(name: str, values: Tensor, want: float, deviations: tuple[float, float]) -> None:
+    """Mean 0, the deviation wanted of the two that there are, and the tails of a normal distribution."""
+
+    def fits(deviation: float) -> bool:
+        return abs(got.item() - deviation) <= 6 * deviation / math.sqrt(2 * values.numel())
+
     got, mean = values.std(), values.mean().item()
-    if abs(got.item() - want) > 6 * want / math.sqrt(2 * values.numel()):
+    if not fits(want):
+        step = "follow this name through your function: which of the two deviations does it get?"
+        if not any(map(fits, deviations)):
+            std, into_stream = deviations
+            step = (
+                f"it is neither std = {std:.3g} nor std / sqrt(2 n_layers) = {into_stream:.3g}; check the factor, "
+                "and the number under the root."
+            )
         raise CheckFailed(
             f"init_weights: `{name}` has standard deviation {got:.3g}, expected {want:.3g}.",
             evidence=Evidence(f"deviation of {name}", Measured(got, got.square() / (2 * values.numel()))),
-            advice="  Next: follow this name through your function: which of the two deviations does it get?",
+            advice=f"  Next: {step}",
         )
     if abs(mean) > 6 * want / math.sqrt(values.numel()):
         raise CheckFailed(f"init_weights: `{name}` has mean {mean:.3g}, expected 0.\n  Next: draw around 0.")

@@ -1,4 +1,4 @@
-"""Checks of chapter 05, is that the circuit: heads silenced, on a toy transformer.
+"""Checks of chapter 05, is that the circuit: heads ablated, on a toy transformer.
 
 The oracle walks through the toy's computation and exchanges the `z` of one head after the other, without hooks.
 """
@@ -25,7 +25,7 @@ Fn = Callable[..., Any]
 Head = tuple[int, int]
 Circuit = Collection[Head]
 Means = Mapping[str, Tensor]
-StandIn = Callable[[Tensor, str, Means], Tensor]  # (z of the run, hook point, means) -> what silenced heads get
+StandIn = Callable[[Tensor, str, Means], Tensor]  # (z of the run, hook point, means) -> what ablated heads get
 
 SIZES = [(2, 3, 4, 5), (3, 2, 5, 4, True, True)]  # layers, heads, batch, pos; the second without MLPs, in float64
 
@@ -39,7 +39,7 @@ def without(circuit: Circuit, *removed: Head) -> list[Head]:
     return [head for head in circuit if head not in removed]
 
 
-def silenced(
+def ablated(
     model: Any,
     dataset: Any,
     circuit: Circuit,
@@ -64,7 +64,7 @@ def silenced(
 
 def each_score(model: Any, dataset: Any, circuit: Circuit, means: Means) -> Tensor:
     """The logit difference of every prompt."""
-    return differences(silenced(model, dataset, circuit, means), dataset)
+    return differences(ablated(model, dataset, circuit, means), dataset)
 
 
 def scores_of(
@@ -124,7 +124,8 @@ def frugal(name: str, task: Task, n: int, max_rows: int, per_run: int) -> None:
     if runs > enough:
         raise CheckFailed(
             f"{name}: it took {runs} forwards for {n} circuits; {enough} are enough.\n"
-            "  Next: put as many circuits into a forward as max_rows allows."
+            "  Next: put as many circuits into a forward as max_rows allows: "
+            "`torch.cat([tokens] * n)` has a copy of the prompts for each of n circuits."
         )
 
 
@@ -175,7 +176,7 @@ def in_turns(z: Tensor, labels: Tensor) -> Tensor:
         "the mean is taken over the positions too: every position has its own.": evened(1),
         "the mean is taken over the heads too.": evened(2),
         "they are sums; divide by the number of rows of the template.": averaging(sums),
-        "the sums are divided by the number of all rows, not by that of the template's.": averaging(
+        "the sums are divided by the number of all rows, not by the number of the template's rows.": averaging(
             lambda z, labels: sums(z, labels) / len(z)
         ),
         "the templates are in reverse order, or each one has another's mean.": averaging(
@@ -240,14 +241,14 @@ def of_all_kinds(circuits: Sequence[Circuit]) -> list[Circuit]:
 
 def keeping(kept: Callable[[set[Head], Head], bool]) -> Fn:
     """A mean_ablate_except that keeps other heads."""
-    return lambda model, dataset, circuit, means: silenced(
+    return lambda model, dataset, circuit, means: ablated(
         model, dataset, [at for at in every_head(model) if kept(set(circuit), at)], means
     )
 
 
 def standing_in(stand_in: StandIn) -> Fn:
     """A mean_ablate_except that puts something else there."""
-    return partial(silenced, stand_in=stand_in)
+    return partial(ablated, stand_in=stand_in)
 
 
 def kept_from_the_usual_run(model: Any, dataset: Any, circuit: Any, means: Any) -> Tensor:
@@ -257,15 +258,13 @@ def kept_from_the_usual_run(model: Any, dataset: Any, circuit: Any, means: Any) 
     for layer, head in circuit:
         name = f"blocks.{layer}.attn.hook_z"
         held[name][:, :, head] = seen[name][:, :, head]
-    return silenced(model, dataset, [], held)
+    return ablated(model, dataset, [], held)
 
 
 @known_mistakes(
     {
-        "the circuit itself is silenced; it is all the others that are.": keeping(
-            lambda circuit, at: at not in circuit
-        ),
-        "nothing is silenced.": keeping(lambda circuit, at: True),
+        "the circuit itself is ablated; ablate all the others.": keeping(lambda circuit, at: at not in circuit),
+        "nothing is ablated.": keeping(lambda circuit, at: True),
         "the heads get zeros instead of their means.": standing_in(lambda z, name, means: torch.zeros_like(z)),
         "the heads get their mean over the prompts of this run.": standing_in(
             lambda z, name, means: z.mean(0, keepdim=True).expand_as(z)
@@ -280,12 +279,12 @@ def kept_from_the_usual_run(model: Any, dataset: Any, circuit: Any, means: Any) 
             lambda z, name, means: means[name].mean(1, keepdim=True).expand_as(z)
         ),
         "every layer gets the means of the first.": standing_in(lambda z, name, means: means["blocks.0.attn.hook_z"]),
-        "only the last position is silenced.": standing_in(
+        "only the last position is ablated.": standing_in(
             lambda z, name, means: torch.cat([z[:, :-1], means[name][:, -1:]], 1)
         ),
         "layer and head are swapped: the pairs are (layer, head).": keeping(lambda circuit, at: at[::-1] in circuit),
         "these heads are kept in every layer.": keeping(lambda circuit, at: at[1] in {head for _, head in circuit}),
-        "layers without a head of the circuit are left as they are; there all heads are silenced.": keeping(
+        "layers without a head of the circuit are left as they are; ablate all heads there.": keeping(
             lambda circuit, at: at in circuit or at[0] not in {layer for layer, _ in circuit}
         ),
         "the circuit's heads get what they found in the usual run; they are computed anew.": kept_from_the_usual_run,
@@ -301,7 +300,7 @@ def check_mean_ablate_except(fn: Fn) -> None:
             words = f"with circuit {'every head' if circuit is task.heads else circuit} {task.case.words}"
             with clean_run(name, task, words):
                 actual = fn(task.model, task.dataset, given, task.means)
-            right = silenced(task.model, task.dataset, circuit, task.means)
+            right = ablated(task.model, task.dataset, circuit, task.means)
             compare(f"{name} {words}", actual, right, "batch pos d_vocab")
             no_graph(name, actual)
 
@@ -334,14 +333,14 @@ def repeated(place: int) -> Fn:
 
 @known_mistakes(
     {
-        "the circuits themselves are silenced; it is all the others that are.": scoring(
+        "the circuits themselves are ablated; ablate all the other heads.": scoring(
             lambda circuits, heads, fit: [without(heads, *circuit) for circuit in circuits]
         ),
-        "nothing is silenced.": scoring(lambda circuits, heads, fit: [heads] * len(circuits)),
+        "nothing is ablated.": scoring(lambda circuits, heads, fit: [heads] * len(circuits)),
         "the logit differences are summed over the prompts; take their mean.": scoring(reduce=torch.sum),
         "it is the first prompt's logit difference; take the mean over all.": scoring(reduce=lambda values: values[0]),
         "the sign is wrong: it is the receiver minus the giver.": scoring(then=lambda scores, whole: -scores),
-        "they are divided by the whole model's; the scores themselves are asked for.": scoring(
+        "they are divided by the whole model's score; return the scores themselves.": scoring(
             then=lambda scores, whole: scores / whole
         ),
         "the circuits are in reverse order.": scoring(then=lambda scores, whole: scores.flip(0)),
@@ -353,7 +352,7 @@ def check_circuit_scores(fn: Fn) -> None:
     """The scores of five circuits, in few and in many forwards; then memory, and the number of forwards."""
     name = "circuit_scores"
     for sizes in SIZES:
-        for max_rows in (2, 11, 64):  # the first has not even room for the prompts of one circuit
+        for max_rows in (2, 11):  # the first has not even room for the prompts of one circuit; 64 is the default, below
             task = Task(sizes)
             assert_scores(name, fn, task, [*CIRCUITS, task.heads], max_rows)
     assert_scores(name, fn, Task(SIZES[0]), CIRCUITS * 5, None)

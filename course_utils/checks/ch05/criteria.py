@@ -52,15 +52,15 @@ def mean_of_ratios(model: Any, dataset: Any, circuits: Any, means: Any) -> Any:
     {
         "it is F(C), not divided by F(M).": ratio(lambda c, m, e, r: c),
         "the ratio is upside down: it is F(C) / F(M).": ratio(lambda c, m, e, r: m / c),
-        "it is the difference F(M) - F(C); the ratio is asked for.": ratio(lambda c, m, e, r: m - c),
-        "it is the distance from 1, |1 - F(C) / F(M)|; the ratio itself is asked for.": ratio(
+        "it is the difference F(M) - F(C); return the ratio.": ratio(lambda c, m, e, r: m - c),
+        "it is the distance from 1, |1 - F(C) / F(M)|; return the ratio itself.": ratio(
             lambda c, m, e, r: (1 - c / m).abs()
         ),
         "F(empty) is subtracted from both: a good measure, too, but another one.": ratio(
             lambda c, m, e, r: (c - e) / (m - e)
         ),
         "it is the mean of every prompt's ratio; take the ratio of the means.": mean_of_ratios,
-        "it is what the model loses with the circuit: the circuit is silenced, not the rest.": ratio(
+        "it is what the model loses with the circuit: the circuit is ablated, not the rest.": ratio(
             lambda c, m, e, r: r / m
         ),
         "it is F(C) / F(empty): divide by the whole model's.": ratio(lambda c, m, e, r: c / e),
@@ -115,9 +115,7 @@ def two_sides(
         "it is the incompleteness, the difference of the two sides; give both.": two_sides(
             then=lambda scores, whole: (scores[0] - scores[1]).abs()
         ),
-        "they are divided by F(M); the scores themselves are asked for.": two_sides(
-            then=lambda scores, whole: scores / whole
-        ),
+        "they are divided by F(M); return the scores themselves.": two_sides(then=lambda scores, whole: scores / whole),
         "a transpose became a reshape.": two_sides(then=lambda scores, whole: scores.T.reshape(scores.shape)),
     }
 )
@@ -152,7 +150,7 @@ def minimal(
 ) -> Fn:
     """A minimality that compares the two circuits of `sets(circuit, every head, K, {v})`, four sets.
 
-    `value` gets both scores, that of the model, and that of the circuit.
+    `value` gets both scores, then the model's and the circuit's.
     """
 
     def minimality(model: Any, dataset: Any, circuit: Any, removed: Any, means: Any) -> Any:
@@ -177,14 +175,14 @@ def minimal(
             lambda c, m, k, v: (m - k - v, m - k)
         ),
         "it has a sign; take the absolute value.": minimal(value=lambda a, b, m, c: (a - b) / m),
-        "it has a sign, and the other one at that; take the absolute value.": minimal(
+        "the difference is taken the other way round, and has a sign; take the absolute value.": minimal(
             value=lambda a, b, m, c: (b - a) / m
         ),
         "it is not a share of F(M).": minimal(value=lambda a, b, m, c: (a - b).abs()),
         "it is a share of F(C); take F(M).": minimal(value=lambda a, b, m, c: ((a - b) / c).abs()),
         "it is a share of F(C without K); take F(M).": minimal(value=lambda a, b, m, c: ((a - b) / b).abs()),
         "the ratio is upside down.": minimal(value=lambda a, b, m, c: m / (a - b).abs()),
-        "the heads come in the circuit's order, not in that of `removed`.": minimal(
+        "the heads come in the circuit's order, not in the order of `removed`.": minimal(
             order=lambda removed, circuit: circuit
         ),
     }
@@ -267,10 +265,8 @@ def searching(then: Callable[[list[list[Head]]], Any] = lambda rounds: rounds, *
 @known_mistakes(
     {
         "the heads that are missed most go first.": searching(badness=lambda f, m, now: -abs(f - m)),
-        "those heads go whose absence leaves the highest score, even above the model's.": searching(
-            badness=lambda f, m, now: -f
-        ),
-        "those heads go whose absence leaves the lowest score.": searching(badness=lambda f, m, now: f),
+        "heads go by the highest score that is left, even above the model's.": searching(badness=lambda f, m, now: -f),
+        "heads go by the lowest score that is left.": searching(badness=lambda f, m, now: f),
         "scores are compared with the one before, not with the whole model's.": searching(
             badness=lambda f, m, now: abs(f - now)
         ),

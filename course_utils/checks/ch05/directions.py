@@ -118,10 +118,10 @@ def exchanging(
         "the part along the directions stays, and all the rest is exchanged.": exchanging(
             lambda own, other, inside: other + inside @ (own - other)
         ),
-        "the source's part is added, and the base's own is not taken away.": exchanging(
+        "the source's part is added, but the base's own part stays.": exchanging(
             lambda own, other, inside: own + inside @ other
         ),
-        "the base's part is taken away, and nothing comes in its place.": exchanging(
+        "the base's part is removed, and nothing takes its place.": exchanging(
             lambda own, other, inside: own - inside @ own
         ),
         "it is the source's part alone: what is orthogonal to the directions is lost.": exchanging(

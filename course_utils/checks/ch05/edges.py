@@ -302,7 +302,7 @@ def several(shares: Callable[[int], list[float]]) -> Fn:
         "clean and corrupted are swapped, in the gradient and in the difference.": (
             lambda model, clean, corrupted, metric, steps=1: table_of_edges(model, corrupted, clean, metric, steps)
         ),
-        "the gradient is that of the corrupted run.": attributing(shares=lambda steps: [1.0]),
+        "the gradient comes from the corrupted run.": attributing(shares=lambda steps: [1.0]),
         "senders have scores for receivers that read before they write.": attributing(masked=False),
         "the metric is summed over the prompts; take its mean.": (
             lambda model, clean, corrupted, metric, steps=1: (

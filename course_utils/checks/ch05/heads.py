@@ -132,7 +132,7 @@ def copied(
         "the stream is taken before the first layer's MLP, or after a layer that has none.": partial(
             copied, other_depth=True
         ),
-        "the stream is that of the head's own layer; take the early one.": partial(copied, at_own_layer=True),
+        "the stream comes from the head's own layer; take the early one.": partial(copied, at_own_layer=True),
         "it is the token's embedding alone, without the position.": partial(copied, embedding=True),
         "the head's `ln1` is left out.": partial(copied, without=("blocks.0.ln1", "blocks.1.ln1")),
         "every head reads through the first layer's `ln1`; take its own.": partial(copied, ln1=0),
@@ -199,9 +199,9 @@ def signals(
     own_labels: bool = True,
     **kinds: tuple[str, ...],
 ) -> Effects:
-    """For each signal a run with news from prompts that were flipped in its way, minus the run as it is.
+    """For each signal a run with information from prompts flipped in its way, minus the plain run.
 
-    `kinds` says how they are flipped, where it is not as asked; `score` may be another than that of direct paths.
+    `kinds` says how they are flipped, if not as the statement says; `score` may replace direct paths.
     """
     effects = {}
     for signal, turns in ({"token": ("names",), "position": ("order",), "both": ("names", "order")} | kinds).items():
@@ -241,11 +241,11 @@ def not_from_the_run(model: Any, dataset: Any, *heads: Any) -> Any:
         "the labels are those of the flipped prompts; always take the dataset's own.": partial(
             signals, own_labels=False
         ),
-        "the sign is wrong: it is the difference after, minus that before.": afterwards(
+        "the sign is wrong: take the difference after, minus the difference before.": afterwards(
             lambda effects: {signal: -effect for signal, effect in effects.items()}
         ),
         "it is the logit difference itself; give how much it changes.": not_from_the_run,
-        "it is the whole effect of the senders, by every way; take the paths to the receivers.": partial(
+        "it is the whole effect of the senders, by every path; take the direct paths to the receivers.": partial(
             signals, score=by_every_way
         ),
         "it is the mean over the prompts; give one number for each.": afterwards(

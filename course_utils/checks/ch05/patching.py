@@ -211,8 +211,17 @@ def assert_parameters_stay(name: str, fn: Fn, case: Case) -> None:
     """With one prompt `hook_pos_embed` sees `W_pos` itself; the guard refuses a hook that writes into it."""
     cache = dict(case.cache())
     cache["hook_pos_embed"] = cache["hook_pos_embed"] + 1.0
-    with during("patching hook_pos_embed, (2,) with one prompt"):
-        fn(case.model, case.tokens, cache, "hook_pos_embed", (2,))
+    try:
+        with during("patching hook_pos_embed, (2,) with one prompt"):
+            fn(case.model, case.tokens, cache, "hook_pos_embed", (2,))
+    except CheckFailed as failed:
+        if "pos_embed.W_pos` in place" not in str(failed):
+            raise
+        raise CheckFailed(
+            f"{name}: your hook writes into the activation that it was given.\n"
+            "  At hook_pos_embed, with one prompt, that is a parameter: it changed `model.pos_embed.W_pos` in place.\n"
+            "  Next: begin the hook with `patched = activation.clone()`, write into `patched`, and return it."
+        ) from None
 
 
 def assert_one_patch(name: str, fn: Fn, case: Case, place: str, index: tuple[Any, ...]) -> None:
@@ -228,10 +237,10 @@ def assert_one_patch(name: str, fn: Fn, case: Case, place: str, index: tuple[Any
 # -------------------------------------------------------------------------------------------------------------- sweeps
 
 
-def assert_sweep(name: str, fn: Fn, axes: str, grid: Grid, *which: str) -> None:
+def assert_sweep(name: str, fn: Fn, axes: str, grid: Grid, *which: str, deep: tuple[Any, ...] = DEEP) -> None:
     """A table of patches, in models of all sizes: values, and that nothing else happens."""
     words = "".join(f'with which="{value}" ' for value in which)
-    for sizes in [*SIZES, ONE] if which and which != ("z",) else [*SIZES, ONE, DEEP]:
+    for sizes in [*SIZES, ONE] if which and which != ("z",) else [*SIZES, ONE, deep]:
         case = case_of(*sizes)
         with leaves_no_trace(name, case), during(f"{words}{case.words}"):
             actual = fn(case.model, case.tokens, case.cache(), case.metric, *which)
@@ -301,7 +310,7 @@ def zeros_for_missing_mlps(model: Any, *arguments: Any) -> Tensor:
 )
 def check_patch_components(fn: Fn) -> None:
     """Attention and MLP at every layer and position; and a model without MLPs."""
-    assert_sweep("patch_components", fn, "component layer pos", outputs)
+    assert_sweep("patch_components", fn, "component layer pos", outputs, deep=(*DEEP, True))  # no MLPs: half the runs
 
 
 def heads(cfg: Any, n_pos: int, place: str = "z") -> tuple[list[Patch], tuple[int, ...]]:

@@ -97,7 +97,7 @@ def path_scores(
     fixing: Mapping[str, bool] | None = None,
     **wrong: Any,
 ) -> Tensor:
-    """The metric of each prompt, with the senders' news on direct paths only; `fixing` holds switches of `fix`."""
+    """The metric of each prompt, with senders' information on direct paths only; `fixing` holds switches of `fix`."""
     fixed = fix(model, clean, corrupted, senders, freeze_mlps, **(fixing or {}))
     return metric(over_paths(model, clean, fixed, receivers, **wrong))
 

@@ -25,7 +25,7 @@ BOTH: list[Receiver] = [("blocks.2.attn.hook_v", head) for head in (1, 0)]
 
 
 def other_inputs(to: Callable[[Callable[..., Any]], Fn]) -> dict[str, Fn]:
-    """Mistakes in which the news arrives at another input; `to` makes an answer whose receivers are changed."""
+    """Mistakes in which the information arrives at another input; `to` makes an answer whose receivers are changed."""
 
     def renamed(receivers: Sequence[Receiver], old: str, new: str) -> list[Receiver]:
         return [(name.replace(f"hook_{old}", f"hook_{new}"), head) for name, head in receivers]
@@ -63,7 +63,10 @@ def running(receivers: Callable[[Any], Any] = lambda receivers: receivers, **wro
         "a head's number is used as a position: a q is [batch pos head d_head].": running(**POSITION),
         "only the first receiver receives.": running(lambda receivers: receivers[:1]),
         "only the last receiver receives.": running(lambda receivers: receivers[-1:]),
-        "the final stream is what the last layer reads; it is what that leaves, its resid_post.": running(
+        "only the last receiver of each hook point receives, as with a dict that has one hook for each.": running(
+            lambda receivers: list(dict(receivers).items())
+        ),
+        "the final stream is what the last layer reads; take what it leaves, its resid_post.": running(
             final="hook_resid_pre"
         ),
     },
@@ -120,9 +123,10 @@ def by_every_way(model: Any, clean: Any, corrupted: Any, senders: Any, *rest: An
     {
         "nothing is sent: it is the clean run's metric.": path_patching(senders=lambda senders: []),
         "clean and corrupted are swapped.": path_patching(swapped=True),
-        "it is the whole effect of the senders, by every way: the heads in between are not held.": by_every_way,
-        "the heads in between are not held, so that information comes by way of them.": path_patching(
-            fixing={"loose": True}
+        "it is the whole effect of the senders, by every path: the heads in between are not held.": by_every_way,
+        "the heads in between are not held, so information passes through them.": path_patching(fixing={"loose": True}),
+        "only the senders are fixed; hold all other heads and the MLPs at their clean values as well.": path_patching(
+            fixing={"loose": True}, freeze=lambda freeze_mlps: False
         ),
         "the other heads are held at their corrupted values; hold the clean ones.": path_patching(
             fixing={"others": True}
@@ -134,9 +138,7 @@ def by_every_way(model: Any, clean: Any, corrupted: Any, senders: Any, *rest: An
         "it is the mean over the prompts; give one number for each.": path_patching(then=torch.mean),
         "the MLPs are not frozen, and should be.": path_patching(freeze=lambda freeze_mlps: False),
         "the MLPs are frozen, and should not be.": path_patching(freeze=lambda freeze_mlps: True),
-        "the MLPs are not frozen unless asked for; freeze_mlps=True is the default.": partial(
-            path_scores, freeze_mlps=False
-        ),
+        "the MLPs are not frozen by default; the default is freeze_mlps=True.": partial(path_scores, freeze_mlps=False),
     },
     other_inputs(path_patching),
 )
@@ -190,15 +192,14 @@ def refuses(name: str, run: Callable[[Case, list[Head], list[Receiver]], Any]) -
     ]
     if name == "path_patch":
         bad += [([(3, 0)], [FINAL]), ([(0, 0), (1, 2)], [FINAL]), ([(-1, 0)], [FINAL])]
+    looked_at = "senders" if name == "path_patch" else "[]"
+    advice = f"call `refuse_unknown(model, {looked_at}, receivers)` first."
     for senders, receivers in bad:
         case.model.runs = 0
         call = f"senders={senders}, receivers={receivers}"
-        must_raise(name, ValueError, call, partial(run, case, senders, receivers))
+        must_raise(name, ValueError, call, partial(run, case, senders, receivers), advice)
         if case.model.runs:
-            raise CheckFailed(
-                f"{name}: with {call} it ran the model before it raised ValueError.\n"
-                "  Next: look at senders and receivers first."
-            )
+            raise CheckFailed(f"{name}: with {call} it ran the model before it raised ValueError.\n  Next: {advice}")
 
 
 def one_by_one(heads: list[Head], fit: int) -> list[list[Head]]:
@@ -242,17 +243,17 @@ def forwards(heads: list[Head], fit: int) -> list[list[Head]]:
 
 @known_mistakes(
     {
-        "earlier senders are still sending: each entry has its own one only.": sending(
+        "earlier senders are still sending: each entry has only its own sender.": sending(
             lambda heads, fit: [heads[: i + 1] for i in range(len(heads))]
         ),
         "all senders of a forward send to every copy of the prompts.": sending(forwards),
         "clean and corrupted are swapped.": sending(swapped=True),
-        "the heads in between are not held, so that information comes by way of them.": sending(fixing={"loose": True}),
+        "the heads in between are not held, so information passes through them.": sending(fixing={"loose": True}),
         "the metric is summed over the prompts; take its mean.": sending(reduce=torch.sum),
         "it is how much the metric changed; the statement asks for the metric itself.": sending(
             then=lambda table, base: table - base
         ),
-        "senders without a path have 0; they leave the metric at what it is without them.": sending(
+        "senders without a path get 0; their entry is the metric of the clean run.": sending(
             then=lambda table, base: torch.where(table == base, 0.0, table)
         ),
         "layers and heads are mixed up: a transpose became a reshape.": sending(
@@ -296,5 +297,6 @@ def assert_table(name: str, fn: Fn, case: Case, receivers: list[Receiver], freez
     if case.model.runs > enough:
         raise CheckFailed(
             f"{name} {words}: it took {case.model.runs} forwards for {n_senders} senders; {enough - 1} are enough.\n"
-            "  Next: run both texts once for all, and put as many senders into a forward as max_rows allows."
+            "  Next: run both texts once for all, and put as many senders into a forward as max_rows allows: "
+            "`torch.cat([clean] * n)` has a copy of the prompts for each of n senders."
         )

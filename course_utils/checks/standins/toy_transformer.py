@@ -5,6 +5,7 @@ to go on with. So a patch there is a replacement in a computation that stands on
 """
 
 from collections.abc import Callable
+from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +37,7 @@ class ToyBlock(nn.Module):
     """Attention, and an MLP where there is one; both read the stream as it is."""
 
     def forward(self, resid: Tensor) -> Tensor:
-        return self.compute(resid, lambda place, activation: self.get_submodule(place)(activation))
+        return self.compute(resid, lambda place, activation: attrgetter(place)(self)(activation))
 
     def compute(self, resid: Tensor, see: See) -> Tensor:
         """The stream after this block; `see(place, activation)` is asked at every place in it."""
