@@ -81,10 +81,8 @@ def load_pretrained(
         cfg, weights, tokenizer = _read_fetched(name, ModelClass, convert, download)
     else:
         cfg, weights, tokenizer = _read_hub(name, ModelClass, convert, download)
-    weights = dict(weights)  # the only one that holds them, for `_fit` takes them out one by one
-    with _Undrawn():
-        model: Any = ModelClass(cfg)
-    _fit(model, weights, name)
+    weights = dict(weights)  # the only one that holds them, for `build` takes them out one by one
+    model = build(ModelClass, cfg, weights, name)
     model.cfg, model.tokenizer = cfg, tokenizer
     return model.to(device).eval()
 
@@ -481,6 +479,19 @@ FAMILIES = {
 
 
 # --- fitting weights into a model ---------------------------------------------------------------------------------
+
+
+def build(
+    ModelClass: Callable[[TransformerConfig], Any], cfg: TransformerConfig, weights: dict[str, Tensor], name: str
+) -> Any:
+    """A model of that class which holds these weights, and whose own are never drawn. It takes them out of `weights`.
+
+    Raises PretrainedError, calling the weights `name`, unless each of them has its place and shape.
+    """
+    with _Undrawn():
+        model = ModelClass(cfg)
+    _fit(model, weights, name)
+    return model
 
 
 class _Undrawn(TorchFunctionMode):
