@@ -1,5 +1,6 @@
 """SmolLM2-135M and GPT-2's vocabulary, as `course models fetch` gets them: `pytest -m real`."""
 
+import json
 import subprocess
 import sys
 import warnings
@@ -17,9 +18,11 @@ from course_utils.fetching import fetched
 from course_utils.hooks import run_with_cache
 from course_utils.places import CourseError
 from course_utils.pretrained import FETCHED, load_pretrained
+from course_utils.real import STORED
 from solutions.ch01_tokenization import BPETokenizer, bytes_to_unicode
 from solutions.ch02_transformer import Transformer
 from tests.conftest import ROOT
+from tests.support import real_parts
 
 pytestmark = pytest.mark.real
 
@@ -130,3 +133,11 @@ def test_what_chapter_01_says_of_gpt2_s_vocabulary() -> None:
     }
     times = [len(ours.encode(text)) / len(ours.encode(same["English"])) for text in same.values()]
     assert [round(value, 1) for value in times] == [1.0, 1.7, 4.8, 7.2]
+
+
+@pytest.mark.parametrize("chapter", sorted(path.stem for path in STORED.glob("*.json")))
+def test_stored_results_are_those_of_a_new_run_of_minutes(chapter: str, folder: Path, tmp_path: Path) -> None:
+    stored = json.loads((STORED / f"{chapter}.json").read_text(encoding="utf-8"))
+    found, seconds = real_parts.run(chapter, tmp_path / "found.json")
+    assert not list(real_parts.differences(found, stored, near=0.02))
+    assert seconds < 300
