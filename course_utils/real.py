@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from course_utils.fetching import HUB, fetched
+from course_utils.gguf_models import read_gguf
 from course_utils.pretrained import FETCHED, PretrainedError, load_pretrained
 
 STORED = Path(__file__).parent / "stored"
@@ -50,6 +52,32 @@ def results(name: str, model: Any, find: Callable[[Any], Mapping[str, Any]]) -> 
         earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         path.write_text(written(earlier | {name: found}), encoding="utf-8")
     return _decoded(found)
+
+
+def in_transformers() -> Any:
+    """The fetched model as transformers has it, with the same weights: to compare with."""
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    folder = fetched(FETCHED)
+    if folder.name == HUB:
+        return AutoModelForCausalLM.from_pretrained(folder).float().eval()
+    cfg, weights, _ = read_gguf(next(folder.glob("*.gguf")))
+    theirs = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=cfg.d_vocab,
+            hidden_size=cfg.d_model,
+            intermediate_size=cfg.d_mlp,
+            num_hidden_layers=cfg.n_layers,
+            num_attention_heads=cfg.n_heads,
+            num_key_value_heads=cfg.n_kv_heads,
+            max_position_embeddings=cfg.n_ctx,
+            rms_norm_eps=cfg.layer_norm_eps,
+            rope_parameters={"rope_type": "default", "rope_theta": cfg.rotary_base},
+            tie_word_embeddings=cfg.tied,
+        )
+    )
+    theirs.load_state_dict(weights, strict=False)  # what is tied stands there once
+    return theirs.eval()
 
 
 def written(stored: Mapping[str, Results]) -> str:
