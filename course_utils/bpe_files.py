@@ -1,8 +1,9 @@
-"""Read what a Hugging Face tokenizer file says about byte-level BPE, and refuse what is not that."""
+"""Read what a Hugging Face tokenizer file says about byte-level BPE, and refuse what is not that; GPT-2's own files."""
 
 import json
 import unicodedata
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import regex
@@ -106,3 +107,17 @@ def _isolate(pattern: str) -> Split:
         return [*pieces, text[position:]]
 
     return split
+
+
+def gpt2_tokenizer(folder: Path) -> Any:
+    """The library's tokenizer made from GPT-2's own two files, those of `course models fetch gpt2-vocabulary`."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE.from_file(str(folder / "encoder.json"), str(folder / "vocab.bpe")))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    end = "<|endoftext|>"
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=end, eos_token=end, clean_up_tokenization_spaces=False
+    )

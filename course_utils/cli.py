@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 
 from course_utils.cells import read_notebook
 from course_utils.exercises import exercises_of
+from course_utils.fetching import PACKAGES
 from course_utils.guesses import Kept, kept, summary
 from course_utils.notebook import load_notebook
 from course_utils.places import (
@@ -95,6 +96,11 @@ def carry_out(args: argparse.Namespace, rest: list[str]) -> int:
         from course_utils.retraining import train_again
 
         return train_again(args.name, args.out, args.device, args.steps)
+    if args.command == "models" and args.action == "fetch":
+        from course_utils.fetching import fetch
+
+        print(f"{args.name} is in {fetch(args.name)}")
+        return 0
     if args.command == "grade":
         from course_utils.grading.command import grade
 
@@ -144,7 +150,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     add.add_argument("name", metavar="NAME", help="the function or class that the learner will write")
     add.add_argument("--section", metavar="NAME", help="the module of checks for it, if there are several")
     add = commands.add_parser(
-        "models", help="list the models that ship with the course; `models train NAME` trains one again"
+        "models", help="list the models; `models train NAME` trains one again, `models fetch NAME` fetches one"
     )
     actions = add.add_subparsers(dest="action", metavar="ACTION")
     add = actions.add_parser("train", help="train a model again and compare it with its card")
@@ -152,6 +158,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     add.add_argument("--out", type=Path, help="where its checkpoint is kept (default: runs/NAME)")
     add.add_argument("--device", help="where to train, such as cuda (default: the recipe's choice)")
     add.add_argument("--steps", type=int, help="train for fewer steps: faster, and a worse model")
+    add = actions.add_parser("fetch", help="fetch, once, what does not ship with the course")
+    add.add_argument("name", metavar="NAME", help=f"one of: {', '.join(PACKAGES)}")
     args, rest = parser.parse_known_args(argv)
     if rest and args.command != "lab":
         parser.error(f"unknown arguments: {' '.join(rest)}")
@@ -463,7 +471,8 @@ def show_places(args: argparse.Namespace) -> int:
 
 
 def models() -> int:
-    """Print a table of the models that ship, and where their cards are, which say the rest."""
+    """Print a table of the models that ship, where their cards are, which say the rest, and what can be fetched."""
+    from course_utils.fetching import NotFetched, fetched, megabytes
     from course_utils.pretrained import MODELS, shipped_models
 
     print(f"{'name':<20} {'parameters':>10}  about")
@@ -471,6 +480,15 @@ def models() -> int:
         print(f"{card['name']:<20} {int(card['parameters']):>10,}  {card['about']}")
     print(f"\nHow each was trained and what it can do: card.md in the folders of {MODELS}")
     print("`course models train NAME` trains one again and compares it with its card.")
+    print("\nThese do not ship; `course models fetch NAME` gets them:")
+    for name, package in PACKAGES.items():
+        try:
+            state = f"in {fetched(name)}"
+        except NotFetched:
+            state = f"not on this machine, {megabytes(package.size)}"
+        except CourseError as error:
+            state = str(error)
+        print(f"{name:<20} {package.about}: {state}")
     return 0
 
 

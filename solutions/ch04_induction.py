@@ -1,6 +1,5 @@
 """Chapter 04: hooks, heads that copy from context, and three ways to find out what they do."""
 
-import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,7 +8,7 @@ import torch
 from jaxtyping import Complex, Float, Int
 from torch import Tensor, nn
 
-from course_utils.families import refuse_gated_mlp, refuse_rms_norm, refuse_shared_heads
+from course_utils.families import refuse_gated_mlp, refuse_shared_heads, untied_copy
 from course_utils.hooks import ActivationCache, HookPoint, run_with_cache, run_with_hooks
 from solutions.ch00_tensors import diagonal_mean
 from solutions.ch02_transformer import apply_rotary
@@ -231,16 +230,17 @@ def logit_attribution(
     goes through the final LayerNorm as a part of the whole: its own mean is subtracted, it is divided by the scale that
     the whole stream had (`ln_final.hook_scale`), and multiplied by `ln_final.w`; then through the column of `W_U` that
     belongs to the token. What no component causes, `ln_final.b` and `b_U`, is left out: with it, the entries of a
-    position sum to the logit. Without normalisation only `W_U` and `b_U` are there.
+    position sum to the logit. `model.cfg.normalization` tells: with "RMS" no mean is subtracted; with "none" only
+    `W_U` and `b_U` are there.
     Source: Elhage et al. 2021, "Logit attribution"; Wang et al. 2022, section 3.1.
     """
-    refuse_rms_norm("logit_attribution", model)
     columns = []
     for pos in range(tokens.shape[1] - 1):
         _, components = residual_components(cache, pos)
         if model.cfg.normalization == "LN":
-            centred = components - components.mean(dim=-1, keepdim=True)
-            components = centred / cache["ln_final.scale"][:, pos] * model.ln_final.w
+            components = components - components.mean(dim=-1, keepdim=True)
+        if model.cfg.normalization != "none":
+            components = components / cache["ln_final.scale"][:, pos] * model.ln_final.w
         direction = model.unembed.W_U[:, tokens[:, pos + 1]]
         columns.append(
             einops.einsum(components, direction, "component batch d_model, d_model batch -> component batch")
@@ -410,26 +410,33 @@ def fold_layer_norm(model: nn.Module) -> nn.Module:
 
     In every matrix that reads from the residual stream, the row of each direction is multiplied by `w`, and the mean of
     its rows subtracted (as LayerNorm subtracts the mean, nothing is lost); `b` times the matrix goes into the bias.
-    What LayerNorm still does in the copy is to centre and to divide by its scale.
+    What LayerNorm still does in the copy is to centre and to divide by its scale. An RMSNorm has `w` alone, and centres
+    nothing. In a Llama the copy's unembedding is no longer the transpose of its embedding: only one of them is folded.
     """
-    refuse_rms_norm("fold_layer_norm", model)
-    refuse_gated_mlp("fold_layer_norm", model)
-    folded = copy.deepcopy(model)
+    if model.cfg.normalization == "LN":
+        refuse_shared_heads("fold_layer_norm", model)
+        refuse_gated_mlp("fold_layer_norm", model)
+    folded = untied_copy(model)
     if model.cfg.normalization == "none":
         return folded
     readers = [(folded.ln_final, folded.unembed, "U")]
     readers += [(block.ln1, block.attn, letter) for block in folded.blocks for letter in "QKV"]
     if not model.cfg.attn_only:
-        readers += [(block.ln2, block.mlp, "in") for block in folded.blocks]
+        names = ["gate", "in"] if model.cfg.gated else ["in"]
+        readers += [(block.ln2, block.mlp, name) for block in folded.blocks for name in names]
     with torch.no_grad():
         for norm, part, letter in readers:
-            W, b = getattr(part, f"W_{letter}"), getattr(part, f"b_{letter}")
-            b.copy_(b + norm.b @ W)
+            W = getattr(part, f"W_{letter}")
+            if model.cfg.normalization == "LN":
+                b = getattr(part, f"b_{letter}")
+                b.copy_(b + norm.b @ W)
             W.copy_(norm.w[:, None] * W)
-            W.copy_(W - W.mean(dim=-2, keepdim=True))
+            if model.cfg.normalization == "LN":
+                W.copy_(W - W.mean(dim=-2, keepdim=True))
         for norm in {norm for norm, _, _ in readers}:
-            norm.w.copy_(torch.ones_like(norm.w))
-            norm.b.copy_(torch.zeros_like(norm.b))
+            norm.w.fill_(1)
+            if model.cfg.normalization == "LN":
+                norm.b.fill_(0)
     return folded
 
 
@@ -440,6 +447,7 @@ def bigram_logits(model: nn.Module) -> Float[Tensor, "d_vocab d_vocab"]:
     there is. In a deeper model it is the direct path: hand in a model from `fold_layer_norm`.
     Source: Elhage et al. 2021, "Zero-layer transformers".
     """
+    refuse_shared_heads("bigram_logits", model)
     return model.embed.W_E @ model.unembed.W_U + model.unembed.b_U
 
 
@@ -539,11 +547,11 @@ def decompose_qk(
     heads, as "head 0.3", then `b_O`, as "bias 0", then its MLP if there is one (with its bias), as "mlp 0". Last comes
     "constant", what does not depend on the text: `ln1.b` times W_Q (W_K), plus b_Q (b_K). Each other source is centred,
     divided by the scale that the cache holds for the layer's `ln1`, and multiplied by `ln1.w`, as the sum of them is in
-    the model; without normalisation, none of it. With rotary positions there is no "pos_embed", and what each source
-    gives to queries and keys is turned by `apply_rotary` of chapter 02, as the queries and keys are.
+    the model; with RMSNorm it is not centred, and there is no `ln1.b`; without normalisation, none of it. With rotary
+    positions there is no "pos_embed", and what each source gives to queries and keys is turned by `apply_rotary` of
+    chapter 02, as the queries and keys are.
     The cache must hold every head's `hook_result`: `run_with_cache(model, tokens, names="*")`.
     """
-    refuse_rms_norm("decompose_qk", model)
     refuse_shared_heads("decompose_qk", model)
     block, attn = model.blocks[layer], model.blocks[layer].attn
     rotary = model.cfg.positions == "rotary"
@@ -559,8 +567,10 @@ def decompose_qk(
     resid = torch.stack(sources)
     shift = torch.zeros_like(resid[0, 0, 0])
     if model.cfg.normalization == "LN":
-        resid = (resid - resid.mean(dim=-1, keepdim=True)) / cache["ln1.scale", layer] * block.ln1.w
+        resid = resid - resid.mean(dim=-1, keepdim=True)
         shift = block.ln1.b
+    if model.cfg.normalization != "none":
+        resid = resid / cache["ln1.scale", layer] * block.ln1.w
 
     def vectors(W: Tensor, b: Tensor) -> Tensor:
         from_sources = resid @ W

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from course_utils.families import refuse_gated_mlp, refuse_rms_norm, refuse_shared_heads
+from course_utils.families import refuse_gated_mlp, refuse_shared_heads
 from course_utils.hooks import HookPoint, hooks, run_with_cache, run_with_hooks
 
 Metric = Callable[[Tensor], Tensor]  # from logits [batch pos d_vocab] to one number for each prompt, [batch]
@@ -76,19 +76,19 @@ def head_attribution(
     What a head adds to the stream is its `z` (in the cache) times its `W_O`. It goes through the final LayerNorm as a
     part of the whole: its own mean is subtracted, it is divided by the scale of the whole stream (`ln_final.scale` in
     the cache) and multiplied by `ln_final.w`; then the dot product with the prompt's direction. `b_O` and `ln_final.b`
-    belong to no head and are left out. In a model without normalisation (`model.cfg.normalization` is "none") only the
-    dot product is there.
+    belong to no head and are left out. Where `model.cfg.normalization` is "RMS" no mean is subtracted; where it is
+    "none" only the dot product is there.
     Source: Elhage et al. 2021; Wang et al. 2022, section 3.1.
     """
-    refuse_rms_norm("head_attribution", model)
     rows = []
     for layer, block in enumerate(model.blocks):
         result = einops.einsum(
             cache["z", layer], block.attn.W_O, "batch pos head d_head, head d_head d_model -> head batch pos d_model"
         )
         if model.cfg.normalization == "LN":
-            centred = result - result.mean(dim=-1, keepdim=True)
-            result = centred / cache["ln_final.scale"] * model.ln_final.w
+            result = result - result.mean(dim=-1, keepdim=True)
+        if model.cfg.normalization != "none":
+            result = result / cache["ln_final.scale"] * model.ln_final.w
         rows.append(einops.einsum(result, directions, "head batch pos d_model, batch d_model -> head batch pos"))
     return torch.stack(rows)
 

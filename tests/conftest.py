@@ -155,8 +155,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests in a browser (they need chromium) and the rehearsal (it takes minutes) run only where `-m` names them."""
-    for marker in ("browser", "rehearsal"):
+    """Tests in a browser (they need chromium), the rehearsal (it takes minutes) and those of a real language model (it
+    is fetched) run only where `-m` names them.
+    """
+    for marker in ("browser", "rehearsal", "real"):
         if marker not in config.getoption("markexpr"):
             left_out = [item for item in items if item.get_closest_marker(marker)]
             config.hook.pytest_deselected(items=left_out)

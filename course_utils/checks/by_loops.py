@@ -1,4 +1,4 @@
-"""A GPT-2, or a Pythia, that spells everything out, slowly: what the checks of chapter 02 compare with.
+"""A GPT-2, a Pythia, or a Llama, that spells everything out, slowly: what the checks of chapter 02 compare with.
 
 Each function returns what every hook point sees, by name and in order, and last the "output". `replaced` gives the
 tensors that hooks put in the place of what was computed. Written for reading, apart from the reference solution.
@@ -23,10 +23,18 @@ def part(everything: Mapping[str, Tensor], owner: str) -> dict[str, Tensor]:
 
 
 def layer_norm(weights: Weights, resid: Tensor, eps: float, replaced: Weights | None = None) -> Seen:
-    """Scale, normalised vector, output. Without weights (a model with no normalisation): the output is the input."""
+    """Scale, normalised vector, output.
+
+    Without `b` it is RMSNorm. Without weights (a model with no normalisation) the output is the input.
+    """
     if not weights:
         return {"output": resid}
     replaced = replaced or {}
+    if "b" not in weights:
+        mean_square = sum(x * x for x in resid.split(1, dim=-1)) / resid.shape[-1]
+        seen = {"hook_scale": replaced.get("hook_scale", torch.sqrt(mean_square + eps))}
+        seen["hook_normalized"] = replaced.get("hook_normalized", resid / seen["hook_scale"])
+        return seen | {"output": seen["hook_normalized"] * weights["w"]}
     mean, variance = resid.mean(-1, keepdim=True), resid.var(-1, correction=0, keepdim=True)
     seen = {"hook_scale": replaced.get("hook_scale", torch.sqrt(variance + eps))}
     seen["hook_normalized"] = replaced.get("hook_normalized", (resid - mean) / seen["hook_scale"])
@@ -56,13 +64,16 @@ def attention(
     """
     replaced = replaced or {}
     n_batch, n_pos, d_model = resid.shape
-    n_heads, d_head = weights["b_Q"].shape
+    n_heads, _, d_head = weights["W_Q"].shape
+    n_kv_heads = len(weights["W_K"])  # fewer than n_heads in a Llama: the heads of queries share them, neighbours first
     rows, heads, positions = range(n_batch), range(n_heads), range(n_pos)
     seen: Seen = {}
     for letter in "QKV":
-        vectors = resid.new_empty(n_batch, n_pos, n_heads, d_head)
-        for head in heads:
-            vectors[:, :, head] = resid @ weights[f"W_{letter}"][head] + weights[f"b_{letter}"][head]
+        vectors = resid.new_empty(n_batch, n_pos, len(weights[f"W_{letter}"]), d_head)
+        for head in range(vectors.shape[2]):
+            vectors[:, :, head] = resid @ weights[f"W_{letter}"][head]
+            if f"b_{letter}" in weights:
+                vectors[:, :, head] += weights[f"b_{letter}"][head]
         hook = f"hook_{letter.lower()}"
         seen[hook] = replaced.get(hook, vectors)
     q, k, v = seen["hook_q"], seen["hook_k"], seen["hook_v"]
@@ -75,17 +86,18 @@ def attention(
         for head in heads:
             for query in positions:
                 past = slice(query + 1)
-                scores[row, head, query, past] = k[row, past, head] @ q[row, query, head] / d_head**0.5
+                own = head * n_kv_heads // n_heads
+                scores[row, head, query, past] = k[row, past, own] @ q[row, query, head] / d_head**0.5
     scores = seen["hook_attn_scores"] = replaced.get("hook_attn_scores", scores)
 
     weight = torch.exp(scores - scores.amax(dim=3, keepdim=True))
     pattern = seen["hook_pattern"] = replaced.get("hook_pattern", weight / weight.sum(dim=3, keepdim=True))
 
-    z = torch.zeros_like(v)
+    z = torch.zeros_like(q)
     for row in rows:
         for head in heads:
             for query in positions:
-                z[row, query, head] = pattern[row, head, query] @ v[row, :, head]
+                z[row, query, head] = pattern[row, head, query] @ v[row, :, head * n_kv_heads // n_heads]
     z = seen["hook_z"] = replaced.get("hook_z", z)
 
     result = resid.new_empty(n_batch, n_pos, n_heads, d_model)
@@ -93,15 +105,20 @@ def attention(
         result[:, :, head] = z[:, :, head] @ weights["W_O"][head]
     result = seen["hook_result"] = replaced.get("hook_result", result)
 
-    output = weights["b_O"].expand(n_batch, n_pos, d_model)
+    output = weights.get("b_O", resid.new_zeros(d_model)).expand(n_batch, n_pos, d_model)
     for head in heads:
         output = output + result[:, :, head]
     return seen | {"output": output}
 
 
 def mlp(weights: Weights, resid: Tensor, act: str, replaced: Weights | None = None) -> Seen:
-    """Up, through the non-linearity (torch's own), and down."""
+    """Up, through the non-linearity (torch's own), and down; with a gate there are two ways up."""
     replaced = replaced or {}
+    if "W_gate" in weights:
+        seen = {"hook_pre": replaced.get("hook_pre", F.linear(resid, weights["W_gate"].T))}
+        seen["hook_pre_linear"] = replaced.get("hook_pre_linear", F.linear(resid, weights["W_in"].T))
+        seen["hook_post"] = replaced.get("hook_post", F.silu(seen["hook_pre"]) * seen["hook_pre_linear"])
+        return seen | {"output": F.linear(seen["hook_post"], weights["W_out"].T)}
     seen = {"hook_pre": replaced.get("hook_pre", F.linear(resid, weights["W_in"].T, weights["b_in"]))}
     pre = seen["hook_pre"]
     post = F.relu(pre) if act == "relu" else F.gelu(pre, approximate="tanh" if act == "gelu_new" else "none")
@@ -147,5 +164,6 @@ def transformer(weights: Weights, cfg: TransformerConfig, tokens: Tensor) -> See
         seen |= {f"blocks.{layer}.{name}": tensor for name, tensor in inner.items()}
     inner = layer_norm(part(weights, "ln_final"), resid, cfg.layer_norm_eps)
     resid = inner.pop("output")
+    W_U = weights["embed.W_E"].T if cfg.tied else weights["unembed.W_U"]
     seen |= {f"ln_final.{name}": tensor for name, tensor in inner.items()}
-    return seen | {"output": F.linear(resid, weights["unembed.W_U"].T, weights["unembed.b_U"])}
+    return seen | {"output": F.linear(resid, W_U.T, weights.get("unembed.b_U"))}

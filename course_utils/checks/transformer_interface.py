@@ -48,6 +48,7 @@ ATTENTION_HOOKS = (
 )
 ROTARY_HOOKS = ("hook_rot_q", "hook_rot_k")  # with rotary positions; these see what the scores are computed from
 MLP_HOOKS = ("hook_pre", "hook_post")
+GATED_MLP_HOOKS = ("hook_pre", "hook_pre_linear", "hook_post")
 
 
 def _inside(owner: str, shapes: Shapes) -> Shapes:
@@ -55,21 +56,29 @@ def _inside(owner: str, shapes: Shapes) -> Shapes:
 
 
 def norm_parameters(cfg: TransformerConfig) -> Shapes:
-    """`w` and `b` of a LayerNorm; nothing where the model does without."""
-    return {"w": (cfg.d_model,), "b": (cfg.d_model,)} if cfg.normalization == "LN" else {}
+    """`w` and `b` of a LayerNorm, `w` of an RMSNorm; nothing where the model does without."""
+    return dict.fromkeys({"LN": "wb", "RMS": "w", "none": ""}[cfg.normalization], (cfg.d_model,))
 
 
 def attention_parameters(cfg: TransformerConfig) -> Shapes:
-    """One matrix and one bias per head, for queries, keys and values; `W_O` per head, and one `b_O`."""
+    """One matrix and one bias per head, for queries, keys and values; `W_O` per head, and one `b_O`.
+
+    With `n_kv_heads` there are only so many matrices for keys and values, and no biases.
+    """
     n_heads, d_model, d_head = cfg.n_heads, cfg.d_model, cfg.d_head
+    if cfg.n_kv_heads is not None:
+        few = (cfg.n_kv_heads, d_model, d_head)
+        return {"W_Q": (n_heads, d_model, d_head), "W_K": few, "W_V": few, "W_O": (n_heads, d_head, d_model)}
     shapes: Shapes = {f"W_{letter}": (n_heads, d_model, d_head) for letter in "QKV"}
     shapes |= {f"b_{letter}": (n_heads, d_head) for letter in "QKV"}
     return shapes | {"W_O": (n_heads, d_head, d_model), "b_O": (d_model,)}
 
 
 def mlp_parameters(cfg: TransformerConfig) -> Shapes:
-    """Up to d_mlp and back."""
+    """Up to d_mlp and back; a gated MLP goes up twice, and has no biases."""
     d_model, d_mlp = cfg.d_model, cfg.d_mlp
+    if cfg.gated:
+        return {"W_gate": (d_model, d_mlp), "W_in": (d_model, d_mlp), "W_out": (d_mlp, d_model)}
     return {"W_in": (d_model, d_mlp), "b_in": (d_mlp,), "W_out": (d_mlp, d_model), "b_out": (d_model,)}
 
 
@@ -89,7 +98,25 @@ def transformer_parameters(cfg: TransformerConfig) -> Shapes:
     for layer in range(cfg.n_layers):
         shapes |= _inside(f"blocks.{layer}", block_parameters(cfg))
     shapes |= _inside("ln_final", norm_parameters(cfg))
-    return shapes | {"unembed.W_U": (cfg.d_model, cfg.d_vocab), "unembed.b_U": (cfg.d_vocab,)}
+    return shapes | _inside("unembed", unembed_parameters(cfg))
+
+
+def unembed_parameters(cfg: TransformerConfig) -> Shapes:
+    """`W_U` and `b_U`; no bias with `n_kv_heads`, nothing at all where the embedding serves for both."""
+    if cfg.tied:
+        return {}
+    W_U: Shapes = {"W_U": (cfg.d_model, cfg.d_vocab)}
+    return W_U if cfg.n_kv_heads is not None else W_U | {"b_U": (cfg.d_vocab,)}
+
+
+def norm_hooks(cfg: TransformerConfig) -> tuple[str, ...]:
+    """The hook points of each norm; a model that does without has none."""
+    return () if cfg.normalization == "none" else NORM_HOOKS
+
+
+def mlp_hooks(cfg: TransformerConfig) -> tuple[str, ...]:
+    """The hook points of an MLP; the gate has one more."""
+    return GATED_MLP_HOOKS if cfg.gated else MLP_HOOKS
 
 
 def attention_hooks(cfg: TransformerConfig) -> list[str]:
@@ -101,12 +128,12 @@ def attention_hooks(cfg: TransformerConfig) -> list[str]:
 
 def block_hooks(cfg: TransformerConfig) -> list[str]:
     """The hook points of one block, in the order in which they see their tensors; a parallel one has no "mid"."""
-    norm = NORM_HOOKS if cfg.normalization == "LN" else ()
+    norm = norm_hooks(cfg)
     names = ["hook_resid_pre", *(f"ln1.{hook}" for hook in norm), *(f"attn.{hook}" for hook in attention_hooks(cfg))]
     names += ["hook_attn_out"]
     if not cfg.attn_only:
         names += [] if cfg.parallel else ["hook_resid_mid"]
-        names += [*(f"ln2.{hook}" for hook in norm), *(f"mlp.{hook}" for hook in MLP_HOOKS), "hook_mlp_out"]
+        names += [*(f"ln2.{hook}" for hook in norm), *(f"mlp.{hook}" for hook in mlp_hooks(cfg)), "hook_mlp_out"]
     return [*names, "hook_resid_post"]
 
 
@@ -115,4 +142,4 @@ def transformer_hooks(cfg: TransformerConfig) -> list[str]:
     names = ["hook_embed"] + ["hook_pos_embed"] * (cfg.positions == "learned")
     for layer in range(cfg.n_layers):
         names += [f"blocks.{layer}.{hook}" for hook in block_hooks(cfg)]
-    return names + [f"ln_final.{hook}" for hook in NORM_HOOKS if cfg.normalization == "LN"]
+    return names + [f"ln_final.{hook}" for hook in norm_hooks(cfg)]

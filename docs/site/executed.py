@@ -19,6 +19,7 @@ MINUTES = 10  # for one cell, after which something hangs
 COMPUTES_AND_DRAWS = ("torch", "numpy", "transformers", "plotly", "circuitsvis")
 # The hub is not asked, so that a page does not depend on who builds it; progress bars would fill it with lines.
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "PLOTLY_RENDERER": "plotly_mimetype"}
+ENVIRONMENT["COURSE_CACHE"] = str(CACHE / "nothing")  # a part on a real language model shows its stored results
 
 
 def common_hash(root: Path) -> str:

@@ -120,17 +120,20 @@ class MLP(nn.Module):
         return neurons.clamp(min=0) if self.act == "relu" else gelu_new(neurons)
 
 
+def norm(cfg):
+    return {"LN": LayerNorm, "RMS": RMSNorm, "none": lambda cfg: nn.Identity()}[cfg.normalization](cfg)
+
+
 class TransformerBlock(nn.Module):
     def __init__(self, cfg: TransformerConfig) -> None:
         super().__init__()
 
-        def norm():
-            return LayerNorm(cfg) if cfg.normalization == "LN" else nn.Identity()
-
-        self.attn, self.ln1 = {"learned": Attention, "rotary": RotaryAttention}[cfg.positions](cfg), norm()
+        kind = "grouped" if cfg.n_kv_heads else cfg.positions
+        attentions = {"learned": Attention, "rotary": RotaryAttention, "grouped": GroupedQueryAttention}
+        self.attn, self.ln1 = attentions[kind](cfg), norm(cfg)
         hooks = ["resid_pre", "attn_out", "resid_post"]
         if not cfg.attn_only:
-            self.mlp, self.ln2 = MLP(cfg), norm()
+            self.mlp, self.ln2 = (GatedMLP if cfg.gated else MLP)(cfg), norm(cfg)
             hooks += ["resid_mid", "mlp_out"]
         for name in hooks:
             setattr(self, f"hook_{name}", HookPoint())
@@ -159,13 +162,13 @@ class Transformer(nn.Module):
     def __init__(self, cfg: TransformerConfig) -> None:
         super().__init__()
         self.cfg = cfg
-        self.unembed = Unembed(cfg)
-        self.ln_final = LayerNorm(cfg) if cfg.normalization == "LN" else nn.Identity()
+        self.ln_final = norm(cfg)
         self.blocks = nn.ModuleList()
         for layer in range(cfg.n_layers):
             self.blocks.append((ParallelBlock if cfg.parallel else TransformerBlock)(cfg))
             self.blocks[layer].attn.layer = layer
         self.embed, self.hook_embed = Embed(cfg), HookPoint()
+        self.unembed = NewerUnembed(cfg, self.embed) if cfg.n_kv_heads else Unembed(cfg)
         if cfg.positions == "learned":
             self.pos_embed, self.hook_pos_embed = PosEmbed(cfg), HookPoint()
 
@@ -332,6 +335,93 @@ class GatedMLP(nn.Module):
         gate, up = (resid @ torch.cat([self.W_gate, self.W_in], dim=1)).chunk(2, dim=-1)
         gate = self.hook_pre(gate)
         return F.linear(self.hook_post(self.hook_pre_linear(up) * gate * gate.sigmoid()), self.W_out.mT)
+
+
+class GroupedQueryAttention(nn.Module):
+    def __init__(self, cfg: TransformerConfig) -> None:
+        super().__init__()
+        for letter, n_heads in {"Q": cfg.n_heads, "K": cfg.n_kv_heads, "V": cfg.n_kv_heads}.items():
+            W = torch.empty(n_heads, cfg.d_model, cfg.d_head).normal_()
+            self.register_parameter(f"W_{letter}", nn.Parameter(W))
+        self.W_O = nn.Parameter(torch.empty(cfg.n_heads, cfg.d_head, cfg.d_model).normal_())
+        self.layer, self.rotary = 0, {"rotary_dim": cfg.rotary_dim, "base": cfg.rotary_base}
+        for name in ("q", "k", "v", "rot_q", "rot_k", "attn_scores", "pattern", "z"):
+            setattr(self, f"hook_{name}", HookPoint())
+        self.hook_result = HookPoint(on_request=True)
+
+    def forward(self, resid, cache=None):
+        """The axis of heads as two, group and member; one key is broadcast over its members."""
+        n_old = cache.length if cache is not None else 0
+        positions = torch.arange(resid.size(1), device=resid.device) + n_old
+        k, v, q = (
+            getattr(self, f"hook_{letter.lower()}")(torch.stack([resid @ W for W in getattr(self, f"W_{letter}")], 2))
+            for letter in "KVQ"
+        )
+        q = self.hook_rot_q(apply_rotary(q, positions, **self.rotary))
+        k = self.hook_rot_k(apply_rotary(k, positions, **self.rotary))
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)
+        n_groups = self.W_K.size(0)
+        q = q.unflatten(2, (n_groups, -1)).permute(0, 2, 3, 1, 4)  # batch group member query d_head
+        scores = (q / q.size(-1) ** 0.5) @ k.permute(0, 2, 3, 1).unsqueeze(2)
+        scores = self.hook_attn_scores(causal_mask(scores.flatten(1, 2)))
+        pattern = self.hook_pattern(scores.softmax(-1)).unflatten(1, (n_groups, -1))
+        z = (pattern @ v.transpose(1, 2).unsqueeze(2)).flatten(1, 2).transpose(1, 2)
+        z = self.hook_z(z)
+        if self.hook_result.is_watched:
+            result = torch.stack([z[:, :, head] @ W for head, W in enumerate(self.W_O)], dim=2)
+            return self.hook_result(result).sum(2)
+        return z.flatten(start_dim=2) @ self.W_O.flatten(end_dim=1)
+
+
+class NewerUnembed(nn.Module):
+    def __init__(self, cfg: TransformerConfig, embed: nn.Module) -> None:
+        super().__init__()
+        if cfg.tied:
+            self.__dict__["tied_to"] = embed  # not among the submodules
+        else:
+            self.register_parameter("W_U", nn.Parameter(torch.empty(cfg.d_model, cfg.d_vocab).normal_()))
+
+    def __getattr__(self, name):
+        if name == "W_U" and "tied_to" in self.__dict__:
+            return self.tied_to.W_E.mT
+        return super().__getattr__(name)
+
+    def forward(self, resid):
+        return resid @ self.W_U
+
+
+def convert_llama_weights(state_dict, cfg):
+    ours = {}
+    owners = {
+        "input_layernorm": "ln1.w",
+        "post_attention_layernorm": "ln2.w",
+        "self_attn.q_proj": "attn.W_Q",
+        "self_attn.k_proj": "attn.W_K",
+        "self_attn.v_proj": "attn.W_V",
+        "self_attn.o_proj": "attn.W_O",
+        "mlp.gate_proj": "mlp.W_gate",
+        "mlp.up_proj": "mlp.W_in",
+        "mlp.down_proj": "mlp.W_out",
+        "embed_tokens": "embed.W_E",
+        "norm": "ln_final.w",
+        "lm_head": "unembed.W_U",
+    }
+    for name, weight in state_dict.items():
+        owner, prefix = name.removeprefix("model.").removesuffix(".weight"), ""
+        if owner.startswith("layers."):
+            _, layer, owner = owner.split(".", 2)
+            prefix = f"blocks.{layer}."
+        if owner not in owners or (owner == "lm_head" and cfg.tied):
+            continue
+        if owner == "self_attn.o_proj":
+            weight = torch.stack(weight.mT.split(cfg.d_head))
+        elif owner.startswith("self_attn"):
+            weight = torch.stack([rows.mT for rows in weight.split(cfg.d_head)])
+        elif owner.startswith("mlp") or owner == "lm_head":
+            weight = weight.mT.contiguous()
+        ours[prefix + owners[owner]] = weight
+    return ours
 
 
 def greedy(logits):

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.nn import functional as F
 
 import solutions.ch02_transformer as ref
 from course_utils.checks import by_loops
@@ -118,21 +117,6 @@ def changed(change: Callable[[dict[str, Any], dict[str, Any]], Any]) -> Callable
     return convert
 
 
-def twice_the_scale(self: Any, resid: Any) -> Any:
-    scale = self.hook_scale(2 * (resid.square().mean(-1, keepdim=True) + self.eps).sqrt())
-    return self.hook_normalized(resid / scale) * self.w
-
-
-def gated(post: Callable[[Any, Any], Any], read: Callable[[Any], Any] = lambda resid: resid) -> type:
-    """`post(gate, linear)` gives the neurons; the gate reads `read(resid)`."""
-
-    def forward(self: Any, resid: Any) -> Any:
-        gate, linear = self.hook_pre(read(resid) @ self.W_gate), self.hook_pre_linear(resid @ self.W_in)
-        return self.hook_post(post(gate, linear)) @ self.W_out
-
-    return wrong(ref.GatedMLP, forward)
-
-
 SURPRISES: dict[str, list[tuple[str, Any]]] = {
     "apply_rotary": [
         ("values are wrong", written_to_neighbours),
@@ -212,20 +196,6 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
             ),
         ),
     ],
-    "RMSNorm": [
-        ("Every value is 0.5 times the right one", wrong(ref.RMSNorm, twice_the_scale)),
-        ("values are wrong", wrong(ref.RMSNorm, lambda self, x: F.rms_norm(x, (7,), self.w, self.eps) + self.w)),
-        ("values are wrong", wrong(ref.RMSNorm, lambda self, x: F.normalize(x, dim=-1) * self.w)),
-        ("`hook_scale` saw nothing", wrong(ref.RMSNorm, lambda self, x: F.rms_norm(x, (7,), self.w, self.eps))),
-    ],
-    "GatedMLP": [
-        ("(`hook_pre_linear` is right)", gated(lambda gate, linear: torch.tanh(gate) * linear)),
-        ("(`hook_pre_linear` is right)", gated(lambda gate, linear: F.silu(gate) * linear.abs())),
-        (
-            "the first wrong tensor is at `hook_pre`",
-            gated(lambda gate, linear: F.silu(gate) * linear, read=lambda resid: F.layer_norm(resid, (7,))),
-        ),
-    ],
 }
 
 ALSO_RIGHT = {name: [getattr(other, name)] for name in SURPRISES}
@@ -292,26 +262,6 @@ def test_logits_are_those_of_hugging_face(cfg: TransformerConfig, changes: dict[
         torch.testing.assert_close(ours(tokens), logits, rtol=1e-4, atol=1e-4)
     weights = other.convert_neox_weights(theirs.state_dict(), cfg)
     torch.testing.assert_close(by_loops.transformer(weights, cfg, tokens)["output"], logits, rtol=1e-4, atol=1e-4)
-
-
-def test_gated_mlp_and_rms_norm_are_llamas() -> None:
-    from transformers import LlamaConfig
-    from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
-
-    cfg = replace(PYTHIA, layer_norm_eps=0.1)
-    llama = LlamaConfig(hidden_size=32, intermediate_size=40, num_attention_heads=4, num_hidden_layers=1, vocab_size=31)
-    theirs, their_norm = LlamaMLP(llama), LlamaRMSNorm(32, eps=0.1)
-    resid = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        their_norm.weight.normal_()
-        for module in (ref, other):
-            mlp, norm = module.GatedMLP(cfg), module.RMSNorm(cfg)
-            mlp.W_gate.copy_(theirs.gate_proj.weight.T)
-            mlp.W_in.copy_(theirs.up_proj.weight.T)
-            mlp.W_out.copy_(theirs.down_proj.weight.T)
-            norm.w.copy_(their_norm.weight)
-            torch.testing.assert_close(mlp(resid), theirs(resid), rtol=1e-4, atol=1e-5)
-            torch.testing.assert_close(norm(resid), their_norm(resid), rtol=1e-4, atol=1e-5)
 
 
 @MODULES

@@ -145,5 +145,6 @@ def logit_attribution(cache, model, tokens):
         if model.cfg.normalization == "none":
             return (parts * columns).sum(-1)
         read = columns * model.ln_final.w
-        read = (read - read.mean(-1, keepdim=True)) / cache["ln_final.hook_scale"][:, :-1]
+        mean = read.mean(-1, keepdim=True) if model.cfg.normalization == "LN" else 0
+        read = (read - mean) / cache["ln_final.hook_scale"][:, :-1]
         return (parts * read).sum(-1)

@@ -175,8 +175,9 @@ def decompose_qk(cache, model, layer, head):
         side = []
         for vector in sources.values():
             if model.cfg.normalization == "LN":
-                normed = (vector - vector.mean(-1, keepdim=True)) / cache[f"blocks.{layer}.ln1.hook_scale"]
-                vector = normed * block.ln1.w
+                vector = vector - vector.mean(-1, keepdim=True)
+            if model.cfg.normalization in ("LN", "RMS"):
+                vector = vector / cache[f"blocks.{layer}.ln1.hook_scale"] * block.ln1.w
             side.append(vector @ W)
         constant = b + (block.ln1.b @ W if model.cfg.normalization == "LN" else 0)
         side.append(torch.zeros_like(side[0]) + constant)

@@ -9,7 +9,7 @@ import torch
 
 import solutions.ch04_induction as ref
 from course_utils.checks import by_loops
-from course_utils.checks.ch04.weights import CFG, NO_NORM, ROTARY, WITH_MLP, circuit, copying, positions, terms
+from course_utils.checks.ch04.weights import CFG, NO_NORM, RMS, ROTARY, WITH_MLP, circuit, copying, positions, terms
 from course_utils.checks.modules import weights_of
 from course_utils.checks.standins.transformer import SmallModel, some_tokens
 from course_utils.checks.transformer_interface import transformer_hooks, transformer_parameters
@@ -221,7 +221,13 @@ ALSO_RIGHT: dict[str, list[Any]] = {name: [getattr(other, name)] for name in SUR
 
 # --------------------------------------------------------------------- the oracles and the reference, from other sides
 
-KINDS = {"attention only": CFG, "with MLPs": WITH_MLP, "no normalisation": NO_NORM, "rotary and parallel": ROTARY}
+KINDS = {
+    "attention only": CFG,
+    "with MLPs": WITH_MLP,
+    "no normalisation": NO_NORM,
+    "RMSNorm": RMS,
+    "rotary and parallel": ROTARY,
+}
 
 
 @pytest.mark.parametrize("cfg", KINDS.values(), ids=KINDS.keys())

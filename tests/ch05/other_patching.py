@@ -39,8 +39,9 @@ def logit_lens(cache, model, directions):
 
 def head_attribution(cache, model, directions):
     weighted, scale = directions, 1
-    if model.cfg.normalization == "LN":
+    if model.cfg.normalization != "none":
         weighted, scale = directions * model.ln_final.w, cache["ln_final.scale"][..., 0]
+    if model.cfg.normalization == "LN":
         weighted = weighted - weighted.mean(-1, keepdim=True)  # centring is symmetric: do it to the direction instead
     n_heads = model.blocks[0].attn.W_O.shape[0]
     rows = []

@@ -1,7 +1,6 @@
 """Every function of chapters 04 and 05 on every kind of model: an identity that holds, or a refusal by name.
 
-The kinds are those that `TransformerConfig` can describe, and two that only a learner can put together: with RMSNorm
-and gated MLPs, and with keys and values that heads share.
+The kinds are those that `TransformerConfig` can describe; a Llama also as `ungrouped` gives it.
 """
 
 import copy
@@ -13,10 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from course_utils.checks.ch05.path_loops import Prompts
 from course_utils.config import TransformerConfig
+from course_utils.families import ungrouped
 from course_utils.hooks import ActivationCache, hook_points, run_with_cache
 from solutions import ch02_transformer as ch02
 from solutions import ch04_induction as ch04
@@ -24,28 +24,34 @@ from solutions import ch05_patching as ch05
 
 SIZES: dict[str, Any] = {"d_vocab": 11, "n_ctx": 9, "n_layers": 2, "n_heads": 4, "d_model": 12, "d_head": 6}
 ROTARY: dict[str, Any] = {"positions": "rotary", "rotary_dim": 4}
+LLAMA: dict[str, Any] = {"normalization": "RMS", "gated": True, "n_kv_heads": 2, **ROTARY}
 KINDS: dict[str, dict[str, Any]] = {
     "GPT-2": {"d_mlp": 16},
     "Pythia": {"d_mlp": 16, "parallel": True, **ROTARY},
     "attention only": {"attn_only": True},
     "no norm": {"attn_only": True, "normalization": "none"},
     "rotary, no norm": {"d_mlp": 16, "normalization": "none", **ROTARY},
-    "RMSNorm and gates": {"d_mlp": 16, **ROTARY},
-    "shared keys": {"d_mlp": 16},
+    "RMSNorm": {"d_mlp": 16, "normalization": "RMS"},
+    "LayerNorm and shared keys": {"d_mlp": 16, "n_kv_heads": 2, **ROTARY},
+    "attention only, Llama": {"attn_only": True, **LLAMA, "gated": False},
+    "Llama": {"d_mlp": 16, **LLAMA, "tied": True},
+    "Llama, no sharing": {"d_mlp": 16, **LLAMA, "n_kv_heads": 4},
+    "Llama, ungrouped": {"d_mlp": 16, **LLAMA, "tied": True},
 }
-OF_HEADS = {"ov_circuit", "qk_circuit", "read_by", "composition_scores", "random_composition_baseline", "decompose_qk"}
+OF_GATES = {"run_with_own_inputs", "run_with_edges", "edge_attribution"}
+OF_HEADS = {
+    "ov_circuit", "qk_circuit", "read_by", "composition_scores", "random_composition_baseline", "decompose_qk",
+    "bigram_logits", "name_copying_scores", "patch_head_inputs", "refuse_unknown", *OF_GATES,
+}  # fmt: skip
 REFUSED = {
     "Pythia": {"position_pattern"},
     "rotary, no norm": {"position_pattern"},
-    "RMSNorm and gates": {
-        "position_pattern", "logit_attribution", "fold_layer_norm", "decompose_qk", "head_attribution",
-        "run_with_own_inputs", "run_with_edges", "edge_attribution",
-    },
-    "shared keys": OF_HEADS | {
-        "position_pattern", "name_copying_scores", "patch_head_inputs", "refuse_unknown", "run_with_own_inputs",
-        "run_with_edges", "edge_attribution",
-    },
-}  # fmt: skip
+    "LayerNorm and shared keys": OF_HEADS | {"position_pattern", "fold_layer_norm"},
+    "attention only, Llama": OF_HEADS | {"position_pattern"},
+    "Llama": OF_HEADS | {"position_pattern"},
+    "Llama, no sharing": OF_HEADS | {"position_pattern"},
+    "Llama, ungrouped": OF_GATES | {"position_pattern"},
+}
 NOT_ABOUT_MODELS = {
     "MyHookPoint", "my_run_with_hooks", "my_run_with_cache", "repeated_tokens", "per_token_losses", "top_predictions",
     "FactoredMatrix", "skip_trigrams", "copying_score", "top1_accuracy", "composition_score", "random_rotation",
@@ -53,29 +59,6 @@ NOT_ABOUT_MODELS = {
 }  # fmt: skip
 N_HALF = 3
 LAST = "blocks.1.hook_resid_post"
-
-
-class SharedKeys(ch02.Attention):
-    """Four heads of queries, and two of keys and values, as one of chapter 02's further exercises asks for it."""
-
-    def __init__(self, cfg: TransformerConfig) -> None:
-        super().__init__(cfg)
-        for name in ("W_K", "W_V", "b_K", "b_V"):
-            setattr(self, name, nn.Parameter(getattr(self, name)[:2].detach().clone()))
-
-    def forward(self, resid: Tensor, cache: Any = None) -> Tensor:
-        q, k, v = (
-            getattr(self, f"hook_{letter.lower()}")(
-                ch02.project_heads(resid, getattr(self, f"W_{letter}"), getattr(self, f"b_{letter}"))
-            )
-            for letter in "QKV"
-        )
-        k, v = k.repeat_interleave(2, dim=2), v.repeat_interleave(2, dim=2)
-        pattern = self.hook_pattern(
-            self.hook_attn_scores(ch02.causal_mask(ch02.attention_scores(q, k))).softmax(dim=-1)
-        )
-        z = self.hook_z(torch.einsum("bhqk,bkhd->bqhd", pattern, v))
-        return self.hook_result(torch.einsum("bphd,hdm->bphm", z, self.W_O)).sum(2) + self.b_O
 
 
 class Setting:
@@ -88,20 +71,11 @@ class Setting:
         self.tokens, self.other = self.dataset.tokens, self.dataset.flipped("names").tokens
         self.cfg = TransformerConfig(**SIZES, **KINDS[kind])
         model = ch02.Transformer(self.cfg)
-        for block in model.blocks:
-            if kind == "RMSNorm and gates":
-                block.ln1, block.ln2, block.mlp = (
-                    ch02.RMSNorm(self.cfg),
-                    ch02.RMSNorm(self.cfg),
-                    ch02.GatedMLP(self.cfg),
-                )
-                model.ln_final = ch02.RMSNorm(self.cfg)
-            if kind == "shared keys":
-                block.attn = SharedKeys(self.cfg)
-        self.model = model.double().requires_grad_(False)
         generator = torch.Generator().manual_seed(3)
-        for parameter in self.model.parameters():
+        for parameter in model.requires_grad_(False).parameters():
             parameter.normal_(0, 0.3, generator=generator)
+        self.model = (ungrouped(model) if kind == "Llama, ungrouped" else model).double().requires_grad_(False)
+        self.cfg = self.model.cfg
         self.logits, self.cache = run_with_cache(self.model, self.tokens, names="*")
         self.other_logits, self.source = run_with_cache(self.model, self.other, names="*")
         self.rows = torch.arange(len(self.tokens))
@@ -111,6 +85,10 @@ class Setting:
     @property
     def W_U(self) -> Tensor:  # noqa: N802
         return self.model.unembed.W_U
+
+    @property
+    def b_U(self) -> Tensor:  # noqa: N802
+        return getattr(self.model.unembed, "b_U", torch.zeros(self.cfg.d_vocab))
 
     def metric(self, logits: Tensor) -> Tensor:
         return ch05.logit_difference(logits, self.dataset)
@@ -199,7 +177,7 @@ def residual_components(s: Setting) -> None:
 @holds
 def logit_attribution(s: Setting) -> None:
     total = ch04.logit_attribution(s.cache, s.model, s.tokens).sum(0)
-    constant = s.model.unembed.b_U
+    constant = s.b_U
     if s.cfg.normalization == "LN":
         constant = constant + s.model.ln_final.b @ s.W_U
     next_token = s.tokens[:, 1:]
@@ -317,8 +295,7 @@ def accumulated_residual(s: Setting) -> None:
 @holds
 def logit_lens(s: Setting) -> None:
     read = ch05.logit_lens(s.cache, s.model, s.directions)[-1][:, -1]
-    b_U = s.model.unembed.b_U
-    same(read + b_U[s.dataset.io] - b_U[s.dataset.s], s.metric(s.logits))
+    same(read + s.b_U[s.dataset.io] - s.b_U[s.dataset.s], s.metric(s.logits))
 
 
 @holds
@@ -564,7 +541,7 @@ def run_with_own_inputs(s: Setting) -> None:
 
 @holds
 def sender_outputs(s: Setting) -> None:
-    biases = sum(block.attn.b_O for block in s.model.blocks)
+    biases = sum(getattr(block.attn, "b_O", 0) for block in s.model.blocks)
     same(ch05.sender_outputs(s.model, s.cache).sum(0) + biases, s.cache["resid_post", -1])
 
 
@@ -627,3 +604,24 @@ def test_unturned_queries_and_keys_are_not_those_of_the_scores() -> None:
     unturned = ch02.causal_mask(ch02.attention_scores(s.cache["q", 0], s.cache["k", 0])).softmax(dim=-1)
     off = unturned - s.cache["pattern", 0]
     assert off.abs().max() > 0.01
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Llama, no sharing", "LayerNorm and shared keys"])
+def test_an_ungrouped_model_computes_the_same(kind: str) -> None:
+    s = setting_of(kind)
+    model = copy.deepcopy(s.model).float()
+    copied = ungrouped(model)
+    logits, own = run_with_cache(model, s.tokens, names="*")
+    found, cache = run_with_cache(copied, s.tokens, names="*")
+    torch.testing.assert_close(found, logits, rtol=1e-4, atol=1e-5)
+    assert own.keys() == cache.keys()
+    for layer in range(2):
+        n_shared = own["k", layer].shape[2]
+        torch.testing.assert_close(cache["k", layer][:, :, :: 4 // n_shared], own["k", layer])
+    copied.unembed.W_U.data.zero_()
+    assert model.unembed.W_U.any() and copied.embed.W_E.any(), "the copy shares nothing with the model"
+
+
+def test_a_model_whose_heads_have_their_own_is_ungrouped_as_it_is() -> None:
+    model = setting_of("Pythia").model
+    assert ungrouped(model) is model

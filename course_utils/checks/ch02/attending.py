@@ -47,14 +47,14 @@ def attend(module: Any, resid: Tensor, cache: Any = None, *, remember: Remember 
     if module.hook_result.is_watched:
         result = module.hook_result(result)
     n_biases = 0 if "b_O" in wrong.get("without", ()) else wrong.get("n_biases", 1)
-    return result.sum(2) + n_biases * module.b_O + (resid if wrong.get("adds_resid") else 0)
+    return result.sum(2) + n_biases * getattr(module, "b_O", 0) + (resid if wrong.get("adds_resid") else 0)
 
 
 def _view(module: Any, resid: Tensor, letter: str, **wrong: Any) -> Tensor:
     """Every head's queries, keys or values."""
     W = getattr(module, f"W_{wrong.get('reads', {}).get(letter, letter)}")
     bias, hook = f"b_{letter}", getattr(module, f"hook_{letter.lower()}")
-    b = 0 if bias in wrong.get("without", ()) else getattr(module, bias)
+    b = 0 if bias in wrong.get("without", ()) else getattr(module, bias, 0)
     vectors = torch.einsum("bpm,hmd->bphd", resid, W)
     if bias in wrong.get("after_hook", ()):
         return hook(vectors) + b
@@ -63,7 +63,7 @@ def _view(module: Any, resid: Tensor, letter: str, **wrong: Any) -> Tensor:
 
 def judge_large_scores(name: str, module: nn.Module, oracle: Callable[[Tensor], dict[str, Tensor]]) -> None:
     """Scores beyond 100 and below -100, whose exponentials are inf and 0 in float32; fused, and step by step."""
-    resid = noise(1, 5, module.get_parameter("b_O").numel(), seed=27, scale=8.0)
+    resid = noise(1, 5, module.get_parameter("W_O").shape[-1], seed=27, scale=8.0)
     expected = oracle(resid)["output"]
     with torch.no_grad():
         watched, _ = watch(name, module, (resid,), ["hook_attn_scores", "hook_pattern"])

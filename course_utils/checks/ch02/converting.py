@@ -21,6 +21,7 @@ CONVERTED_AXES = {
     **{f"b_{letter}": "head d_head" for letter in "QKV"},
     "W_O": "head d_head d_model",
     "b_O": "d_model",
+    "W_gate": "d_model d_mlp",
     "W_in": "d_model d_mlp",
     "b_in": "d_mlp",
     "W_out": "d_mlp d_model",

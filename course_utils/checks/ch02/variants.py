@@ -1,5 +1,5 @@
 # ruff: noqa: N802 (check_RotaryAttention is named after its exercise)
-"""Chapter 02, from GPT-2 to Pythia: rotary positions, parallel blocks, NeoX weights, RMSNorm and gated MLPs.
+"""Chapter 02, from GPT-2 to Pythia: rotary positions, parallel blocks and NeoX weights.
 
 Oracles are loops that spell the definition out (`by_loops`, `neox_weights`) and torch's own functions.
 """
@@ -22,7 +22,6 @@ from course_utils.checks.kinds import follows_every_kind
 from course_utils.checks.mistakes import known_mistakes
 from course_utils.checks.modules import (
     always,
-    check_half_precision,
     check_module,
     construct,
     noise,
@@ -35,7 +34,6 @@ from course_utils.checks.standins import newer_parts as standins
 from course_utils.checks.standins.cache import make_cache
 from course_utils.checks.standins.parts import Toy, ToyWithCache, wave
 from course_utils.checks.transformer_interface import (
-    NORM_HOOKS,
     attention_hooks,
     attention_parameters,
     block_hooks,
@@ -437,127 +435,3 @@ def check_convert_neox_weights(fn: Callable[..., Any]) -> None:
         theirs = neox_state_dict(cfg, unembed)
         with during(f"where the unembedding is named {unembed}.weight"):
             judge_converted("convert_neox_weights", fn, cfg, theirs, converted_by_rows(theirs, cfg))
-
-
-# ------------------------------------------------------------------------------------------------- towards Llama
-
-
-def rms(norm: Any, resid: Tensor, axes: Any = -1) -> Tensor:
-    """What the vectors are divided by."""
-    return (resid.square().mean(axes, keepdim=True) + norm.eps).sqrt()
-
-
-def deviation(norm: Any, resid: Tensor) -> Tensor:
-    """What LayerNorm divides by."""
-    return (resid.var(-1, correction=0, keepdim=True) + norm.eps).sqrt()
-
-
-@known_mistakes(
-    with_forwards(
-        standins.RMSNorm,
-        {
-            "the mean is subtracted, as in LayerNorm; here it is not.": lambda m, resid: F.layer_norm(
-                resid, m.w.shape, m.w, eps=m.eps
-            ),
-            "the mean is subtracted from the vector, but not in the root.": lambda m, resid: (
-                (resid - resid.mean(-1, keepdim=True)) / rms(m, resid) * m.w
-            ),
-            "the vector is divided by its deviation, from which the mean is subtracted.": lambda m, resid: (
-                resid / deviation(m, resid) * m.w
-            ),
-            "eps is added outside the root; it belongs under it.": lambda m, resid: (
-                resid / (resid.square().mean(-1, keepdim=True).sqrt() + m.eps) * m.w
-            ),
-            "eps is left out, or another one is used than self.eps.": lambda m, resid: (
-                resid / resid.square().mean(-1, keepdim=True).sqrt() * m.w
-            ),
-            "`w` is left out.": lambda m, resid: resid / rms(m, resid),
-            "the root is missing.": lambda m, resid: resid / rms(m, resid) ** 2 * m.w,
-            "the squares are summed; take their mean.": lambda m, resid: (
-                resid / (resid.square().sum(-1, keepdim=True) + m.eps).sqrt() * m.w
-            ),
-            "the squares are not taken: it is the mean of the absolute values.": lambda m, resid: (
-                resid / (resid.abs().mean(-1, keepdim=True) + m.eps) * m.w
-            ),
-            "the scale is `1 + w`; it is `w`.": lambda m, resid: resid / rms(m, resid) * (1 + m.w),
-            "the mean of the squares is taken over the positions; take it over d_model.": lambda m, resid: (
-                resid / rms(m, resid, 1) * m.w
-            ),
-            "the mean of the squares is taken over the whole tensor; each position has its own.": lambda m, resid: (
-                resid / rms(m, resid, (0, 1, 2)) * m.w
-            ),
-            "the squares are taken in float16, where they are inf; compute in float32.": lambda m, resid: (
-                m.hook_normalized(resid / m.hook_scale(rms(m, resid))) * m.w
-            ),
-        },
-    )
-)
-def check_RMSNorm(cls: Any) -> None:
-    """A large epsilon shows where it stands; the input varies around a mean that is not 0."""
-    cfg = replace(CFG, layer_norm_eps=0.3)
-    module = construct("RMSNorm", cls, cfg, {"w": (7,)}, NORM_HOOKS)
-    w, eps = weights_of(module)["w"], cfg.layer_norm_eps
-    for n_batch, n_pos in [(2, 5), (1, 3)]:
-        resid = noise(n_batch, n_pos, 7, seed=23) + 0.5
-
-        def oracle(replaced: Mapping[str, Tensor], resid: Tensor = resid) -> dict[str, Tensor]:
-            scale = replaced.get("hook_scale", (sum(x * x for x in resid.split(1, dim=-1)) / 7 + eps).sqrt())
-            normalized = replaced.get("hook_normalized", resid / scale)
-            output = normalized * w if replaced else F.rms_norm(resid, (7,), w, eps)
-            return {"hook_scale": scale, "hook_normalized": normalized, "output": output}
-
-        check_module("RMSNorm", module, (resid,), oracle, RESID, NORM_HOOKS)
-    check_half_precision("RMSNorm", module, 3000 * resid, NORM_HOOKS, RESID)
-
-
-def wrong_gate(neurons: Callable[[Tensor, Tensor], Tensor]) -> type:
-    """A GatedMLP whose neurons are `neurons(g, h)`, of what W_gate and W_in give."""
-    return with_methods(
-        standins.GatedMLP,
-        "GatedMLP",
-        forward=lambda self, resid: neurons(resid @ self.W_gate, resid @ self.W_in) @ self.W_out,
-    )
-
-
-@known_mistakes(
-    {
-        "W_gate and W_in are swapped: the SiLU belongs to the gate.": wrong_gate(lambda g, h: F.silu(h) * g),
-        "the gate is left out: that is the plain MLP.": wrong_gate(lambda g, h: F.silu(h)),
-        "the gate alone goes on; multiply it by what W_in gives.": wrong_gate(lambda g, h: F.silu(g)),
-        "the two are added; multiply them.": wrong_gate(lambda g, h: F.silu(g) + h),
-        "the SiLU is left out.": wrong_gate(lambda g, h: g * h),
-        "both go through the SiLU; only the gate does.": wrong_gate(lambda g, h: F.silu(g) * F.silu(h)),
-        "the product goes through the SiLU; only the gate does.": wrong_gate(lambda g, h: F.silu(g * h)),
-        "the gate goes through the sigmoid alone; the SiLU is x sigmoid(x).": wrong_gate(lambda g, h: g.sigmoid() * h),
-        "the gate goes through the GELU; here it is the SiLU.": wrong_gate(lambda g, h: F.gelu(g) * h),
-        "the gate goes through GPT-2's GELU; here it is the SiLU.": wrong_gate(
-            lambda g, h: F.gelu(g, approximate="tanh") * h
-        ),
-        "the gate goes through the ReLU; here it is the SiLU.": wrong_gate(lambda g, h: F.relu(g) * h),
-    },
-    with_forwards(
-        standins.GatedMLP,
-        {
-            "`resid` is added to the output; the block will do that.": lambda m, resid: (
-                (F.silu(resid @ m.W_gate) * (resid @ m.W_in)) @ m.W_out + resid
-            )
-        },
-    ),
-)
-def check_GatedMLP(cls: Any) -> None:
-    """Against torch's linear maps and its SiLU."""
-    hooks = ("hook_pre", "hook_pre_linear", "hook_post")
-    module = construct("GatedMLP", cls, CFG, {"W_gate": (7, 11), "W_in": (7, 11), "W_out": (11, 7)}, hooks)
-    weights = weights_of(module)
-    W_gate, W_in, W_out = (weights[name].T for name in ("W_gate", "W_in", "W_out"))
-    for n_batch, n_pos in [(2, 5), (1, 3)]:
-        resid = noise(n_batch, n_pos, 7, seed=24)
-
-        def oracle(replaced: Mapping[str, Tensor], resid: Tensor = resid) -> dict[str, Tensor]:
-            pre = replaced.get("hook_pre", F.linear(resid, W_gate))
-            linear = replaced.get("hook_pre_linear", F.linear(resid, W_in))
-            post = replaced.get("hook_post", F.silu(pre) * linear)
-            seen = {"hook_pre": pre, "hook_pre_linear": linear, "hook_post": post}
-            return {**seen, "output": F.linear(post, W_out)}
-
-        check_module("GatedMLP", module, (resid,), oracle, RESID, hooks)

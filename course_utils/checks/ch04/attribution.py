@@ -22,11 +22,11 @@ N_BATCH, N_POS, N_HEADS, D_MODEL, D_VOCAB = 2, 5, 3, 7, 13
 
 
 def activations(
-    n_layers: int, mlp: bool, n_batch: int = N_BATCH, n_pos: int = N_POS, learned: bool = True, norm: bool = True
+    n_layers: int, mlp: bool, n_batch: int = N_BATCH, n_pos: int = N_POS, learned: bool = True, norm: str = "LN"
 ) -> dict[str, Tensor]:
     """What a transformer's hook points see, but for the sizes of heads: random parts, and their true sums.
 
-    Without `learned` positions nothing sees them, and without a `norm` there is no scale.
+    Without `learned` positions nothing sees them, and where `norm` is "none" there is no scale.
     """
     shape = (n_batch, n_pos, D_MODEL)
     seen = {"hook_embed": noise(*shape, seed=1) + 0.4}
@@ -44,9 +44,9 @@ def activations(
             seen[f"blocks.{layer}.hook_mlp_out"] = noise(*shape, seed=30 + layer) + 0.1
             resid = resid + seen[f"blocks.{layer}.hook_mlp_out"]
         seen[f"blocks.{layer}.hook_resid_post"] = resid
-    if not norm:
+    if norm == "none":
         return seen
-    centred = resid - resid.mean(-1, keepdim=True)
+    centred = resid - resid.mean(-1, keepdim=True) if norm == "LN" else resid
     scale = (centred.square().mean(-1, keepdim=True) + 0.2).sqrt()
     return seen | {"ln_final.hook_scale": scale, "ln_final.hook_normalized": centred / scale}
 
@@ -151,7 +151,7 @@ def _follows(name: str, fn: Fn, axes: str) -> None:
     follows_input(name, vectors, tuple(seen.values()), axes)
 
 
-def config(n_layers: int, mlp: bool, learned: bool = True, norm: bool = True) -> TransformerConfig:
+def config(n_layers: int, mlp: bool, learned: bool = True, norm: Any = "LN") -> TransformerConfig:
     size: dict[str, Any] = {"d_mlp": 11} if mlp else {"attn_only": True}
     size |= {} if learned else {"positions": "rotary", "rotary_dim": 4}
     return TransformerConfig(
@@ -161,7 +161,7 @@ def config(n_layers: int, mlp: bool, learned: bool = True, norm: bool = True) ->
         n_heads=N_HEADS,
         d_model=D_MODEL,
         d_head=6,
-        normalization="LN" if norm else "none",
+        normalization=norm,
         layer_norm_eps=0.2,
         **size,
     )
@@ -172,7 +172,8 @@ def attribution(parts: Tensor, model: Any, scale: Tensor, targets: Tensor, **wro
     n_parts, n_batch, n_pos, _ = parts.shape
     w, W_U = model.ln_final.w.detach(), model.unembed.W_U.detach()
     out = torch.empty(n_parts, n_batch, n_pos)
-    centred = parts if wrong.get("uncentred") else parts - parts.mean(-1, keepdim=True)
+    subtracts = wrong.get("always_centred") or (model.cfg.normalization == "LN" and not wrong.get("uncentred"))
+    centred = parts - parts.mean(-1, keepdim=True) if subtracts else parts
     if wrong.get("alone"):
         divisor = (centred.square().mean(-1, keepdim=True) + 0.2).sqrt()
     else:
@@ -196,11 +197,12 @@ def attributed(
 ) -> Tensor:
     """The right answer, or what comes of other components, scales or targets; `end` may bring the constants in."""
     asked, W_U = targets(tokens), model.unembed.W_U.detach()
-    if model.cfg.normalization == "none":  # only the last step is left
+    if model.cfg.normalization in ("none", wrong.get("taken_for_none")):  # only the last step is left
         vectors = parts(components(cache)[1])
         return end((vectors * W_U.T[asked]).sum(-1), torch.zeros(()), model.unembed.b_U.detach()[asked])
     entries = attribution(parts(components(cache)[1]), model, scale(cache["ln_final.hook_scale"]), asked, **wrong)
-    return end(entries, (model.ln_final.b.detach() @ W_U)[asked], model.unembed.b_U.detach()[asked])
+    b = model.ln_final.b.detach() @ W_U if model.cfg.normalization == "LN" else torch.zeros(D_VOCAB)
+    return end(entries, b[asked], model.unembed.b_U.detach()[asked])
 
 
 def first_text(tensor: Tensor, batch_axis: int = 0) -> Tensor:
@@ -215,6 +217,12 @@ def first_text(tensor: Tensor, batch_axis: int = 0) -> Tensor:
             attributed, uncentred=True
         ),
         "the final LayerNorm is left out.": partial(attributed, unscaled=True, uncentred=True, no_w=True),
+        "the mean is subtracted where normalization is 'RMS'; an RMSNorm subtracts none.": partial(
+            attributed, always_centred=True
+        ),
+        "the scale and `w` are left out where normalization is 'RMS'; only the mean is.": partial(
+            attributed, taken_for_none="RMS"
+        ),
         "each component is divided by a scale of its own; use the scale of the whole stream.": partial(
             attributed, alone=True
         ),
@@ -257,8 +265,9 @@ def check_logit_attribution(fn: Fn) -> None:
     name, axes = "logit_attribution", "component batch next"
     for n_layers, mlp, n_batch, n_pos, *kind in [
         (2, False, 2, 5),
-        (2, True, 1, 3, True, False),
-        (12, False, 1, 3, False, True),
+        (2, True, 1, 3, True, "none"),
+        (2, True, 2, 3, False, "RMS"),
+        (12, False, 1, 3, False, "LN"),
         (1, True, 3, 4),
     ]:
         seen, model = activations(n_layers, mlp, n_batch, n_pos, *kind), End(config(n_layers, mlp, *kind))

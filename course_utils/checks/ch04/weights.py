@@ -36,6 +36,9 @@ WITH_MLP = TransformerConfig(d_vocab=11, n_ctx=6, n_layers=3, n_heads=2, d_model
 NO_NORM = TransformerConfig(
     d_vocab=11, n_ctx=6, n_layers=2, n_heads=2, d_model=5, d_head=3, attn_only=True, normalization="none"
 )
+RMS = TransformerConfig(
+    d_vocab=11, n_ctx=6, n_layers=2, n_heads=2, d_model=5, d_head=3, attn_only=True, normalization="RMS"
+)
 ROTARY = TransformerConfig(
     d_vocab=11, n_ctx=6, n_layers=2, n_heads=2, d_model=5, d_head=5, d_mlp=8, positions="rotary", rotary_dim=4,
     rotary_base=30.0, parallel=True,
@@ -683,6 +686,7 @@ def terms(
     layer: int,
     head: int,
     centred: bool = True,
+    rms_centred: bool = False,
     scale: Callable[[Tensor, Tensor], Tensor] = lambda scale, vector: scale,
     w: bool = True,
     b: float = 1.0,
@@ -697,9 +701,11 @@ def terms(
     attn = by_loops.part(weights, f"blocks.{layer}.attn")
     shift = torch.zeros(cfg.d_model)
     if cfg.normalization == "LN":
+        shift = b * weights[f"blocks.{layer}.ln1.b"]
+    if {"LN": centred, "RMS": rms_centred}.get(cfg.normalization):
+        vectors = [vector - vector.mean(-1, keepdim=True) for vector in vectors]
+    if cfg.normalization != "none":
         norm = by_loops.part(weights, f"blocks.{layer}.ln1")
-        shift = b * norm["b"]
-        vectors = [vector - vector.mean(-1, keepdim=True) if centred else vector for vector in vectors]
         whole = cache[f"blocks.{layer}.ln1.hook_scale"]
         vectors = [vector / scale(whole, vector) * (norm["w"] if w else 1) for vector in vectors]
     sides = []
@@ -728,6 +734,9 @@ def swapped_sides(split: Tensor) -> Tensor:
             terms, scale=lambda scale, vector: (vector.square().mean(-1, keepdim=True) + 1e-5).sqrt()
         ),
         "the sources are not centred: LayerNorm subtracts the mean.": partial(terms, centred=False),
+        "the sources are centred where normalization is 'RMS'; an RMSNorm subtracts no mean.": partial(
+            terms, rms_centred=True
+        ),
         "`ln1.w` is left out.": partial(terms, w=False),
         "`ln1.b` is left out; it belongs to the constant source.": partial(terms, b=0.0),
         "b_Q and b_K are left out; they belong to the constant source.": partial(terms, biases=0.0),
@@ -755,6 +764,7 @@ def check_decompose_qk(fn: Fn) -> None:
         (CFG, 1, 2, 2, 5),
         (WITH_MLP, 1, 1, 1, 4),
         (NO_NORM, 1, 0, 2, 3),
+        (RMS, 1, 0, 2, 3),
         (ROTARY, 1, 1, 1, 4),
         (CFG, 0, 1, 2, 5),
     ]:

@@ -217,10 +217,10 @@ def norm_with_the_last_scale(rows: Tensor, cache: Any, model: Any) -> Tensor:
     return centred / cache["ln_final.hook_scale"] * model.ln_final.w + model.ln_final.b
 
 
-def run_without_norm() -> tuple[Any, ActivationCache, Tensor]:
-    """A model that does not normalise and turns its queries and keys, what its places saw, and directions."""
+def run_with_norm(normalization: Any) -> tuple[Any, ActivationCache, Tensor]:
+    """A model that normalises in another way and turns its queries and keys, what its places saw, and directions."""
     cfg = TransformerConfig(
-        d_vocab=11, n_ctx=6, n_layers=2, n_heads=3, d_model=8, d_head=4, d_mlp=6, normalization="none",
+        d_vocab=11, n_ctx=6, n_layers=2, n_heads=3, d_model=8, d_head=4, d_mlp=6, normalization=normalization,
         positions="rotary", rotary_dim=2,
     )  # fmt: skip
     model = SmallModel(cfg)
@@ -254,7 +254,7 @@ def check_logit_lens(fn: Fn) -> None:
         final = case.model.ln_final
         right = onto(F.layer_norm(depths(cache), (8,), final.w, final.b, eps=0.1), directions)
         compare(f"{name} {case.words}", fn(cache, case.model, directions), right, "depth batch pos")
-    model, cache, directions = run_without_norm()
+    model, cache, directions = run_with_norm("none")
     with during("without normalisation"), torch.no_grad():
         actual = fn(cache, model, directions)
     compare(f"{name} without normalisation", actual, onto(depths(cache), directions), "depth batch pos")
@@ -275,14 +275,19 @@ def centred(part: Tensor) -> Tensor:
 
 def attributing(
     through: Callable[[Tensor, Tensor, Any], Tensor] = lambda part, scale, norm: centred(part) / scale * norm.w,
+    rms: Callable[[Tensor, Tensor, Any], Tensor] = lambda part, scale, norm: part / scale * norm.w,
     along: Callable[[Tensor], Tensor] = unchanging,
     then: Callable[[Tensor], Tensor] = unchanging,
 ) -> Fn:
-    """A head_attribution in which `through(part, scale, LayerNorm)` is made of what a head writes."""
+    """A head_attribution in which `through(part, scale, norm)` is made of what a head writes; `rms` with an RMSNorm."""
 
     def head_attribution(cache: Any, model: Any, directions: Any) -> Any:
-        table = table_of_heads(cache, model, lambda part: through(part, cache["ln_final.hook_scale"], model.ln_final))
-        return then(onto(table, along(directions)))
+        norm = {"LN": through, "RMS": rms}.get(model.cfg.normalization)
+
+        def normed(part: Tensor) -> Tensor:
+            return norm(part, cache["ln_final.hook_scale"], model.ln_final) if norm else part
+
+        return then(onto(table_of_heads(cache, model, normed), along(directions)))
 
     return head_attribution
 
@@ -299,6 +304,12 @@ def with_shares_of_biases(cache: Any, model: Any, directions: Any) -> Any:
         "the final LayerNorm's scale is left out.": attributing(lambda part, scale, norm: centred(part) * norm.w),
         "the final LayerNorm's `w` is left out.": attributing(lambda part, scale, norm: centred(part) / scale),
         "a head's own mean is not subtracted.": attributing(lambda part, scale, norm: part / scale * norm.w),
+        "the mean is subtracted where normalization is 'RMS'; an RMSNorm subtracts none.": attributing(
+            rms=lambda part, scale, norm: centred(part) / scale * norm.w
+        ),
+        "the scale and `w` are left out where normalization is 'RMS'; only the mean is.": attributing(
+            rms=lambda part, scale, norm: part
+        ),
         "the final LayerNorm is left out.": attributing(lambda part, scale, norm: part),
         "each head gets a scale of its own; divide by that of the whole stream.": attributing(
             lambda part, scale, norm: F.layer_norm(part, part.shape[-1:], norm.w, eps=0.1)
@@ -326,8 +337,10 @@ def check_head_attribution(fn: Fn) -> None:
         case, cache, directions = run(sizes)
         right = attributing()(cache, case.model, directions)
         compare(f"{name} {case.words}", fn(cache, case.model, directions), right, "layer head batch pos")
-    model, cache, directions = run_without_norm()
-    with during("without normalisation"), torch.no_grad():
-        actual = fn(cache, model, directions)
-        right = onto(table_of_heads(cache, model, unchanging), directions)
-    compare(f"{name} without normalisation", actual, right, "layer head batch pos")
+    for normalization in ("none", "RMS"):
+        model, cache, directions = run_with_norm(normalization)
+        words = "without normalisation" if normalization == "none" else "with RMSNorm"
+        with during(words), torch.no_grad():
+            actual = fn(cache, model, directions)
+            right = attributing()(cache, model, directions)
+        compare(f"{name} {words}", actual, right, "layer head batch pos")

@@ -9,6 +9,14 @@ class RotaryAttention(Attention):
     """Attention with hook points for turned queries and keys."""
 
 
+class GroupedQueryAttention(Attention):
+    """Attention with fewer heads of keys and values than of queries, and no biases."""
+
+    def __init__(self, cfg: TransformerConfig) -> None:
+        super().__init__(cfg)
+        self.layer, self.rotary_dim, self.rotary_base = 0, cfg.rotary_dim, cfg.rotary_base
+
+
 class ParallelBlock(Block):
     """A block without a stream between attention and MLP."""
 

@@ -13,13 +13,14 @@ from torch.nn import functional as F
 from course_utils.checks.modules import randomise
 from course_utils.checks.transformer_interface import (
     ATTENTION_HOOKS,
-    MLP_HOOKS,
-    NORM_HOOKS,
     ROTARY_HOOKS,
     Shapes,
     attention_parameters,
+    mlp_hooks,
     mlp_parameters,
+    norm_hooks,
     norm_parameters,
+    unembed_parameters,
 )
 from course_utils.config import TransformerConfig
 from course_utils.hooks import HookPoint
@@ -37,15 +38,18 @@ class Part(nn.Module):
 
 
 class Norm(Part):
-    """LayerNorm, or nothing at all where the configuration says so."""
+    """LayerNorm, RMSNorm, or nothing at all where the configuration says so."""
 
     def __init__(self, cfg: TransformerConfig) -> None:
-        super().__init__(norm_parameters(cfg), NORM_HOOKS if cfg.normalization == "LN" else ())
+        super().__init__(norm_parameters(cfg), norm_hooks(cfg))
         self.cfg = cfg
 
     def forward(self, resid: Tensor) -> Tensor:
         if self.cfg.normalization == "none":
             return resid
+        if self.cfg.normalization == "RMS":
+            scale = self.hook_scale((resid.square().mean(-1, keepdim=True) + self.cfg.layer_norm_eps).sqrt())
+            return self.hook_normalized(resid / scale) * self.w
         scale = self.hook_scale((resid.var(-1, correction=0, keepdim=True) + self.cfg.layer_norm_eps).sqrt())
         return self.hook_normalized((resid - resid.mean(-1, keepdim=True)) / scale) * self.w + self.b
 
@@ -103,27 +107,32 @@ class Attention(Part):
         q, k, v = (
             getattr(self, f"hook_{letter}")(
                 torch.einsum("bpm,hmd->bphd", resid, getattr(self, f"W_{letter.upper()}"))
-                + getattr(self, f"b_{letter.upper()}")
+                + getattr(self, f"b_{letter.upper()}", 0)
             )
             for letter in "qkv"
         )
         if self.cfg.positions == "rotary":
             q, k = self.hook_rot_q(turned(q, self.cfg)), self.hook_rot_k(turned(k, self.cfg))
+        k, v = (shared.repeat_interleave(q.shape[2] // shared.shape[2], dim=2) for shared in (k, v))
         scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / q.shape[-1] ** 0.5
         future = torch.ones_like(scores, dtype=torch.bool).triu(1)
         pattern = self.hook_pattern(self.hook_attn_scores(scores.masked_fill(future, -torch.inf)).softmax(-1))
         z = self.hook_z(torch.einsum("bhqk,bkhd->bqhd", pattern, v))
-        return self.hook_result(torch.einsum("bphd,hdm->bphm", z, self.W_O)).sum(2) + self.b_O
+        return self.hook_result(torch.einsum("bphd,hdm->bphm", z, self.W_O)).sum(2) + getattr(self, "b_O", 0)
 
 
 class MLP(Part):
-    """Two maps with cfg.act between them."""
+    """Two maps with cfg.act between them; or three, where one of them is a gate."""
 
     def __init__(self, cfg: TransformerConfig) -> None:
-        super().__init__(mlp_parameters(cfg), MLP_HOOKS)
+        super().__init__(mlp_parameters(cfg), mlp_hooks(cfg))
+        self.gated = cfg.gated
         self.act = {"gelu_new": partial(F.gelu, approximate="tanh"), "gelu": F.gelu, "relu": F.relu}[cfg.act]
 
     def forward(self, resid: Tensor) -> Tensor:
+        if self.gated:
+            neurons = F.silu(self.hook_pre(resid @ self.W_gate)) * self.hook_pre_linear(resid @ self.W_in)
+            return self.hook_post(neurons) @ self.W_out
         return self.hook_post(self.act(self.hook_pre(resid @ self.W_in + self.b_in))) @ self.W_out + self.b_out
 
 
@@ -156,10 +165,26 @@ class Unembed(Part):
     """From the stream to logits."""
 
     def __init__(self, cfg: TransformerConfig) -> None:
-        super().__init__({"W_U": (cfg.d_model, cfg.d_vocab), "b_U": (cfg.d_vocab,)})
+        super().__init__(unembed_parameters(cfg))
 
     def forward(self, resid: Tensor) -> Tensor:
-        return resid @ self.W_U + self.b_U
+        return resid @ self.W_U + getattr(self, "b_U", 0)
+
+
+class TiedUnembed(nn.Module):
+    """From the stream to logits, by the embedding's own matrix."""
+
+    def __init__(self, embed: Embed) -> None:
+        super().__init__()
+        self.embed = [embed]  # no submodule: it is one of the model already
+
+    @property
+    def W_U(self) -> Tensor:  # noqa: N802 (a weight's name)
+        W_E: Tensor = self.embed[0].get_parameter("W_E")
+        return W_E.T
+
+    def forward(self, resid: Tensor) -> Tensor:
+        return resid @ self.W_U
 
 
 def some_tokens(cfg: TransformerConfig, n_batch: int, n_pos: int, seed: int) -> Tensor:
@@ -179,7 +204,7 @@ class SmallModel(nn.Module):
         self.hook_pos_embed = nn.Identity() if rotary else HookPoint()
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
         self.ln_final = Norm(cfg)
-        self.unembed = Unembed(cfg)
+        self.unembed = TiedUnembed(self.embed) if cfg.tied else Unembed(cfg)
         randomise(self)
 
     def forward(self, tokens: Tensor) -> Tensor:

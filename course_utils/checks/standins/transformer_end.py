@@ -13,7 +13,9 @@ class End(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.ln_final, self.unembed = nn.Module(), nn.Module()
+        if cfg.normalization != "none":
+            self.ln_final.w = nn.Parameter(noise(cfg.d_model, seed=41))
         if cfg.normalization == "LN":
-            self.ln_final.w, self.ln_final.b = (nn.Parameter(noise(cfg.d_model, seed=seed)) for seed in (41, 42))
+            self.ln_final.b = nn.Parameter(noise(cfg.d_model, seed=42))
         self.unembed.W_U = nn.Parameter(noise(cfg.d_model, cfg.d_vocab, seed=43))
         self.unembed.b_U = nn.Parameter(noise(cfg.d_vocab, seed=44))
