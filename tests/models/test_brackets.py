@@ -90,8 +90,8 @@ def test_two_components_detect_two_failures(model: Transformer) -> None:
         max(components, key=lambda component, kind=kind: turned[kind, component]) for kind in ("total", "order")
     )
     assert total == "mlp 0" and order.startswith("head 1.")
-    assert turned["total", total] > 0.85 and turned["order", total] < 0.05
-    assert turned["order", order] > 0.85 and turned["total", order] < 0.05
+    assert turned["total", total] > 0.5 and turned["order", total] < 0.05
+    assert turned["order", order] > 0.75 and turned["total", order] < 0.05
 
 
 def test_the_recipe_writes_what_it_trained(tmp_path, monkeypatch, capsys) -> None:
