@@ -614,8 +614,8 @@ def apply_rotary(
     Coordinates i and i + rotary_dim / 2 are a pair, for i = 0 ... rotary_dim / 2 - 1 (GPT-NeoX's layout). At position p
     the pair (a, b) is turned by the angle p / base^(2 i / rotary_dim), which makes it
     (a cos - b sin, a sin + b cos). The coordinates from rotary_dim on stay as they are, whatever the position.
-    `positions[n]` is the position of `x[:, n]`. The result has the dtype of `x`, but angles are computed in float32 at
-    least: bfloat16 has no number 701. The input is left unchanged.
+    `positions[n]` is the position of `x[:, n]`. The result has the dtype of `x`, and a float64 `x` keeps its digits;
+    angles are computed in float32 at least: bfloat16 has no number 701. The input is left unchanged.
     Source: Su et al. 2021, section 3.2; only some of the coordinates: Black et al. 2022, section 2.1.
     """
     half = rotary_dim // 2

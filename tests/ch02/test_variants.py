@@ -48,6 +48,11 @@ def written_to_neighbours(x: Any, positions: Any, rotary_dim: int, base: float) 
     return torch.cat([pairs, right[..., rotary_dim:]], dim=-1)
 
 
+def in_float32(x: Any, positions: Any, rotary_dim: int, base: float) -> Any:
+    """As many libraries do it, whatever the dtype of `x` is."""
+    return apply_rotary(x.float(), positions, rotary_dim, base).to(x.dtype)
+
+
 def first_heads(x: Any, positions: Any, rotary_dim: int, base: float) -> Any:
     return torch.cat([apply_rotary(x[:, :, :2], positions, rotary_dim, base), x[:, :, 2:]], dim=2)
 
@@ -137,6 +142,7 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
         ("values are wrong", turning(exponent=lambda i, n: math.log(max(8 * 2 * i / n, 1), 8))),
         ("are wrong", lambda x, p, n, base: apply_rotary(x, p.flip(0), n, base)),
         ("All of the wrong values are at head=", first_heads),
+        ("in float64: it computes with fewer digits", in_float32),
         ("values are wrong", lambda x, p, n, base: apply_rotary(x.flip(-1), p, n, base).flip(-1)),
         ("values are wrong", lambda x, p, n, base: apply_rotary(x, p % 8, n, base)),
         ("it changed `x` in place", lambda x, p, n, base: x.copy_(apply_rotary(x, p, n, base))),

@@ -257,11 +257,12 @@ def check_causal_mask(fn: Callable[..., Any]) -> None:
     follows_every_kind("causal_mask", fn, (scores,), axes)
 
 
-def wrong_attention(**wrong: Any) -> type:
-    """An Attention that makes this mistake."""
+def wrong_attention(while_watched: str | None = None, **wrong: Any) -> type:
+    """An Attention that makes this mistake, always or only while the hook point of this name is watched."""
 
     def forward(self: Any, resid: Tensor, cache: Any = None) -> Tensor:
-        return attend(self, resid, cache, **wrong)
+        makes_it = while_watched is None or getattr(self, while_watched).is_watched
+        return attend(self, resid, cache, **(wrong if makes_it else {}))
 
     return with_methods(standins.Attention, "Attention", forward=forward)
 
@@ -275,6 +276,12 @@ def wrong_attention(**wrong: Any) -> type:
         "`hook_v` sees the values before `b_V` is added.": wrong_attention(after_hook=("b_V",)),
         "all four biases are left out.": wrong_attention(without=("b_Q", "b_K", "b_V", "b_O")),
         "`b_O` is added once per head; it belongs to the sum of the heads.": wrong_attention(n_biases=3),
+        "`b_O` is added once per head where `hook_result` is watched; add it after the sum there too.": wrong_attention(
+            "hook_result", n_biases=3
+        ),
+        "`b_O` is left out where `hook_result` is watched; add it after the sum there too.": wrong_attention(
+            "hook_result", without=("b_O",)
+        ),
         "the scores are not divided by sqrt(d_head).": wrong_attention(divisor=1.0),
         "the scores are divided by sqrt(d_model); use d_head.": wrong_attention(divisor=7**0.5),
         "nothing is masked: positions look into the future.": wrong_attention(hidden=lambda s: later(s, s.shape[3])),
@@ -388,6 +395,7 @@ def gelu(
         "the cubic term is left out.": partial(gelu, cubic=0.0),
         "the cubic term lacks its factor 0.044715.": partial(gelu, cubic=1.0),
         "x is squared where it should be cubed.": partial(gelu, power=2),
+        "0.044715 is cubed too; the cube applies to x alone.": partial(gelu, cubic=0.044715**3),
         "sqrt(2 / pi) applies to x alone; it multiplies the whole bracket.": lambda x: (
             0.5 * x * (1 + torch.tanh(ROOT * x + 0.044715 * x**3))
         ),
@@ -503,6 +511,9 @@ def with_attn_only(output: Output) -> Callable[..., Tensor]:
             ),
             "the normalised vectors go on as the stream; only the parts should read them.": lambda m, resid: (
                 (read := m.ln2((copy := m.ln1(resid)) + m.attn(copy))) + m.mlp(read)
+            ),
+            "what ln1 returns goes on as the stream; only attention reads it.": lambda m, resid: (
+                (mid := (copy := m.ln1(resid)) + m.attn(copy)) + m.mlp(m.ln2(mid))
             ),
             "attention's output is added twice.": lambda m, resid: (
                 (mid := attn_added(m, resid)) + m.attn(m.ln1(resid)) + m.mlp(m.ln2(mid))
@@ -654,6 +665,9 @@ def each_added(blocks: Iterable[Any], resid: Tensor) -> Tensor:
             "the softmax is taken; the model returns logits.": lambda m, tokens: finish(
                 m, through(m.blocks, begin(m, tokens))
             ).softmax(-1),
+            "the log-softmax is taken; the model returns logits.": lambda m, tokens: finish(
+                m, through(m.blocks, begin(m, tokens))
+            ).log_softmax(-1),
             "positions are counted from 0; the first new token stands at `cache.length`.": (
                 lambda m, tokens, cache=None: finish(m, through(m.blocks, begin(m, tokens)))
             ),

@@ -20,6 +20,7 @@ from course_utils.checks.mistakes import known_mistakes
 from course_utils.checks.modules import noise
 from course_utils.checks.outcomes import CheckFailed, Evidence
 from course_utils.checks.standins.known_logits import ToyModel
+from course_utils.checks.translating import during
 
 LOGITS = "batch d_vocab"
 INF = torch.inf
@@ -177,7 +178,9 @@ def check_keep_top_k(fn: Callable[..., Any]) -> None:
     order = ranked(logits)
     for k in (4, 1, 2, 13, 20):
         expected = kept(logits, [row[:k] for row in order])
-        compare(f"keep_top_k with k = {k}", fn(logits, k), expected, LOGITS, inputs={"logit": logits})
+        with during(f"with k = {k} and a vocabulary of 13"):
+            actual = fn(logits, k)
+        compare(f"keep_top_k with k = {k}", actual, expected, LOGITS, inputs={"logit": logits})
     follows_input("keep_top_k", fn, (logits, 4), LOGITS)
     follows_every_kind("keep_top_k", fn, (logits, 4), LOGITS)
     for bad in (0, -2):
@@ -203,6 +206,13 @@ def as_in_first_row(logits: Tensor, p: float, n: int, *, tokens: bool) -> Tensor
     first = top_p(logits[:1], p, n)[0].isfinite()
     size = int(first.sum())
     return kept(logits, [first.nonzero().flatten().tolist() if tokens else row[:size] for row in ranked(logits)])
+
+
+def gathered(logits: Tensor, p: float, n: int = 1) -> Tensor:
+    """The mask of the sorted logits, read at the places to which it should be written."""
+    ordered = logits.sort(-1, descending=True)
+    dropped = top_p(ordered.values, p, n) == -INF
+    return logits.masked_fill(dropped.gather(-1, ordered.indices), -INF)
 
 
 def rounded(logits: Tensor, p: float, n: int = 1) -> Tensor:
@@ -233,6 +243,8 @@ def rounded(logits: Tensor, p: float, n: int = 1) -> Tensor:
         "the mask of the sorted logits is put on the unsorted ones: bring it back into the tokens' order.": choosing(
             lambda chances, row, p, n: range(len(nucleus(chances, row, p, n)))
         ),
+        "the mask of the sorted logits is brought back with `gather`, which reads at `order`; `scatter` writes "
+        "there.": gathered,
         "the logits come back sorted.": lambda logits, p, n=1: top_p(logits.sort(-1, descending=True).values, p, n),
         "the first row's tokens are kept in all rows.": lambda logits, p, n=1: as_in_first_row(
             logits, p, n, tokens=True
