@@ -315,7 +315,8 @@ def _bits(tensor: Tensor) -> Tensor:
 def _restored(model: nn.Module, wanted: str, when: str = "after the block") -> Iterator[None]:
     """Everything about the model is afterwards what it was: the Parameter objects, their memory, bits, gradients."""
     name = f"zero_ablated(model, {wanted!r})"
-    before = {entry: (p, p.data_ptr(), _bits(p), p.requires_grad, p.grad) for entry, p in model.named_parameters()}
+    # `detach` holds the memory, so that nothing new can lie there
+    before = {entry: (p, p.detach(), _bits(p), p.requires_grad, p.grad) for entry, p in model.named_parameters()}
     buffer, mode = _bits(model.seen), model.training
     yield
     now = dict(model.named_parameters())
@@ -325,7 +326,7 @@ def _restored(model: nn.Module, wanted: str, when: str = "after the block") -> I
         )
     for entry, (parameter, memory, bits, flag, grad) in before.items():
         same = now[entry] is parameter
-        if not same or parameter.data_ptr() != memory:
+        if not same or parameter.data_ptr() != memory.data_ptr():
             what = "is another Parameter" if not same else "lies in other memory"
             raise CheckFailed(
                 f"{name}: {when} `{entry}` {what} than before.\n"

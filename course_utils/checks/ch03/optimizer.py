@@ -349,9 +349,10 @@ def _check_in_place(cls: Any, options: dict[str, Any]) -> None:
             "  Next: keep the `__init__` that was given (it is in the statement)."
         )
 
-    def places() -> dict[str, int]:
-        own = {f"parameter {i}": p.data_ptr() for i, p in enumerate(ours)}
-        return own | {f"`{m}` of parameter {i}": state[p][m].data_ptr() for m in "mv" for i, p in enumerate(ours)}
+    def places() -> dict[str, Tensor]:
+        """Second names for the same memory: while it is held, nothing new can lie there."""
+        own = {f"parameter {i}": p.detach() for i, p in enumerate(ours)}
+        return own | {f"`{m}` of parameter {i}": state[p][m].detach() for m in "mv" for i, p in enumerate(ours)}
 
     before = places()
     for grads in _gradients(3):
@@ -362,7 +363,7 @@ def _check_in_place(cls: Any, options: dict[str, Any]) -> None:
         if any(p.grad is not grad for p, grad in zip(ours, grads, strict=True)):
             raise CheckFailed("AdamW: after `step` a `.grad` is another one than before.\n  Next: only read it.")
     for what, place in places().items():
-        if place != before[what]:
+        if place.data_ptr() != before[what].data_ptr():
             raise CheckFailed(
                 f"AdamW: {what} lies in other memory after `step`, so whatever else holds it keeps the old values.\n"
                 "  Next: write into the tensor itself, in place."
