@@ -40,7 +40,7 @@ def executed(name: str, text: str, common: str, cache: Path = CACHE) -> nbformat
     key = hashlib.sha256((text + common).encode()).hexdigest()[:16]
     kept = cache / f"{name}-{key}.ipynb"
     cache.mkdir(parents=True, exist_ok=True)
-    with FileLock(cache / f"{name}.lock"):  # tests, site and rehearsal may want it at the same time
+    with FileLock(f"{cache}-{name}.lock"):  # tests and site may want it at the same time
         if not kept.is_file():
             print(f"{name}: running it, because it or what it uses has changed", flush=True)
             notebook = nbformat.reads(text, as_version=4)

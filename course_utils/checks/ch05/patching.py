@@ -120,6 +120,8 @@ def tried(
 
 Grid = Callable[..., tuple[list[Patch], tuple[int, ...]]]  # (cfg, n_pos, which) -> the patches of a table, its shape
 INPUTS = ("q", "k", "v", "pattern", "z")
+# In models of which sizes each is tried: the five differ in one name, a pattern in its axes as well.
+SIZES_OF_INPUTS = {"q": SIZES[:1], "k": SIZES[:1], "v": SIZES, "pattern": [*SIZES, ONE], "z": SIZES[:1]}
 
 
 def sweep(grid: Grid, then: Callable[..., Tensor] = lambda table, base: table, **wrong: Any) -> Fn:
@@ -240,10 +242,7 @@ def assert_one_patch(name: str, fn: Fn, case: Case, place: str, index: tuple[Any
 def assert_sweep(name: str, fn: Fn, axes: str, grid: Grid, *which: str, deep: tuple[Any, ...] = DEEP) -> None:
     """A table of patches, in models of all sizes: values, and that nothing else happens."""
     words = "".join(f'with which="{value}" ' for value in which)
-    cases = [*SIZES, ONE, deep]
-    if which and which != ("z",):  # the five differ in one name; a pattern in its axes as well
-        cases = [*SIZES, ONE] if which == ("pattern",) else SIZES[: 2 if which == ("v",) else 1]
-    for sizes in cases:
+    for sizes in SIZES_OF_INPUTS[which[0]] if which else [*SIZES, ONE, deep]:
         case = case_of(*sizes)
         with leaves_no_trace(name, case), during(f"{words}{case.words}"):
             actual = fn(case.model, case.tokens, case.cache(), case.metric, *which)

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import permutations, product
+from itertools import permutations
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from course_utils.checks.ch05.case import Case, case_of, compare, leaves_no_trace, worked_out
+from course_utils.checks.ch05.circuit import every_head
 from course_utils.checks.ch05.patching import no_graph, patched
 from course_utils.checks.ch05.path_loops import ALL, FINAL, Head, Receiver, fix, over_paths, path_scores, z
 from course_utils.checks.mistakes import known_mistakes
@@ -227,7 +228,7 @@ def sending(
         max_rows: int = 64,
     ) -> Any:
         run = path_patching(**wrong)
-        heads = list(product(range(model.cfg.n_layers), range(model.cfg.n_heads)))
+        heads = every_head(model)
         nobody, *scores = (
             run(model, clean, corrupted, senders, receivers, metric, freeze_mlps)
             for senders in [[], *groups(heads, max(1, max_rows // len(clean)))]
@@ -238,10 +239,14 @@ def sending(
     return path_patch_heads
 
 
+def chunks(heads: list[Head], fit: int) -> list[list[Head]]:
+    """The heads that have a copy in the same forward, forward by forward."""
+    return [heads[start : start + fit] for start in range(0, len(heads), fit)]
+
+
 def forwards(heads: list[Head], fit: int) -> list[list[Head]]:
     """For each head all that have a copy in the same forward."""
-    chunks = [heads[start : start + fit] for start in range(0, len(heads), fit)]
-    return [chunk for chunk in chunks for _ in chunk]
+    return [chunk for chunk in chunks(heads, fit) for _ in chunk]
 
 
 def all_so_far(heads: list[Head], fit: int) -> list[list[Head]]:
@@ -253,35 +258,37 @@ def all_so_far_if_alone(heads: list[Head], fit: int) -> list[list[Head]]:
     return (all_so_far if fit == 1 else one_by_one)(heads, fit)
 
 
-def interleaved(
-    model: Any, clean: Any, corrupted: Any, receivers: Any, metric: Any, freeze_mlps: bool = True, max_rows: int = 64
-) -> Tensor:
-    """Each prompt stands several times in a row, with one sender after the other; but the logits are read in blocks."""
-    heads = list(product(range(model.cfg.n_layers), range(model.cfg.n_heads)))
-    fit, values = max(1, max_rows // len(clean)), []
-    for start in range(0, len(heads), fit):
-        group = heads[start : start + fit]
-        logits = [
-            over_paths(model, clean, fix(model, clean, corrupted, [head], freeze_mlps), receivers) for head in group
-        ]
-        values += [metric(block).mean() for block in torch.stack(logits, 1).flatten(0, 1).split(len(clean))]
-    return torch.stack(values).reshape(model.cfg.n_layers, -1)
+def interleaving(of_forward: Callable[[Callable[[Tensor, Head], Tensor], Tensor, list[Head]], Sequence[Tensor]]) -> Fn:
+    """A path_patch_heads whose copies of a prompt stand in a row; `of_forward` makes the logits for some heads."""
+
+    def path_patch_heads(
+        model: Any,
+        clean: Any,
+        corrupted: Any,
+        receivers: Any,
+        metric: Any,
+        freeze_mlps: bool = True,
+        max_rows: int = 64,
+    ) -> Tensor:
+        def run(texts: Tensor, head: Head) -> Tensor:
+            return over_paths(model, texts, fix(model, texts, corrupted, [head], freeze_mlps), receivers)
+
+        groups = chunks(every_head(model), max(1, max_rows // len(clean)))
+        values = [metric(logits).mean() for group in groups for logits in of_forward(run, clean, group)]
+        return torch.stack(values).reshape(model.cfg.n_layers, -1)
+
+    return path_patch_heads
 
 
-def sent_to_blocks(
-    model: Any, clean: Any, corrupted: Any, receivers: Any, metric: Any, freeze_mlps: bool = True, max_rows: int = 64
-) -> Tensor:
-    """Each prompt stands several times in a row, but each sender writes to a block of rows, which are read as such."""
-    heads, n_batch = list(product(range(model.cfg.n_layers), range(model.cfg.n_heads))), len(clean)
-    fit, values = max(1, max_rows // n_batch), []
-    for start in range(0, len(heads), fit):
-        group = heads[start : start + fit]
-        for head, rows in zip(group, torch.arange(len(group) * n_batch).split(n_batch), strict=True):
-            texts = clean[rows // len(group)], corrupted
-            values.append(
-                metric(over_paths(model, texts[0], fix(model, *texts, [head], freeze_mlps), receivers)).mean()
-            )
-    return torch.stack(values).reshape(model.cfg.n_layers, -1)
+def read_in_blocks(run: Callable[[Tensor, Head], Tensor], clean: Tensor, group: list[Head]) -> Sequence[Tensor]:
+    """Each prompt is run with one sender after the other, and the logits are cut into blocks."""
+    return torch.stack([run(clean, head) for head in group], 1).flatten(0, 1).split(len(clean))
+
+
+def sent_to_blocks(run: Callable[[Tensor, Head], Tensor], clean: Tensor, group: list[Head]) -> Sequence[Tensor]:
+    """Each sender writes to a block of rows, which hold the wrong prompts."""
+    blocks = clean.repeat_interleave(len(group), 0).split(len(clean))
+    return [run(block, head) for head, block in zip(group, blocks, strict=True)]
 
 
 INTERLEAVED = "the copies are interleaved (each prompt several times in a row)"
@@ -298,8 +305,8 @@ INTERLEAVED = "the copies are interleaved (each prompt several times in a row)"
         "all senders of a forward send to every copy of the prompts, as they do if one z stands for all.": sending(
             forwards
         ),
-        f"{INTERLEAVED}, but the logits are read in blocks.": interleaved,
-        f"{INTERLEAVED}, but senders write to blocks of rows.": sent_to_blocks,
+        f"{INTERLEAVED}, but the logits are read in blocks.": interleaving(read_in_blocks),
+        f"{INTERLEAVED}, but senders write to blocks of rows.": interleaving(sent_to_blocks),
         "clean and corrupted are swapped.": sending(swapped=True),
         "the heads in between are not held, so information passes through them.": sending(fixing={"loose": True}),
         "the metric is summed over the prompts; take its mean.": sending(reduce=torch.sum),
