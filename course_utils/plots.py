@@ -36,7 +36,8 @@ MODEL_COLOURS = dict(
 )
 # The digits of the ticks on a logarithmic axis, in tenths, from the sparsest to the densest.
 LOG_DIGITS = ((10,), (10, 20, 50), (10, 15, 20, 30, 50, 70), range(10, 100, 5), range(10, 100, 2), range(10, 100))
-BY_CHANCE = ("random", "chance", "uniform", "untrained", "shuffled")  # names of series that others are compared with
+# Beginnings of the names of series that others are compared with.
+BY_CHANCE = ("random", "chance", "uniform", "untrained", "shuffled", "knowing nothing")
 
 
 def heatmap(

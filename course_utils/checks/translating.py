@@ -43,7 +43,10 @@ def translated(name: str, error: Exception, obj: object) -> CheckFailed | NotWri
             f"{name}: calling your code raised {what}\n"
             "  Next: compare the names and the order of its arguments with those in the exercise."
         )
-    where = "".join(f"\n  at {_place(frame, line)}" for frame, line in theirs[-2:])
+    # The exercise's own line comes first: helpers below it may all have been given.
+    own = [(frame, line) for frame, line in theirs[:-1] if _own_name(frame.f_code) == name.split(".")[0]]
+    shown = [own[-1], theirs[-1]] if own else theirs[-2:]
+    where = "".join(f"\n  at {_place(frame, line)}" for frame, line in shown)
     if isinstance(error, NameError) and error.name:
         where += f"\n  Next: run the cell that defines `{error.name}`, or look at its spelling."
     return CheckFailed(f"{name}: your code raised {what}{where}")

@@ -270,6 +270,13 @@ def test_a_helper_is_shown_with_the_line_that_called_it() -> None:
     assert lines[1:] == ["  at line 5 of your cell: return pick(logits)", "  at line 2 of your cell: return a.nothing"]
 
 
+def test_below_helpers_that_call_each_other_the_exercises_own_line_is_shown() -> None:
+    helpers = "def first(a):\n    return second(a)\n\ndef second(a):\n    return a.nothing\n\n"
+    source = helpers + "def greedy(logits):\n    return first(logits)\n"
+    lines = message_of(lambda: check(learner_module(source)["greedy"])).splitlines()
+    assert lines[1:] == ["  at line 8 of your cell: return first(logits)", "  at line 5 of your cell: return a.nothing"]
+
+
 def test_an_unknown_name_says_what_to_do() -> None:
     message = message_of(lambda: check(learner_module("def greedy(logits):\n    return einopsy(logits)\n")["greedy"]))
     assert "NameError" in message and "run the cell that defines `einopsy`" in message
