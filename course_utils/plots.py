@@ -93,9 +93,10 @@ def heatmaps(
         n_rows, n_columns = table.shape
         cells = _cells(x, y, _texts(x_ticks, n_columns, "x_ticks"), _texts(y_ticks, n_rows, "y_ticks"))
         figure.add_trace(go.Heatmap(z=table.numpy(), coloraxis="coloraxis", **cells), 1, column)
-        crowded = n_columns * len(values) > 2 * FEW and x_ticks is None  # together they have the width of one figure
         figure.update_yaxes(_axis(y_ticks, n_rows), showgrid=False, zeroline=False, row=1, col=column)
-        x_axis = {} if crowded else _axis(x_ticks, n_columns)
+        x_axis = _axis(x_ticks, n_columns)
+        if n_columns * len(values) > 2 * FEW:  # together they have the width of one figure
+            x_axis = x_axis | {"tickfont": {"size": 8}} if x_ticks is not None else {}
         figure.update_xaxes(x_axis, showgrid=False, zeroline=False, row=1, col=column)
     label_axes(figure, x, y, title)
     x_name = _wrapped(x, max(12, WIDE // len(tables)))
