@@ -66,7 +66,7 @@ def test_vectors_are_lines_from_the_origin_one_panel_for_each_name() -> None:
     assert first.marker.color[1] == 1 and first.marker.color[4] == 0.5
     assert [note.text for note in figure.layout.annotations] == ["a", "b"]
     assert figure.layout.xaxis2.range == (-5.75, 5.75)  # one scale for all, with some room
-    assert plots.vectors({"a": pentagon}, title="c", limit=2).layout.yaxis.range == (-2.3, 2.3)
+    assert plots.vectors({"a": pentagon}, title="c", limit=2.0).layout.yaxis.range == (-2.3, 2.3)
     with pytest.raises(ValueError, match="vectors with two numbers"):
         plots.vectors({"a": torch.zeros(2, 3)}, title="c")
 
