@@ -62,6 +62,10 @@ def frozen(self: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     return self.decode(latents.detach()), latents
 
 
+def seen_from_a_constant(self: Any, x: Tensor) -> Tensor:
+    return torch.einsum("...d,...dl->...l", x - self.b_dec.detach(), self.W_enc) + self.b_enc
+
+
 SURPRISES: dict[str, list[tuple[str, Any]]] = {
     "relu_latents": [
         ("values are wrong", lambda pre: torch.nn.functional.gelu(pre)),
@@ -91,6 +95,14 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
         ("the gate", with_parts(lambda a, b: (a, b.abs()), ref.gated_latents)),
         ("expected a tuple (latents, gate), got a Tensor", with_parts(lambda a, b: a, ref.gated_latents)),
         ("no gradient gets through", with_parts(lambda a, b: (a, b.detach()), ref.gated_latents)),
+        (
+            "the gate: the gradient of `b_gate`",
+            lambda p, b_gate, *rest: (ref.gated_latents(p, b_gate, *rest)[0], p + b_gate.detach()),
+        ),
+        (
+            "the gate: the gradient of `projected`",
+            lambda p, b_gate, *rest: (ref.gated_latents(p, b_gate, *rest)[0], p.detach() + b_gate),
+        ),
     ],
     "gated_auxiliary_loss": [
         ("wrong shape", lambda *given: ref.gated_auxiliary_loss(*given).sum()[None, None]),
@@ -121,6 +133,7 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
         ("expected a class that inherits from nn.Module", lambda *given, **options: None),
         ("decode", changed(decode=shared_by_instances)),
         ("no gradient reaches", changed(forward=frozen)),
+        ("the gradient of `b_dec`", changed(pre_activations=seen_from_a_constant)),
         ("expected a tuple (reconstruction, latents)", changed(forward=lambda self, x: self.decode(self.encode(x)))),
         ("encode", changed(encode=lambda self, x: self.pre_activations(x).relu())),
     ],

@@ -23,6 +23,7 @@ from course_utils.checks.ch06.sizes import (
     batch_of,
     by_instance,
     compare_slopes,
+    compare_weights_slopes,
     every_kind,
     parts,
 )
@@ -323,6 +324,13 @@ def check_gated_latents(fn: Fn) -> None:
             lambda **given: gating()(**given)[0],
             dict(zip(labels, inputs, strict=True)),
             {label: axes if label == "projected" else f"{WORDS[lead]}latent" for label in labels if label != "b_gate"},
+        )
+        compare_slopes(
+            f"{name}: the gate",
+            lambda **given: fn(*given.values())[1],
+            lambda **given: given["projected"] + given["b_gate"],
+            dict(zip(labels, inputs, strict=True)),
+            {"projected": axes, "b_gate": f"{WORDS[lead]}latent"},
         )
 
 
@@ -718,6 +726,7 @@ def check_SparseAutoencoder(cls: Any) -> None:
                 activation or torch.relu,
             )
         check_gradient(name, _Reconstruction(sae), (batch_of(lead, D_IN, 15),))
+        _compare_slopes_of_parameters(name, sae, lead)
         _in_double(name, sae, lead)
 
 
@@ -735,16 +744,7 @@ class _Reconstruction(nn.Module):
 def _compare_methods(name: str, sae: Any, lead: tuple[int, ...], weights: dict[str, Tensor], activation: Fn) -> None:
     x, some = batch_of(lead, D_IN, 15), batch_of(lead, LATENT, 16)
     axes, out = f"batch {WORDS[lead]}latent", f"batch {WORDS[lead]}d_in"
-
-    def affine(values: Tensor, matrix: Tensor, bias: Tensor) -> Tensor:
-        return torch.stack([matrix.T.mv(value) + bias for value in values])
-
-    def each(values: Tensor, matrix: str, bias: str) -> Tensor:
-        if not lead:
-            return affine(values, weights[matrix], weights[bias])
-        own = [affine(values[:, i], weights[matrix][i], weights[bias][i]) for i in range(INSTANCE)]
-        return torch.stack(own, 1)
-
+    each = partial(_affine, lead, weights)
     pre = each(x - weights["b_dec"], "W_enc", "b_enc")
     with torch.no_grad():
         compare(f"{name}: pre_activations", sae.pre_activations(x), pre, axes)
@@ -753,6 +753,26 @@ def _compare_methods(name: str, sae: Any, lead: tuple[int, ...], weights: dict[s
         reconstruction, latents = parts(f"{name}: forward", sae(x), "reconstruction", "latents")
         compare(f"{name}: forward, the reconstruction", reconstruction, each(activation(pre), "W_dec", "b_dec"), out)
         compare(f"{name}: forward, the latents", latents, activation(pre), axes)
+
+
+def _affine(lead: tuple[int, ...], weights: dict[str, Tensor], values: Tensor, matrix: str, bias: str) -> Tensor:
+    """Sample by sample, and instance by instance: a matrix times the values, and a bias."""
+    if not lead:
+        return torch.stack([weights[matrix].T.mv(value) + weights[bias] for value in values])
+    each = [{label: tensor[i] for label, tensor in weights.items()} for i in range(INSTANCE)]
+    return torch.stack([_affine((), own, values[:, i], matrix, bias) for i, own in enumerate(each)], 1)
+
+
+def _compare_slopes_of_parameters(name: str, sae: Any, lead: tuple[int, ...]) -> None:
+    x, axes = batch_of(lead, D_IN, 15), {"b_enc": "latent", "b_dec": "d_in", "W_enc": "d_in latent"}
+    axes |= {"W_dec": "latent d_in"}
+
+    def right(weights: dict[str, Tensor]) -> Tensor:
+        latents = _affine(lead, weights, x - weights["b_dec"], "W_enc", "b_enc").clamp(min=0)
+        return _affine(lead, weights, latents, "W_dec", "b_dec")
+
+    words = {label: WORDS[lead] + axis for label, axis in axes.items()}
+    compare_weights_slopes(name, sae, lambda: sae(x)[0], right, **words)
 
 
 def _in_double(name: str, sae: Any, lead: tuple[int, ...]) -> None:
