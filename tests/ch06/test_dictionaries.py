@@ -76,7 +76,7 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
         ("wrong shape", lambda pre, k: pre.topk(min(k, pre.shape[-1])).values.relu()),
         ("raised RuntimeError", lambda pre, k: ref.topk_latents(pre, k) + 0 * pre.topk(k).values.sum()),
         ("the gradient of `pre`", lambda pre, k: pre.relu() - (pre.relu() - ref.topk_latents(pre, k)).detach()),
-        ("with k=1", lambda pre, k: ref.topk_latents(pre, max(k, 2))),
+        ("with k=1", lambda pre, k: ref.topk_latents(pre, max(k, 3))),
     ],
     "batch_topk_latents": [
         ("expected a tuple (latents, threshold)", lambda pre, k: ref.batch_topk_latents(pre, k)[0]),
@@ -134,6 +134,10 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
         ("decode", changed(decode=shared_by_instances)),
         ("no gradient reaches", changed(forward=frozen)),
         ("the gradient of `b_dec`", changed(pre_activations=seen_from_a_constant)),
+        (
+            "forward, the latents: the gradient of",
+            changed(forward=lambda self, x: (self.decode(self.encode(x)), self.encode(x).detach())),
+        ),
         ("expected a tuple (reconstruction, latents)", changed(forward=lambda self, x: self.decode(self.encode(x)))),
         ("encode", changed(encode=lambda self, x: self.pre_activations(x).relu())),
     ],

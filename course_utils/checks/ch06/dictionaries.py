@@ -79,6 +79,7 @@ def keeping(
     rank: Callable[[Tensor], Tensor] = lambda pre: pre,
     more: int = 0,
     finish: Callable[[Tensor, Tensor], Tensor] = lambda pre, kept: pre.relu() * kept,
+    times_batch: bool = False,
 ) -> Fn:
     """A top-k along other axes, by another rank, of another number, or with another end."""
 
@@ -88,7 +89,7 @@ def keeping(
         order = [*rest, *axes]
         moved = rank(pre).permute(order)
         flat = moved.reshape(*moved.shape[: len(rest)], -1)
-        n = max(1, min(k + more, flat.shape[-1]))
+        n = max(1, min(k * len(pre) if times_batch else k + more, flat.shape[-1]))
         lowest = flat.topk(n, dim=-1).values[..., -1:]
         kept = (flat >= lowest).reshape(moved.shape).permute([order.index(axis) for axis in range(pre.dim())])
         return finish(pre, kept.to(pre.dtype))
@@ -105,6 +106,9 @@ def in_order(pre: Tensor, k: int) -> Tensor:
 @known_mistakes(
     {
         "the k largest of the whole batch are kept; every row has k of its own.": keeping(lambda pre: (0, -1)),
+        "k for each row, but the largest of the whole batch, are kept; every row has k of its own.": keeping(
+            lambda pre: (0, -1), times_batch=True
+        ),
         "the k largest of every column are kept: the latents should compete, not the samples.": keeping(
             lambda pre: (0,)
         ),
@@ -129,7 +133,7 @@ def check_topk_latents(fn: Fn) -> None:
     for lead in LEADS:
         axes = f"batch {WORDS[lead]}latent"
         pre = batch_of(lead, LATENT, 2)
-        for k in (4, 2, 1, LATENT + 3):
+        for k in (1, 4, 2, LATENT + 3):
             with during(f"with k={k}"):
                 compare(f"{name} with k={k}", fn(pre, k), largest_of_rows(pre, k), axes)
         compare_slopes(
@@ -193,6 +197,9 @@ def sharing(
         "k * batch is rounded down; it should be rounded to the nearest number.": sharing(
             lambda k, n_batch: int(k * n_batch)
         ),
+        "k * batch is rounded up; it should be rounded to the nearest number.": sharing(
+            lambda k, n_batch: math.ceil(k * n_batch)
+        ),
         "all instances compete together; each has k * batch of its own.": sharing(together=True),
         "negative values pass; among the largest, too, they should become 0.": sharing(finish=lambda values: values),
         "what is kept becomes 1; it should keep its value.": sharing(finish=lambda values: (values > 0).to(values)),
@@ -219,7 +226,7 @@ def check_batch_topk_latents(fn: Fn) -> None:
     for lead in LEADS:
         axes = f"batch {WORDS[lead]}latent"
         pre = batch_of(lead, LATENT, 3)
-        for k in (1.4, 2, 1, 0.5, LATENT - 0.5, LATENT + 2):
+        for k in (1.4, 1.3, 2, 1, 0.5, LATENT - 0.5, LATENT + 2):
             label = f"{name} with k={k}"
             with during(f"with k={k}"):
                 latents, threshold = parts(label, fn(pre, k), "latents", "threshold")
@@ -767,12 +774,15 @@ def _compare_slopes_of_parameters(name: str, sae: Any, lead: tuple[int, ...]) ->
     x, axes = batch_of(lead, D_IN, 15), {"b_enc": "latent", "b_dec": "d_in", "W_enc": "d_in latent"}
     axes |= {"W_dec": "latent d_in"}
 
-    def right(weights: dict[str, Tensor]) -> Tensor:
-        latents = _affine(lead, weights, x - weights["b_dec"], "W_enc", "b_enc").clamp(min=0)
-        return _affine(lead, weights, latents, "W_dec", "b_dec")
+    def encoded(weights: dict[str, Tensor]) -> Tensor:
+        return _affine(lead, weights, x - weights["b_dec"], "W_enc", "b_enc").clamp(min=0)
+
+    def decoded(weights: dict[str, Tensor]) -> Tensor:
+        return _affine(lead, weights, encoded(weights), "W_dec", "b_dec")
 
     words = {label: WORDS[lead] + axis for label, axis in axes.items()}
-    compare_weights_slopes(name, sae, lambda: sae(x)[0], right, **words)
+    compare_weights_slopes(f"{name}: forward, the reconstruction", sae, lambda: sae(x)[0], decoded, **words)
+    compare_weights_slopes(f"{name}: forward, the latents", sae, lambda: sae(x)[1], encoded, **words)
 
 
 def _in_double(name: str, sae: Any, lead: tuple[int, ...]) -> None:

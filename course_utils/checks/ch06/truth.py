@@ -293,10 +293,13 @@ def sharing_of(
             pairing()(W_dec, truth)[1].mean().item()
         ),
         "the threshold is fixed at 0.9.": sharing_of(pairing(), lambda cosine, threshold: cosine > 0.9),
+        "the sign of the cosine is dropped; a latent that points the other way stands for something else.": sharing_of(
+            pairing(), lambda cosine, threshold: cosine.abs() > threshold
+        ),
     },
 )
 def check_recovery(fn: Fn) -> None:
-    """Several thresholds."""
+    """Several thresholds, and a latent that points the other way."""
     name = "recovery"
     for seed in SEEDS:
         W_dec, truth = dictionary_and_truth(seed)
@@ -312,6 +315,8 @@ def check_recovery(fn: Fn) -> None:
         right = [sum(value > threshold for value in best) / len(best) for threshold in thresholds]
         where = f"{name} at thresholds of {', '.join(f'{threshold:.3f}' for threshold in thresholds)}"
         compare(where, torch.tensor(actual), torch.tensor(right), "threshold")
+    opposite = torch.tensor([fn(-truth[:1], truth[:1], 0.5)])
+    compare(f"{name} of one latent, opposite to the feature", opposite, torch.zeros(1), "threshold")
 
 
 # ------------------------------------------------------------------------------------------------------------- firing
