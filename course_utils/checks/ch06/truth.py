@@ -395,6 +395,7 @@ def firing(empty: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     if empty:
         latents[:, assignment[2]] = 0.0
         features[:, 4] = 0.0
+        latents[:, assignment[0]] = features[:, 0] = (torch.arange(30) == 7).float()  # there once
     return latents, features, assignment
 
 
@@ -503,17 +504,19 @@ def absorbed(
     }
 )
 def check_absorption_rate(fn: Fn) -> None:
-    """Two parents, three children; then a child that is never there."""
+    """Two parents, three children; then a child that is never there, and one that is there once."""
     name = "absorption_rate"
     for empty in (False, True):
         latents, features, assignment = firing()
         for child, above in enumerate(PARENT.tolist()):
             if above >= 0:
                 features[:, child] = features[:, child] * (features[:, above] > 0)
-        latents[:10, assignment[0]] = 0.0
+        latents[:10, assignment[0]] = latents[5:20, assignment[1]] = 0.0
         if empty:
             features[:, 3] = 0.0
-        words = " with a child that is never there" if empty else ""
+            alone = (latents[:10, assignment[2]] > 0) & (features[:10, 2] > 0)
+            features[torch.arange(30) != alone.nonzero()[0], 2] = 0.0  # there once, and its parent's latent is silent
+        words = " with a child that is never there, and one that is there once" if empty else ""
         actual = fn(latents, features, assignment, PARENT)
         compare(f"{name}{words}", actual, absorbed(latents, features, assignment, PARENT), "feature")
         follows_input(name, fn, (latents, features, assignment, PARENT), "feature")
