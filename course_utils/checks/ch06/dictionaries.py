@@ -713,7 +713,7 @@ def check_SparseAutoencoder(cls: Any) -> None:
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
         raise CheckFailed(f"{name}: expected a class that inherits from nn.Module.\n  {keep}")
     for lead in LEADS:
-        sae = cls(D_IN, LATENT, "relu", *lead)
+        sae: Any = cls(D_IN, LATENT, "relu", *lead)
         shapes = {"W_enc": (D_IN, LATENT), "W_dec": (LATENT, D_IN), "b_enc": (LATENT,), "b_dec": (D_IN,)}
         for label, shape in shapes.items():
             if tuple(getattr(sae, label, torch.empty(0)).shape) != (*lead, *shape):
