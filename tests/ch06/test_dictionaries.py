@@ -62,6 +62,10 @@ def frozen(self: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     return self.decode(latents.detach()), latents
 
 
+def seen_from_a_constant(self: Any, x: Tensor) -> Tensor:
+    return torch.einsum("...d,...dl->...l", x - self.b_dec.detach(), self.W_enc) + self.b_enc
+
+
 SURPRISES: dict[str, list[tuple[str, Any]]] = {
     "relu_latents": [
         ("values are wrong", lambda pre: torch.nn.functional.gelu(pre)),
@@ -72,7 +76,7 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
         ("wrong shape", lambda pre, k: pre.topk(min(k, pre.shape[-1])).values.relu()),
         ("raised RuntimeError", lambda pre, k: ref.topk_latents(pre, k) + 0 * pre.topk(k).values.sum()),
         ("the gradient of `pre`", lambda pre, k: pre.relu() - (pre.relu() - ref.topk_latents(pre, k)).detach()),
-        ("with k=1", lambda pre, k: ref.topk_latents(pre, max(k, 2))),
+        ("with k=1", lambda pre, k: ref.topk_latents(pre, max(k, 3))),
     ],
     "batch_topk_latents": [
         ("expected a tuple (latents, threshold)", lambda pre, k: ref.batch_topk_latents(pre, k)[0]),
@@ -91,6 +95,14 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
         ("the gate", with_parts(lambda a, b: (a, b.abs()), ref.gated_latents)),
         ("expected a tuple (latents, gate), got a Tensor", with_parts(lambda a, b: a, ref.gated_latents)),
         ("no gradient gets through", with_parts(lambda a, b: (a, b.detach()), ref.gated_latents)),
+        (
+            "the gate: the gradient of `b_gate`",
+            lambda p, b_gate, *rest: (ref.gated_latents(p, b_gate, *rest)[0], p + b_gate.detach()),
+        ),
+        (
+            "the gate: the gradient of `projected`",
+            lambda p, b_gate, *rest: (ref.gated_latents(p, b_gate, *rest)[0], p.detach() + b_gate),
+        ),
     ],
     "gated_auxiliary_loss": [
         ("wrong shape", lambda *given: ref.gated_auxiliary_loss(*given).sum()[None, None]),
@@ -121,6 +133,11 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
         ("expected a class that inherits from nn.Module", lambda *given, **options: None),
         ("decode", changed(decode=shared_by_instances)),
         ("no gradient reaches", changed(forward=frozen)),
+        ("the gradient of `b_dec`", changed(pre_activations=seen_from_a_constant)),
+        (
+            "forward, the latents: the gradient of",
+            changed(forward=lambda self, x: (self.decode(self.encode(x)), self.encode(x).detach())),
+        ),
         ("expected a tuple (reconstruction, latents)", changed(forward=lambda self, x: self.decode(self.encode(x)))),
         ("encode", changed(encode=lambda self, x: self.pre_activations(x).relu())),
     ],

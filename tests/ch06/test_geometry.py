@@ -39,12 +39,13 @@ def strict_pairs(n_batch: int, n_instances: int, n_pairs: int, p: float, kind: s
     """Without the errors."""
     if kind not in ("correlated", "anticorrelated"):
         return torch.zeros(n_batch, n_instances, 2 * n_pairs)
-    return ref.sample_pairs(n_batch, n_instances, n_pairs, min(p, 0.5), kind, generator)
+    return refusing_only_kinds(n_batch, n_instances, n_pairs, p, kind, generator)
 
 
 def refusing_only_kinds(*given: Any) -> Any:
     n_batch, n_instances, n_pairs, p, kind, generator = given
-    return ref.sample_pairs(n_batch, n_instances, n_pairs, min(p, 0.5), kind, generator)
+    p = min(p, 0.5) if kind == "anticorrelated" else p
+    return ref.sample_pairs(n_batch, n_instances, n_pairs, p, kind, generator)
 
 
 SURPRISES: dict[str, list[tuple[str, Any]]] = {

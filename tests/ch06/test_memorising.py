@@ -38,11 +38,32 @@ def drawn_again(*given: Any) -> Any:
     return model, samples.flip(0).roll(1, 2)
 
 
+def in_one_direction(push: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """All samples of a batch are pushed alike."""
+    return epsilon * torch.nn.functional.normalize(push[:1], dim=-1).expand_as(push)
+
+
+def one_draw_for_all_steps(n_samples: Any, n_instances: Any, n: Any, d: Any, p: Any, steps: Any, generator: Any) -> Any:
+    """The 300 rows are drawn once."""
+    samples = ref.sample_features(n_samples, torch.full((n_instances, n), p), generator)
+    samples = torch.nn.functional.normalize(samples, dim=-1)
+    model = ref.ToyModel(n_instances, n, d, generator)
+    rows = torch.randint(n_samples, (300,), generator=generator) if n_samples > 300 else slice(None)
+
+    def loss_of(out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return ref.importance_weighted_loss(out, x, torch.ones(n))
+
+    ref.train_toy(model, lambda: samples[rows], loss_of, steps, 0.02, 0.01)
+    return model, samples
+
+
 SURPRISES: dict[str, list[tuple[str, Any]]] = {
     "train_on_fixed_data": [
         ("expected the model and the samples", lambda *given: ref.train_on_fixed_data(*given)[0]),
         ("[sample, instance, feature]", lambda *given: (ref.train_on_fixed_data(*given)[0], torch.zeros(2, 6))),
         ("every step saw all", fixed_data(most=1000)),
+        ("every step saw the first 300", fixed_data(rows=lambda drawn: torch.arange(300).expand_as(drawn))),
+        ("a step more draws no more random numbers", one_draw_for_all_steps),
         ("values are wrong", fixed_data(most=3)),
         ("values are wrong", drawn_again),
         ("values are wrong", fixed_data(peak=0.03)),
@@ -53,6 +74,8 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
         ("wrong", lambda model, x, *rest: ref.worst_case_gain(model, x.abs() + 1, *rest)),
         ("wrong shape", pushing(gain=lambda change, epsilon: change.norm(dim=-1).mean() / epsilon)),
         ("wrong shape", pushing(gain=lambda change, epsilon: change.norm(dim=-1) / epsilon)),
+        ("the mean gain of random pushes", pushing(in_one_direction)),
+        ("wrong", pushing(gain=lambda change, epsilon: change.square().sum(-1).mean(0).sqrt() / epsilon)),
         ("it drew from torch's global random numbers", lambda *given: pushing()(*given[:-1], torch.default_generator)),
     ],
 }

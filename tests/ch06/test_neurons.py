@@ -25,6 +25,7 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
     "NeuronModel": [
         ("no gradient reaches `W`", neuron(lambda self, x: ref.NeuronModel.forward(self, x).detach() + 0 * self.b)),
         ("values are wrong", neuron(lambda self, x: ref.NeuronModel.forward(self, x) * 0.99)),
+        ("the gradient of `W`", neuron(lambda self, x: _written(self, x, self.W.detach()))),
         ("wrong shape", neuron(lambda self, x: ref.NeuronModel.forward(self, x).mean(1))),
     ],
     "AbsModel": [
@@ -35,6 +36,11 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
 }
 
 ALSO_RIGHT: dict[str, list[Any]] = {name: [getattr(other, name)] for name in SURPRISES}
+
+
+def _written(self: Any, x: torch.Tensor, W_out: torch.Tensor) -> torch.Tensor:
+    hidden = torch.einsum("bif,inf->bin", x, self.W).relu()
+    return (torch.einsum("bin,inf->bif", hidden, W_out) + self.b).relu()
 
 
 def _with_bias(self: Any, x: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,12 @@ from tests.ch06 import other_dictionaries as other
 SECRETS = ("einsum(", "masked_fill", "multinomial(", "torch.where(", "keepdim=True")
 ONLY_ON_GPU = "device"
 # Changes after which the reference still does what its statement says.
-STILL_RIGHT = {"-1 -> 1"}  # of two axes, the second is the last
+STILL_RIGHT = {
+    "-1 -> 1",  # of two axes, the second is the last
+    "1 -> 0",  # the mean over no living latents is replaced afterwards
+    "alive.sum(dim=-1).clamp(min=1) -> alive.sum(dim=-1)",
+    "remembered.shape == parameter.shape -> remembered.shape >= parameter.shape",  # optimizers keep no larger ones
+}
 
 
 def afterwards(change: Callable[..., None]) -> Any:

@@ -29,6 +29,13 @@ def globally(n_batch: int, probability: Tensor, generator: torch.Generator) -> T
     return torch.rand(n_batch, *probability.shape) * (torch.rand(n_batch, *probability.shape) < probability)
 
 
+def so_many(n_batch: int, probability: Tensor, generator: torch.Generator) -> Tensor:
+    """As many features of each sample as are active on average."""
+    shape = (n_batch, *probability.shape)
+    rank = torch.rand(shape, generator=generator).argsort(-1).argsort(-1)
+    return torch.rand(shape, generator=generator, dtype=probability.dtype) * (rank < probability.sum(-1, keepdim=True))
+
+
 def toy(forward: Any) -> type:
     return with_methods(ref.ToyModel, "ToyModel", forward=forward)
 
@@ -50,6 +57,11 @@ def without_gradient_of_bias(self: Any, x: Tensor) -> Tensor:
     return (torch.einsum("bih,ihf->bif", hidden, self.W) + self.b.detach()).relu()
 
 
+def half_of_the_gradient(self: Any, x: Tensor) -> Tensor:
+    hidden = torch.einsum("bif,ihf->bih", x, self.W.detach())
+    return (torch.einsum("bih,ihf->bif", hidden, self.W) + self.b).relu()
+
+
 SURPRISES: dict[str, list[tuple[str, Any]]] = {
     "sample_features": [
         ("it left `generator` as it was", seeded_anew),
@@ -59,10 +71,13 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
         ("expected dtype float64", lambda n, p, generator: ref.sample_features(n, p.float(), generator)),
         ("the mean of active values", drawing(value=lambda value, chance: value**2)),
         ("how often a feature is active", drawing(active=lambda chance, p: chance < p**2)),
+        ("the mean of active values", drawing(one_value=(0,))),
+        ("how often a feature is active", so_many),
     ],
     "ToyModel": [
         ("expected a parameter `W` of shape (3, 2, 7)", SmallMatrix),
         ("no gradient reaches `b`", toy(without_gradient_of_bias)),
+        ("the gradient of `W`", toy(half_of_the_gradient)),
         ("values are wrong", toy(lambda self, x: ref.ToyModel.forward(self, x).clamp(max=1))),
         ("values are wrong", toy(lambda self, x: ref.ToyModel.forward(self, x.clamp(min=0)))),
         ("expected a class that inherits from nn.Module", lambda *sizes: ref.ToyModel(*sizes)),
@@ -74,6 +89,7 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
             "no gradient gets through it",
             lambda out, x, importance: ref.importance_weighted_loss(out, x, importance).data,
         ),
+        ("no gradient gets through it", lambda out, *given: ref.importance_weighted_loss(out.detach(), *given)),
         ("values is wrong", weighing(total=lambda error: error.mean((0, 2)).amax())),
         ("expected a Tensor, got a float", lambda *given: ref.importance_weighted_loss(*given).item()),
     ],

@@ -6,6 +6,7 @@ those of a GPU. So a tensor that is made on the CPU half-way fails here, where t
 
 import importlib
 import inspect
+import itertools
 import pkgutil
 from collections.abc import Callable
 from functools import cache
@@ -21,7 +22,14 @@ from course_utils.config import TransformerConfig
 from course_utils.data.ioi import IOIDataset
 from course_utils.hooks import ActivationCache, hook_points, run_with_cache
 from course_utils.pretrained import shipped_tokenizer
-from solutions import ch00_tensors, ch02_transformer, ch03_training, ch04_induction, ch05_patching
+from solutions import (
+    ch00_tensors,
+    ch02_transformer,
+    ch03_training,
+    ch04_induction,
+    ch05_patching,
+    ch06_superposition,
+)
 
 CFG = TransformerConfig(d_vocab=1100, n_ctx=40, n_layers=2, n_heads=3, d_model=12, d_head=4, d_mlp=16)
 PYTHIA = TransformerConfig(
@@ -57,6 +65,14 @@ WITHOUT = {  # what cannot be driven here, and why
     "template_means": "how many templates there are depends on values",
     "greedy_circuit": "which head goes depends on values",
     "head_roles": "makes lists out of values",
+    "sample_features": "is given a generator, and there are none on meta",
+    "sample_pairs": "is given a generator, and there are none on meta",
+    "train_on_fixed_data": "is given a generator, and there are none on meta",
+    "worst_case_gain": "is given a generator, and the search goes on with what it draws",
+    "pick_worst": "is given a generator of the CPU, where it draws",
+    "best_assignment": "looks for the best way among values",
+    "match_features": "which latent is whose depends on values",
+    "recovery": "counts features, a number",
     "every_head": "makes a list out of a model's config",
     "random_circuits": "makes lists",
     "edge_nodes": "makes dictionaries out of a config",
@@ -170,6 +186,37 @@ def of_factored() -> list[Any]:
 
 def both(matrix: Any) -> list[Tensor]:
     return [matrix.A, matrix.B]
+
+
+def side_by_side(cls: Any) -> Any:
+    """Two models of superposition, of five features."""
+    return cls(2, 5, 3, torch.Generator()).to("meta")
+
+
+def toy_trained() -> list[Tensor]:
+    toy = side_by_side(ch06_superposition.ToyModel)
+
+    def loss_of(out: Tensor, x: Tensor) -> Tensor:
+        return (out - x).square().sum()
+
+    ch06_superposition.train_toy(toy, lambda: floats(4, 2, 5), loss_of, steps=2, peak=0.1)
+    return list(toy.parameters())
+
+
+def dictionaries() -> list[Any]:
+    """What comes out of every kind, alone and side by side."""
+    kinds = itertools.product(("relu", "topk", "batch_topk", "gated", "jumprelu"), (None, 2))
+    made = [(ch06_superposition.SparseAutoencoder(5, 7, kind, n).to("meta"), n) for kind, n in kinds]
+    return [sae(floats(4, 5) if n is None else floats(4, n, 5)) for sae, n in made]
+
+
+def new_start() -> list[Any]:
+    sae = ch06_superposition.SparseAutoencoder(5, 7, "relu").to("meta")
+    optimizer = ch03_training.AdamW(sae.parameters())
+    sae(floats(4, 5))[0].sum().backward()
+    optimizer.step()
+    ch06_superposition.resample_dead(sae, optimizer, ids(7).bool(), floats(7, 5))
+    return [list(sae.parameters()), [state["m"] for state in optimizer.state.values()]]
 
 
 def edges() -> Tensor:
@@ -328,6 +375,36 @@ CALLS: dict[str, Callable[[], Any]] = {
     "align_direction": lambda: (
         model(), TOKENS, OTHER, "blocks.0.hook_resid_post", ids(2), mean_logit, torch.Generator(), 2,
     ),
+    # 06
+    "ToyModel": lambda: side_by_side(ch06_superposition.ToyModel)(floats(4, 2, 5)),
+    "importance_weighted_loss": lambda: (floats(4, 2, 5), floats(4, 2, 5), floats(5)),
+    "train_toy": toy_trained,
+    "feature_norms": lambda: (floats(2, 3, 5),),
+    "interference": lambda: (floats(2, 3, 5),),
+    "feature_dimensionality": lambda: (floats(2, 3, 5),),
+    "losses_by_hand": lambda: (floats(3), floats(4)),
+    "phase_diagram": lambda: (floats(3, 4, 5, 1, 2), floats(3, 4, 5)),
+    "NeuronModel": lambda: side_by_side(ch06_superposition.NeuronModel)(floats(4, 2, 5)),
+    "AbsModel": lambda: side_by_side(ch06_superposition.AbsModel)(floats(4, 2, 5)),
+    "relu_latents": lambda: (floats(4, 2, 7),),
+    "topk_latents": lambda: (floats(4, 2, 7), 3),
+    "batch_topk_latents": lambda: (floats(4, 2, 7), 1.5),
+    "gated_latents": lambda: (floats(4, 2, 7), floats(2, 7), floats(2, 7), floats(2, 7)),
+    "gated_auxiliary_loss": lambda: (floats(4, 2, 5), floats(4, 2, 7), floats(2, 7, 5), floats(2, 5)),
+    "Heaviside": lambda: ch06_superposition.Heaviside.apply(floats(4, 2, 7), floats(2, 7), 0.1),
+    "JumpReLU": lambda: ch06_superposition.JumpReLU.apply(floats(4, 2, 7), floats(2, 7), 0.1),
+    "SparseAutoencoder": dictionaries,
+    "sae_loss": lambda: (floats(4, 2, 5), floats(4, 2, 5), floats(4, 2, 7), floats(2, 7, 5), 0.1),
+    "normalise_decoder": lambda: (floats(2, 7, 5),),
+    "remove_parallel_gradient": lambda: (floats(2, 7, 5), floats(2, 7, 5)),
+    "auxiliary_topk_loss": lambda: (
+        floats(4, 2, 5), floats(4, 2, 5), floats(4, 2, 7), ids(2, 7).bool(), floats(2, 7, 5), 3
+    ),
+    "resample_dead": new_start,
+    "firing_scores": lambda: (floats(4, 7), floats(4, 5), ids(5)),
+    "shrinkage": lambda: (floats(4, 2, 5), floats(4, 2, 5)),
+    "absorption_rate": lambda: (floats(4, 7), floats(4, 5), ids(5), ids(5)),
+    "matryoshka_loss": lambda: (floats(4, 2, 5), floats(4, 2, 7), floats(2, 7, 5), floats(2, 5), [2, 7]),
 }  # fmt: skip
 
 

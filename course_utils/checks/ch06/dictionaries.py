@@ -23,6 +23,7 @@ from course_utils.checks.ch06.sizes import (
     batch_of,
     by_instance,
     compare_slopes,
+    compare_weights_slopes,
     every_kind,
     parts,
 )
@@ -78,6 +79,7 @@ def keeping(
     rank: Callable[[Tensor], Tensor] = lambda pre: pre,
     more: int = 0,
     finish: Callable[[Tensor, Tensor], Tensor] = lambda pre, kept: pre.relu() * kept,
+    times_batch: bool = False,
 ) -> Fn:
     """A top-k along other axes, by another rank, of another number, or with another end."""
 
@@ -87,7 +89,7 @@ def keeping(
         order = [*rest, *axes]
         moved = rank(pre).permute(order)
         flat = moved.reshape(*moved.shape[: len(rest)], -1)
-        n = max(1, min(k + more, flat.shape[-1]))
+        n = max(1, min(k * len(pre) if times_batch else k + more, flat.shape[-1]))
         lowest = flat.topk(n, dim=-1).values[..., -1:]
         kept = (flat >= lowest).reshape(moved.shape).permute([order.index(axis) for axis in range(pre.dim())])
         return finish(pre, kept.to(pre.dtype))
@@ -104,6 +106,9 @@ def in_order(pre: Tensor, k: int) -> Tensor:
 @known_mistakes(
     {
         "the k largest of the whole batch are kept; every row has k of its own.": keeping(lambda pre: (0, -1)),
+        "k for each row, but the largest of the whole batch, are kept; every row has k of its own.": keeping(
+            lambda pre: (0, -1), times_batch=True
+        ),
         "the k largest of every column are kept: the latents should compete, not the samples.": keeping(
             lambda pre: (0,)
         ),
@@ -128,7 +133,7 @@ def check_topk_latents(fn: Fn) -> None:
     for lead in LEADS:
         axes = f"batch {WORDS[lead]}latent"
         pre = batch_of(lead, LATENT, 2)
-        for k in (4, 2, 1, LATENT + 3):
+        for k in (1, 4, 2, LATENT + 3):
             with during(f"with k={k}"):
                 compare(f"{name} with k={k}", fn(pre, k), largest_of_rows(pre, k), axes)
         compare_slopes(
@@ -192,6 +197,9 @@ def sharing(
         "k * batch is rounded down; it should be rounded to the nearest number.": sharing(
             lambda k, n_batch: int(k * n_batch)
         ),
+        "k * batch is rounded up; it should be rounded to the nearest number.": sharing(
+            lambda k, n_batch: math.ceil(k * n_batch)
+        ),
         "all instances compete together; each has k * batch of its own.": sharing(together=True),
         "negative values pass; among the largest, too, they should become 0.": sharing(finish=lambda values: values),
         "what is kept becomes 1; it should keep its value.": sharing(finish=lambda values: (values > 0).to(values)),
@@ -218,7 +226,7 @@ def check_batch_topk_latents(fn: Fn) -> None:
     for lead in LEADS:
         axes = f"batch {WORDS[lead]}latent"
         pre = batch_of(lead, LATENT, 3)
-        for k in (1.4, 2, 1, 0.5, LATENT - 0.5, LATENT + 2):
+        for k in (1.4, 1.3, 2, 1, 0.5, LATENT - 0.5, LATENT + 2):
             label = f"{name} with k={k}"
             with during(f"with k={k}"):
                 latents, threshold = parts(label, fn(pre, k), "latents", "threshold")
@@ -323,6 +331,13 @@ def check_gated_latents(fn: Fn) -> None:
             lambda **given: gating()(**given)[0],
             dict(zip(labels, inputs, strict=True)),
             {label: axes if label == "projected" else f"{WORDS[lead]}latent" for label in labels if label != "b_gate"},
+        )
+        compare_slopes(
+            f"{name}: the gate",
+            lambda **given: fn(*given.values())[1],
+            lambda **given: given["projected"] + given["b_gate"],
+            dict(zip(labels, inputs, strict=True)),
+            {"projected": axes, "b_gate": f"{WORDS[lead]}latent"},
         )
 
 
@@ -698,7 +713,7 @@ def check_SparseAutoencoder(cls: Any) -> None:
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
         raise CheckFailed(f"{name}: expected a class that inherits from nn.Module.\n  {keep}")
     for lead in LEADS:
-        sae = cls(D_IN, LATENT, "relu", *lead)
+        sae: Any = cls(D_IN, LATENT, "relu", *lead)
         shapes = {"W_enc": (D_IN, LATENT), "W_dec": (LATENT, D_IN), "b_enc": (LATENT,), "b_dec": (D_IN,)}
         for label, shape in shapes.items():
             if tuple(getattr(sae, label, torch.empty(0)).shape) != (*lead, *shape):
@@ -718,6 +733,7 @@ def check_SparseAutoencoder(cls: Any) -> None:
                 activation or torch.relu,
             )
         check_gradient(name, _Reconstruction(sae), (batch_of(lead, D_IN, 15),))
+        _compare_slopes_of_parameters(name, sae, lead)
         _in_double(name, sae, lead)
 
 
@@ -735,16 +751,7 @@ class _Reconstruction(nn.Module):
 def _compare_methods(name: str, sae: Any, lead: tuple[int, ...], weights: dict[str, Tensor], activation: Fn) -> None:
     x, some = batch_of(lead, D_IN, 15), batch_of(lead, LATENT, 16)
     axes, out = f"batch {WORDS[lead]}latent", f"batch {WORDS[lead]}d_in"
-
-    def affine(values: Tensor, matrix: Tensor, bias: Tensor) -> Tensor:
-        return torch.stack([matrix.T.mv(value) + bias for value in values])
-
-    def each(values: Tensor, matrix: str, bias: str) -> Tensor:
-        if not lead:
-            return affine(values, weights[matrix], weights[bias])
-        own = [affine(values[:, i], weights[matrix][i], weights[bias][i]) for i in range(INSTANCE)]
-        return torch.stack(own, 1)
-
+    each = partial(_affine, lead, weights)
     pre = each(x - weights["b_dec"], "W_enc", "b_enc")
     with torch.no_grad():
         compare(f"{name}: pre_activations", sae.pre_activations(x), pre, axes)
@@ -753,6 +760,29 @@ def _compare_methods(name: str, sae: Any, lead: tuple[int, ...], weights: dict[s
         reconstruction, latents = parts(f"{name}: forward", sae(x), "reconstruction", "latents")
         compare(f"{name}: forward, the reconstruction", reconstruction, each(activation(pre), "W_dec", "b_dec"), out)
         compare(f"{name}: forward, the latents", latents, activation(pre), axes)
+
+
+def _affine(lead: tuple[int, ...], weights: dict[str, Tensor], values: Tensor, matrix: str, bias: str) -> Tensor:
+    """Sample by sample, and instance by instance: a matrix times the values, and a bias."""
+    if not lead:
+        return torch.stack([weights[matrix].T.mv(value) + weights[bias] for value in values])
+    each = [{label: tensor[i] for label, tensor in weights.items()} for i in range(INSTANCE)]
+    return torch.stack([_affine((), own, values[:, i], matrix, bias) for i, own in enumerate(each)], 1)
+
+
+def _compare_slopes_of_parameters(name: str, sae: Any, lead: tuple[int, ...]) -> None:
+    x, axes = batch_of(lead, D_IN, 15), {"b_enc": "latent", "b_dec": "d_in", "W_enc": "d_in latent"}
+    axes |= {"W_dec": "latent d_in"}
+
+    def encoded(weights: dict[str, Tensor]) -> Tensor:
+        return _affine(lead, weights, x - weights["b_dec"], "W_enc", "b_enc").clamp(min=0)
+
+    def decoded(weights: dict[str, Tensor]) -> Tensor:
+        return _affine(lead, weights, encoded(weights), "W_dec", "b_dec")
+
+    words = {label: WORDS[lead] + axis for label, axis in axes.items()}
+    compare_weights_slopes(f"{name}: forward, the reconstruction", sae, lambda: sae(x)[0], decoded, **words)
+    compare_weights_slopes(f"{name}: forward, the latents", sae, lambda: sae(x)[1], encoded, **words)
 
 
 def _in_double(name: str, sae: Any, lead: tuple[int, ...]) -> None:

@@ -340,7 +340,9 @@ def pairing(
         rule = {"correlated": correlated, "anticorrelated": anticorrelated}[kind] or right[kind]
         if wrong.get("exchanged"):
             rule = right["anticorrelated" if kind == "correlated" else "correlated"]
-        values = torch.rand((*shape, 1 if wrong.get("one_value") else 2), generator=generator)
+        values = torch.rand((*shape, 2), generator=generator)
+        if "one_value" in wrong:  # along this axis
+            values = values.narrow(wrong["one_value"], 0, 1).expand_as(values)
         return flat(values * rule(one, other, p))
 
     return sample_pairs
@@ -379,7 +381,9 @@ def unless_both(one: Tensor, other: Tensor, p: float) -> Tensor:
             anticorrelated=lambda one, other, p: torch.stack([one < p, one >= p], dim=-1)
         ),
         "the two kinds are exchanged.": pairing(exchanged=True),
-        "partners have the same value; values are drawn independently.": pairing(one_value=True),
+        "partners have the same value; values are drawn independently.": pairing(one_value=3),
+        "all pairs have the same two values; values are drawn independently.": pairing(one_value=2),
+        "all instances have the same values; values are drawn independently.": pairing(one_value=1),
         "partner f stands at f + n_pairs; partners are neighbours.": pairing(flat=lambda pairs: pairs.mT.flatten(-2)),
         "one draw decides for all pairs.": pairing(one_for_all_pairs=True),
         "one draw decides for all instances.": pairing(one_for_all_instances=True),
@@ -408,11 +412,10 @@ def check_sample_pairs(fn: Fn) -> None:
         whole = torch.ones(2, 6)
         near(of_kind, "the mean of active values", mean, whole / 2, 0.06, "instance feature", advice)
         near(of_kind, "the mean square of active values", square, whole / 3, 0.06, "instance feature", advice)
-        difference = (x[..., 0::2] - x[..., 1::2]).square().mean(0)
-        alike = 2 * p / 3 - (p / 2 if kind == "correlated" else 0.0)
+        products = x.flatten(1).T @ x.flatten(1) / len(x)
         advice = "every active feature has a value of its own."
-        wanted = torch.full((2, 3), alike)
-        near(of_kind, "the mean square difference of partners", difference, wanted, 0.03, "instance pair", advice)
+        what = "the mean product of two features"
+        near(of_kind, what, products * off, expected / 4 * off, 0.02, "feature feature", advice)
     half = fn(2000, 1, 1, 0.5, "anticorrelated", torch.Generator().manual_seed(6))
     one, advice = (half > 0).float().sum(-1), "with a probability of 1/2 one of the partners is always active."
     near(f"{name} at 0.5", "active partners", one.mean(0), torch.ones(1), 0.01, "instance", advice)

@@ -3,6 +3,7 @@
 The oracle trains from the learner's own starting point, with Adam spelled out; gains are singular values.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -60,7 +61,8 @@ def fixed_data(
         samples = new(n_samples)
         model = SmallToy(n_instances, n_features, d_hidden, generator)
         batches = [new(n_samples) for _ in range(steps)] if wrong.get("fresh") else None
-        rows = torch.randint(n_samples, (max(steps, 1), most), generator=generator)
+        drawn = torch.randint(n_samples, (max(steps, 1), most), generator=generator)
+        rows = wrong.get("rows", lambda drawn: drawn)(drawn)
 
         def loss_of(weights: dict[str, Tensor], step: int) -> Tensor:
             if batches:
@@ -124,12 +126,27 @@ def check_train_on_fixed_data(fn: Fn) -> None:
             compare(f"{name} in {steps} steps on {n_samples} samples: `{label}`", got, after[label], axes)
     start, samples = _made(name, fn, 301, 0)
     model, _ = _made(name, fn, 301, 4)
-    for wrong, W in (("it was not trained", start.W.detach()), ("every step saw all", _after(start, samples, 4)["W"])):
+    not_drawn = {
+        "it was not trained": start.W.detach(),
+        "every step saw all": _after(start, samples, 4)["W"],
+        "every step saw the first 300": _after(start, samples[:300], 4)["W"],
+    }
+    for wrong, W in not_drawn.items():
         if torch.allclose(model.W, W, rtol=1e-5, atol=1e-6):
             raise CheckFailed(
                 f"{name} on 301 samples: {wrong}.\n  {_call(301, 4)}\n"
                 "  Next: if there are more than 300, draw 300 rows for each step."
             )
+    states = []
+    for steps in (4, 5):
+        generator = torch.Generator().manual_seed(7)
+        fn(301, 2, 6, 3, 0.3, steps, generator)
+        states.append(generator.get_state())
+    if torch.equal(*states):
+        raise CheckFailed(
+            f"{name} on 301 samples: a step more draws no more random numbers.\n  {_call(301, 5)}\n"
+            "  Next: draw 300 rows anew at each step, from `generator`."
+        )
 
 
 def _call(n_samples: int, steps: int) -> str:
@@ -242,6 +259,9 @@ def pushing(
             lambda gradient, epsilon: gradient / gradient.norm(dim=-1, keepdim=True).clamp(min=1e-30),
         ),
         "the random direction is not scaled to length epsilon.": pushing(start=lambda push, epsilon: push),
+        "the random direction has no negative numbers (torch.rand): it points in few of all directions.": pushing(
+            start=lambda push, epsilon: epsilon * push.abs() / push.norm(dim=-1, keepdim=True)
+        ),
         "where the gradient is 0 it is divided by its length, which gives NaN.": pushing(
             scaled=lambda gradient, epsilon: epsilon * gradient / gradient.norm(dim=-1, keepdim=True), nan=True
         ),
@@ -269,6 +289,11 @@ def check_worst_case_gain(fn: Fn) -> None:
         actual = fn(Stretching(turned), x, 0.1, n_steps, seed())
         expected = torch.full((2,), 1.5)
         compare(f"{name} of rotations, with n_steps={n_steps}", actual, expected, "instance", rtol=1e-3)
+    flat = torch.ones(1, 4, 4) / 4  # keeps what lies along (1, 1, 1, 1), which is 4 / (3 pi) of a random direction
+    actual = fn(Stretching(flat), torch.zeros(500, 1, 4), 0.1, 0, seed())
+    advice = "begin with torch.randn, for every sample by itself."
+    what = f"{name} of a model that keeps one direction"
+    near(what, "the mean gain of random pushes", actual, torch.tensor([4 / 3 / math.pi]), 0.08, "instance", advice)
     x = torch.full((6, 1, 1), 0.3)
     for epsilon in (0.4, 0.5):
         expected = torch.tensor([2 * ((0.3 + epsilon) ** 2 - 0.3**2) / epsilon])

@@ -357,9 +357,9 @@ def wholly_forgotten(sae: Any, optimizer: Any, dead: Tensor, directions: Tensor)
 )
 @may_change("sae", "optimizer")
 def check_resample_dead(fn: Fn) -> None:
-    """Some dead, none, and all of one instance; with both optimizers."""
+    """Some dead, all but one, all, and none; with both optimizers."""
     name = "resample_dead"
-    some = torch.tensor([[True, False, True, True, False, False], [False, True, False, False, False, True], [True] * 6])
+    some = torch.tensor([[True, False, True, True, False, False], [True] * 4 + [False, True], [True] * 6])
     for lead in LEADS:
         masks = {"": some, " with all latents dead": some | True, " with no latent dead": some & False}
         for words, mask in masks.items():

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from course_utils.checks.comparing import compare, follows_input
 from course_utils.checks.kinds import follows_every_kind
@@ -69,3 +69,27 @@ def compare_slopes(name: str, fn: Fn, right: Fn, inputs: dict[str, Tensor], axes
         words = axes.get(label, " ".join(f"axis{i}" for i in range(tensor.dim())))
         want = found[1][label] if label in axes else torch.zeros_like(tensor)
         compare(f"{name}: the gradient of `{label}`", got, want, words)
+
+
+def compare_weights_slopes(
+    name: str, module: nn.Module, run: Callable[[], Tensor], right: Callable[[dict[str, Tensor]], Tensor], **axes: str
+) -> None:
+    """The gradients that a weighted sum of `run()` sends into a module's parameters, against those of `right`.
+
+    `right` has the parameters by name. A bias that is cut off in one of two places gives the right values.
+    """
+    parameters = dict(module.named_parameters())
+    leaves = {label: parameter.detach().clone().requires_grad_() for label, parameter in parameters.items()}
+    out, expected = run(), right(leaves)
+    weights = noise(*expected.shape, seed=78)
+    got: tuple[Tensor | None, ...] = (None,) * len(parameters)
+    if out.requires_grad:
+        got = torch.autograd.grad((out * weights).sum(), list(parameters.values()), allow_unused=True)
+    want = torch.autograd.grad((expected * weights).sum(), list(leaves.values()), allow_unused=True)
+    for label, found, slope in zip(parameters, got, want, strict=True):
+        if slope is not None:
+            found = torch.zeros_like(slope) if found is None else found
+            try:
+                compare(f"{name}: the gradient of `{label}`", found, slope, axes[label])
+            except CheckFailed as failure:
+                raise failure.with_lines("  The values are right. Is there a .detach(), .data or no_grad?") from None

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from course_utils.checks.ch06.sizes import compare_weights_slopes
 from course_utils.checks.comparing import compare_kind
 from course_utils.checks.modules import check_module, noise, randomise, weights_of
 from course_utils.checks.outcomes import CheckFailed, Evidence
@@ -35,8 +36,14 @@ def side_by_side(
     randomise(module)
     x = noise(6, sizes[0], sizes[1], seed=3)
     weights = weights_of(module)
-    output = torch.stack([each(weights, x[:, i], i) for i in range(sizes[0])], dim=1)
+
+    def right(parameters: dict[str, Tensor]) -> Tensor:
+        return torch.stack([each(parameters, x[:, i], i) for i in range(sizes[0])], dim=1)
+
+    output = right(weights)
     check_module(name, module, (x,), lambda replaced: {"output": output}, AXES)
+    words = {entry: "instance row column" if len(shape) == 3 else "instance feature" for entry, shape in shapes.items()}
+    compare_weights_slopes(name, module, lambda: module(x), right, **words)
 
 
 def near(name: str, what: str, actual: Tensor, expected: Tensor, tolerance: float, axes: str, advice: str) -> None:

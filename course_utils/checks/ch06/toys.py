@@ -29,14 +29,22 @@ def drawing(
     value: Callable[[Tensor, Tensor], Tensor] = lambda value, chance: value,
     active: Callable[[Tensor, Tensor], Tensor] = lambda chance, probability: chance < probability,
     shared: tuple[int, ...] = (),
+    one_value: tuple[int, ...] = (),
 ) -> Fn:
-    """Features with other values, another rule for what is active, or one draw for all along the axes `shared`."""
+    """Features with other values, another rule for what is active, or one draw for all along some axes.
+
+    Along `shared` one number decides what is active, along `one_value` all have one value.
+    """
 
     def sample_features(n_batch: int, probability: Tensor, generator: torch.Generator) -> Tensor:
         shape = [n_batch, *probability.shape]
-        values = torch.rand(shape, generator=generator)
-        chances = torch.rand([1 if i in shared else size for i, size in enumerate(shape)], generator=generator)
-        return value(values, chances.expand(shape)) * active(chances.expand(shape), probability)
+
+        def draw(alike: tuple[int, ...]) -> Tensor:
+            sizes = [1 if i in alike else size for i, size in enumerate(shape)]
+            return torch.rand(sizes, generator=generator).expand(shape)
+
+        values, chances = draw(one_value), draw(shared)
+        return value(values, chances) * active(chances, probability)
 
     return sample_features
 
@@ -56,6 +64,8 @@ def drawing(
         "one draw decides for all features of an instance.": drawing(shared=(2,)),
         "one draw decides for all instances.": drawing(shared=(1,)),
         "one draw decides for the whole batch.": drawing(shared=(0,)),
+        "all active features of a sample have one value; each has its own.": drawing(one_value=(2,)),
+        "a feature has one value in all instances; each instance has its own.": drawing(one_value=(1,)),
     }
 )
 def check_sample_features(fn: Fn) -> None:
@@ -80,6 +90,12 @@ def check_sample_features(fn: Fn) -> None:
     near(name, "how often two features are active together", both, chance, 0.05, "feature feature", draw_each)
     halves = (x[:2000] > 0).float().flatten(1).T @ (x[2000:] > 0).float().flatten(1) / 2000
     near(name, "how often two rows agree", halves, flat[:, None] * flat, 0.07, "feature feature", draw_each)
+
+    often = fn(2000, torch.full((2, 3), 0.9), torch.Generator().manual_seed(3)).flatten(1)
+    products = (often.T @ often / len(often)).fill_diagonal_(0.0)
+    expected = torch.full((6, 6), (0.9 / 2) ** 2).fill_diagonal_(0.0)
+    what = "the mean product of two features"
+    near(f"{name} at 0.9", what, products, expected, 0.03, "feature feature", "draw a value for every feature.")
 
     double = fn(5, small.double(), torch.Generator().manual_seed(1))
     compare_kind(f"{name} with a probability in float64", double, torch.zeros((), dtype=torch.float64))
@@ -191,7 +207,7 @@ def check_importance_weighted_loss(fn: Fn) -> None:
         expected = total / (n_batch * n_features)
         compare(f"{name} with importance {what}", fn(out, x, importance), expected, "")
     follows_input(name, fn, (out, x, importance), "")
-    carries_gradient(name, fn, (out, x, importance))
+    carries_gradient(name, lambda reconstruction: fn(reconstruction, x, importance), (out,))
 
 
 # --------------------------------------------------------------------------------------------------------- train_toy
@@ -236,7 +252,7 @@ def training(
         names = [name for name, _ in model.named_parameters()]
         parameters = dict(model.named_parameters())
         batches = [draw() for _ in range(1 if wrong.get("one_batch") else steps)]
-        total = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
+        total = {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in parameters.items()}
 
         def value(current: dict[str, Tensor], step: int) -> Tensor:
             run = partial(torch.func.functional_call, model, current)
@@ -245,6 +261,8 @@ def training(
                 for name, grad in zip(names, torch.autograd.grad(now, list(current.values())), strict=True):
                     total[name] += grad
                 return now.detach() + sum((total[n] * (current[n] - current[n].detach())).sum() for n in names)
+            if wrong.get("goes_on") and step == 0:
+                return now + sum((total[n] * (current[n] - current[n].detach())).sum() for n in names)
             if wrong.get("coupled"):
                 penalty = sum(tensor.square().sum() for tensor in current.values()) * weight_decay / 2
                 return now + penalty - penalty.detach()
@@ -267,6 +285,9 @@ def training(
 @known_mistakes(
     {
         "gradients of earlier steps are still there and are added to: `zero_grad` is missing.": training(adds_up=True),
+        "the gradient that the model had before is added to that of the first batch: `zero_grad` comes too late.": (
+            training(goes_on=True)
+        ),
         "the learning rate stays at the peak.": training(rate=lambda step, steps, peak: peak),
         "there is no warm-up of steps // 20 steps.": training(rate=partial(rate_of, warmup=0)),
         "the schedule is one step ahead: the first step is number 0.": training(rate=partial(rate_of, ahead=1)),
@@ -287,11 +308,13 @@ def training(
     }
 )
 def check_train_toy(fn: Fn) -> None:
-    """Few steps without a warm-up; more, with a warm-up; and with weight decay."""
+    """Few steps without a warm-up; more, with a warm-up; and with weight decay, from a model that has gradients."""
     name = "train_toy"
     for steps, peak, decay in ((3, 0.05, 0.0), (39, 0.03, 0.0), (41, 0.03, 0.2)):
         batches = [noise(4, 2, 3, seed=10 + step) for step in range(steps)]
         model, left = Scaled(), list(batches)
+        for parameter in model.parameters():
+            parameter.grad = 5 * torch.ones_like(parameter) if decay else None
         drawn: list[int] = []
 
         def draw(left: list[Tensor] = left, drawn: list[int] = drawn) -> Tensor:

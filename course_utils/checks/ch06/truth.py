@@ -2,8 +2,11 @@
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
+from types import FrameType
 from typing import Any
 
 import torch
@@ -103,10 +106,11 @@ def gains() -> list[Tensor]:
         "the absolute gains are made as large as possible.": lambda gain: optimally(gain.abs()),
         "row i has column i.": lambda gain: torch.arange(len(gain)),
         "only exchanges of two rows were tried; longer chains, and free columns, may be better.": swapped_in_pairs,
+        "every assignment is tried; forty features and eighty latents have too many.": optimally,
     }
 )
 def check_best_assignment(fn: Fn) -> None:
-    """The sum is compared, since several assignments may be best; then too many rows."""
+    """The sum is compared, since several assignments may be best; then too many rows, and too many to try them all."""
     name = "best_assignment"
     for gain in gains():
         rows, columns = gain.shape
@@ -114,14 +118,56 @@ def check_best_assignment(fn: Fn) -> None:
         for given in (gain, gain.double(), gain.T.contiguous().T):
             with during(f"with {rows} rows, {columns} columns"):
                 actual = fn(given)
-            _compare_assignment(where, actual, given)
+            _compare_assignment(where, actual, given, torch.tensor(tried_out(gain)))
     for shape in ((3, 2), (2, 1)):
         must_raise(name, ValueError, f"with {shape[0]} rows, {shape[1]} columns", partial(fn, noise(*shape)))
+    gain, right = large_table()
+    where = f"{name} with {gain.shape[0]} rows, {gain.shape[1]} columns"
+    with _at_most_lines(where):
+        actual = fn(gain)
+    _compare_assignment(where, actual, gain, right)
 
 
-def _compare_assignment(where: str, actual: Any, gain: Tensor) -> None:
+MOST_LINES = 200_000  # of Python; an answer that follows chains needs a hundredth of them
+
+
+@contextmanager
+def _at_most_lines(where: str) -> Iterator[None]:
+    """Break off after so many lines: an answer that tries every assignment would get through these, but never more."""
+    left, before = MOST_LINES, sys.gettrace()
+
+    def count(frame: FrameType, event: str, argument: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise CheckFailed(
+                f"{where}: it found no answer within {MOST_LINES} lines of Python.",
+                evidence=Evidence(where, "no answer"),
+                advice="  Next: count how often your innermost loop runs, for twice as many rows, too.",
+            )
+        return count
+
+    sys.settrace(count)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
+
+
+def large_table(rows: int = 8, columns: int = 10) -> tuple[Tensor, Tensor]:
+    """Gains of which the best assignment is known: no pair gains more than its row's and its column's share.
+
+    The pairs of the assignment gain just that, and the columns that are left over have a share of 0.
+    """
+    right = torch.randperm(columns, generator=torch.Generator().manual_seed(7))[:rows]
+    share = torch.zeros(columns).index_copy(0, right, noise(rows, seed=62).abs())
+    lost = noise(rows, columns, seed=63).abs() + 0.05
+    lost[torch.arange(rows), right] = 0.0
+    return noise(rows, 1, seed=64) + share - lost, right
+
+
+def _compare_assignment(where: str, actual: Any, gain: Tensor, right: Tensor) -> None:
     rows, columns = gain.shape
-    right = torch.tensor(tried_out(gain))
     if not isinstance(actual, Tensor) or actual.shape != right.shape or actual.dtype != right.dtype:
         compare(where, actual, right, "row")
     evidence = Evidence(where, actual)
@@ -247,10 +293,13 @@ def sharing_of(
             pairing()(W_dec, truth)[1].mean().item()
         ),
         "the threshold is fixed at 0.9.": sharing_of(pairing(), lambda cosine, threshold: cosine > 0.9),
+        "the sign of the cosine is dropped; a latent that points the other way stands for something else.": sharing_of(
+            pairing(), lambda cosine, threshold: cosine.abs() > threshold
+        ),
     },
 )
 def check_recovery(fn: Fn) -> None:
-    """Several thresholds."""
+    """Several thresholds, and a latent that points the other way."""
     name = "recovery"
     for seed in SEEDS:
         W_dec, truth = dictionary_and_truth(seed)
@@ -266,6 +315,8 @@ def check_recovery(fn: Fn) -> None:
         right = [sum(value > threshold for value in best) / len(best) for threshold in thresholds]
         where = f"{name} at thresholds of {', '.join(f'{threshold:.3f}' for threshold in thresholds)}"
         compare(where, torch.tensor(actual), torch.tensor(right), "threshold")
+    opposite = torch.tensor([fn(-truth[:1], truth[:1], 0.5)])
+    compare(f"{name} of one latent, opposite to the feature", opposite, torch.zeros(1), "threshold")
 
 
 # ------------------------------------------------------------------------------------------------------------- firing
@@ -344,6 +395,7 @@ def firing(empty: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     if empty:
         latents[:, assignment[2]] = 0.0
         features[:, 4] = 0.0
+        latents[:, assignment[0]] = features[:, 0] = (torch.arange(30) == 7).float()  # there once
     return latents, features, assignment
 
 
@@ -452,17 +504,19 @@ def absorbed(
     }
 )
 def check_absorption_rate(fn: Fn) -> None:
-    """Two parents, three children; then a child that is never there."""
+    """Two parents, three children; then a child that is never there, and one that is there once."""
     name = "absorption_rate"
     for empty in (False, True):
         latents, features, assignment = firing()
         for child, above in enumerate(PARENT.tolist()):
             if above >= 0:
                 features[:, child] = features[:, child] * (features[:, above] > 0)
-        latents[:10, assignment[0]] = 0.0
+        latents[:10, assignment[0]] = latents[5:20, assignment[1]] = 0.0
         if empty:
             features[:, 3] = 0.0
-        words = " with a child that is never there" if empty else ""
+            alone = (latents[:10, assignment[2]] > 0) & (features[:10, 2] > 0)
+            features[torch.arange(30) != alone.nonzero()[0], 2] = 0.0  # there once, and its parent's latent is silent
+        words = " with a child that is never there, and one that is there once" if empty else ""
         actual = fn(latents, features, assignment, PARENT)
         compare(f"{name}{words}", actual, absorbed(latents, features, assignment, PARENT), "feature")
         follows_input(name, fn, (latents, features, assignment, PARENT), "feature")
