@@ -29,7 +29,8 @@ from solutions.ch03_training import cosine_schedule
 def is_balanced(text: str) -> bool:
     """Whether every bracket of a text of "(" and ")" has its partner: each ")" closes a "(" that came before it.
 
-    So "(())()" is balanced; "(()" and ")(" are not. The empty text is. Raises ValueError for any other character.
+    So "(())()" is balanced; "(()" and ")(" are not. The empty text is. Raises ValueError for any other character,
+    wherever it stands.
     """
     height = 0
     if set(text) - {"(", ")"}:

@@ -23,6 +23,7 @@ from course_utils.data.brackets import (
     random_balanced,
 )
 from tests.ch12 import other_brackets as other
+from tests.ch12 import third_style as third
 
 SECRETS = ("cumsum(", "argsort(", "gather(")
 # Changes after which the reference still does what its statement says.
@@ -60,6 +61,33 @@ def halves(kind: str, pairs: int, generator: torch.Generator) -> list[int]:
     return one_text("shuffled" if kind == "random" else kind, pairs, generator)
 
 
+def first_half(kind: str, pairs: int, generator: torch.Generator) -> list[int]:
+    """The bracket that is turned stands in the first half."""
+    text = random_balanced(1, pairs, generator)[0].tolist()
+    place = int(torch.randint(pairs, (), generator=generator))
+    return (
+        [*text[:place], 1 - text[place], *text[place + 1 :]] if kind == "flipped" else one_text(kind, pairs, generator)
+    )
+
+
+def judged_early(text: str) -> bool:
+    """It stops at the first bracket too many, and does not see what stands behind it."""
+    height = 0
+    for bracket in text:
+        if bracket not in "()":
+            raise ValueError(bracket)
+        height += 1 if bracket == "(" else -1
+        if height < 0:
+            return False
+    return height == 0
+
+
+def first_and_last(tokens: Tensor) -> Tensor:
+    """Right totals that begin and end as they should: not yet balanced."""
+    last = tokens.gather(1, (tokens <= CLOSE).sum(1, keepdim=True))[:, 0]
+    return (other.elevation(tokens)[:, -1] == 0) & (tokens[:, 1] != CLOSE) & (last != OPEN)
+
+
 def from_global(n: int, n_ctx: int, generator: torch.Generator, *shares: Any) -> Any:
     return ref.bracket_dataset(n, n_ctx, torch.Generator().manual_seed(int(torch.randint(99, ()))), *shares)
 
@@ -75,11 +103,13 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
         ("expected True, got 1", lambda text: int(other.is_balanced(text))),
         ("should raise ValueError", lambda text: without_pairs(text)),
         ("wrong answer", lambda text: other.is_balanced(text) and len(text) < 6),
+        ("should raise ValueError", judged_early),
     ],
     "elevation": [
         ("expected dtype int64, got float32", lambda tokens: other.elevation(tokens).float()),
         ("values are wrong", lambda tokens: other.elevation(tokens).abs()),
         ("wrong shape", lambda tokens: other.elevation(tokens)[:, 1:]),
+        ("values are wrong", lambda tokens: other.elevation(tokens).masked_fill(tokens > CLOSE, 0)),
     ],
     "failures": [
         ("wrong shape", lambda tokens: (other.failures(tokens)[0][:, None], other.failures(tokens)[1])),
@@ -89,17 +119,24 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
             "values are wrong",
             lambda tokens: (other.failures(tokens)[0], (other.elevation(tokens) < -1).any(1)),
         ),
+        ("wrong", lambda tokens: ((tokens <= CLOSE).sum(1) % 2 == 1, other.failures(tokens)[1])),
+        ("wrong", lambda tokens: (other.failures(tokens)[0], tokens[:, 1] == CLOSE)),
+        ("wrong", lambda tokens: (other.failures(tokens)[0], (other.elevation(tokens) < 0).any().repeat(len(tokens)))),
     ],
     "is_balanced_batch": [
         ("expected dtype bool", lambda tokens: other.is_balanced_batch(tokens).long()),
         ("values is wrong", lambda tokens: other.is_balanced_batch(tokens) & (tokens[:, 1] < END)),  # the empty text
         ("expected a Tensor", lambda tokens: other.is_balanced_batch(tokens).tolist()),
+        ("wrong", first_and_last),
     ],
     "bracket_dataset": [
         ("of the swapped texts are balanced", made(only_later)),
         ("of the flipped texts have too many OPENs", made(always_up)),
         ("of the random texts begin with an OPEN", made(opening)),
         ("most random texts have the total 0", made(halves)),
+        ("of sixteen flipped texts of one pair all are", made(first_half)),
+        ("of the rows have the kind of the row before", dataset(order=lambda text: text[1])),
+        ("of the rows have the length of the row before", dataset(order=lambda text: text[0].index(END))),
         ("it drew from torch's global random numbers", from_global),
         ("it left `generator` as it was", from_a_copy),
         ("the kinds are [1, 4]", dataset(using=lambda shares: (0.0, 0.5, 0.0, 0.0, 0.5))),
@@ -108,7 +145,7 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
     ],
 }
 
-ALSO_RIGHT: dict[str, list[Any]] = {name: [getattr(other, name)] for name in SURPRISES}
+ALSO_RIGHT: dict[str, list[Any]] = {name: [getattr(other, name), getattr(third, name)] for name in SURPRISES}
 
 
 def test_encode_and_decode_are_inverse() -> None:

@@ -272,7 +272,7 @@ def patching(
     }
 )
 def check_scores_with_patch(fn: Fn) -> None:
-    """Heads and MLPs of both layers, three masks; and that no hook stays, even after an exception."""
+    """Heads and MLPs of both layers, three masks, eleven heads; and that no hook stays, even after an exception."""
     name, model = "scores_with_patch", small_model(2, 2)
     clean, corrupted = texts(5), texts(5, others=True)
     end = clean == END
@@ -291,6 +291,9 @@ def check_scores_with_patch(fn: Fn) -> None:
             compare(f"{name} of {component!r} at {where}", actual, right, "batch")
             if actual.requires_grad:
                 raise CheckFailed(f"{name}: gradients are recorded.\n  Next: run the model under `torch.no_grad()`.")
+    many = small_model(1, 11)
+    right = patching()(many, clean, corrupted, "head 0.10", end)
+    compare(f"{name} of 'head 0.10'", fn(many, clean, corrupted, "head 0.10", end), right, "batch")
     arguments = (clean, corrupted, "head 1.0", end)
     double = small_model(2, 2).double()
     right = patching()(double, *arguments)
