@@ -16,6 +16,7 @@ from tests.ch12 import third_style as third
 from tests.ch12.test_reading import small
 
 SECRETS = ("multinomial(", ".clone()", "grounded")
+ONLY_ON_GPU = "device="
 # Changes after which the reference still does what its statement says.
 STILL_RIGHT: set[str] = set()
 
