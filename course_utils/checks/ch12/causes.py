@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from course_utils.checks.ch12.small import Fn, ends, small_model, texts
+from course_utils.checks.ch12.small import Fn, ends, is_bracket, small_model, texts
 from course_utils.checks.comparing import compare, compare_kind, unchanged
 from course_utils.checks.leftovers import assert_stops, nothing_left_behind
 from course_utils.checks.mistakes import known_mistakes
 from course_utils.checks.outcomes import CheckFailed, Evidence, Stop
 from course_utils.checks.plain import must_raise
-from course_utils.data.brackets import BALANCED, CLOSE, END, START, UNBALANCED, decode, encode
+from course_utils.data.brackets import BALANCED, END, START, UNBALANCED, decode, encode
 from course_utils.hooks import HookPoint
 
 # ------------------------------------------------------------------------------------------------------ spoiled texts
@@ -148,7 +148,7 @@ def check_corrupted_pairs(fn: Fn) -> None:
 
 def _what_came(name: str, call: str, text: str, kind: str, actual: Tensor) -> None:
     outside = (actual[:, 0] != START).any() or (actual[:, len(text) + 1] != END).any()
-    if outside or (actual[:, 1 : len(text) + 1] > CLOSE).any():
+    if outside or not is_bracket(actual[:, 1 : len(text) + 1]).all():
         raise CheckFailed(
             f"{name}: a row is no longer START, brackets, END, PAD.\n  {call}\n  Next: change brackets only."
         )

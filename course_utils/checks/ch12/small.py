@@ -8,7 +8,7 @@ from torch import Tensor
 
 from course_utils.checks.standins.transformer import SmallModel
 from course_utils.config import TransformerConfig
-from course_utils.data.brackets import END, encode
+from course_utils.data.brackets import CLOSE, END, OPEN, encode
 from course_utils.hooks import ActivationCache, run_with_cache
 
 Fn = Callable[..., Any]
@@ -32,6 +32,11 @@ def everything(model: Any, tokens: Tensor) -> ActivationCache:
     """A cache with each head's result."""
     with torch.no_grad():
         return run_with_cache(model, tokens, names="*")[1]
+
+
+def is_bracket(tokens: Tensor) -> Tensor:
+    """Where OPEN or CLOSE stands, and no other number."""
+    return (tokens == OPEN) | (tokens == CLOSE)
 
 
 def ends(tokens: Tensor) -> list[int]:

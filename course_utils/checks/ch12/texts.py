@@ -171,6 +171,10 @@ def from_right(height: list[int]) -> bool:
             wrong_total, lambda height: bool(height) and height[-1] < 0
         ),
         "the elevation is counted from the wrong end, from the right.": two(wrong_total, from_right),
+        "padding is counted as a bracket.": lambda tokens: (
+            by_rows(lambda row: climbing(row, STEPS | {PAD: -1})[-1] != 0)(tokens),
+            by_rows(lambda row: min(climbing(row, STEPS | {PAD: -1})) < 0)(tokens),
+        ),
         "texts with a wrong total are left out of the second; a text can fail in both ways.": two(
             wrong_total, lambda height: dips(height) and not wrong_total(height)
         ),
