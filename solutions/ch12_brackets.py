@@ -166,7 +166,7 @@ def layer_norm_fit(
     squared distances of y from its mean over the batch.
     """
     x_centred, y_centred = x - x.mean(dim=0), y - y.mean(dim=0)
-    matrix = torch.linalg.lstsq(x_centred, y_centred).solution
+    matrix = torch.linalg.pinv(x_centred) @ y_centred
     errors = y_centred - x_centred @ matrix
     return matrix, 1 - errors.square().sum() / y_centred.square().sum()
 
@@ -242,7 +242,7 @@ def probe_r2(
     vectors over the sum of the squared distances of y_test from its own mean. It can be negative.
     """
     mean_x, mean_y = x_train.mean(dim=0), y_train.mean()
-    slope = torch.linalg.lstsq(x_train - mean_x, (y_train - mean_y)[:, None]).solution[:, 0]
+    slope = torch.linalg.pinv(x_train - mean_x) @ (y_train - mean_y)
     errors = y_test - (mean_y + (x_test - mean_x) @ slope)
     return 1 - errors.square().sum() / (y_test - y_test.mean()).square().sum()
 
