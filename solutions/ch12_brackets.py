@@ -86,7 +86,7 @@ def bracket_dataset(
     `n` different texts of even length that fit.
     """
     if n > sum(4**pairs for pairs in range(1, (n_ctx - 2) // 2 + 1)):
-        raise ValueError(f"bracket_dataset: there are no {n} different texts of at most {n_ctx - 2} brackets.")
+        raise ValueError(f"bracket_dataset: there are no {n} different texts of even length in rows of {n_ctx}.")
     device = generator.device
     found: dict[tuple[int, ...], int] = {}  # the kind of each row; a dict keeps its order
     while len(found) < n:

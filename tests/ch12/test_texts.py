@@ -33,6 +33,18 @@ STILL_RIGHT = {
     "height == 0 -> height <= 0",  # a negative one has ended the loop
     "tokens == OPEN -> tokens <= OPEN",  # no token is smaller
     "1 -> 2",  # of height[:, -1]: END or PAD stands there, and changes nothing
+    "OPEN + CLOSE -> CLOSE",  # OPEN is 0
+    "balanced == OPEN -> balanced <= OPEN",
+    "balanced == CLOSE -> balanced >= CLOSE",
+    "first * (balanced == OPEN) -> first + (balanced == OPEN)",  # the largest is among the brackets that are wanted
+    "second * (balanced == CLOSE) -> second + (balanced == CLOSE)",
+    "first.argsort(dim=1) -> first.argsort()",
+    "kinds.tolist() -> kinds",
+    "True -> False",  # zip(strict=True) of equal lengths
+    "zip(rows.tolist(), kinds.tolist(), strict=True) -> zip(rows.tolist(), kinds.tolist())",
+    "n_pairs.unique() -> n_pairs",  # some lengths are made again; the last one counts
+    "n_pairs.unique().tolist() -> n_pairs.unique()",
+    "n_pairs == pairs -> n_pairs >= pairs",  # longer texts are made again when their turn comes
 }
 
 
