@@ -162,8 +162,10 @@ def climbing(
                 tried.append(turned(text, tuple(places)))
             new = score_of(model, encode(tried, n_ctx))
             keep = [
-                better(*numbers, text)
-                for *numbers, text in zip(new.tolist(), scores.tolist(), first.tolist(), tried, strict=True)
+                better(now, before, at_first, text)
+                for now, before, at_first, text in zip(
+                    new.tolist(), scores.tolist(), first.tolist(), tried, strict=True
+                )
             ]
             found = [new_one if kept else old for new_one, old, kept in zip(tried, found, keep, strict=True)]
             scores = torch.where(torch.tensor(keep), new, scores)
