@@ -29,7 +29,8 @@ from solutions.ch03_training import cosine_schedule
 def is_balanced(text: str) -> bool:
     """Whether every bracket of a text of "(" and ")" has its partner: each ")" closes a "(" that came before it.
 
-    So "(())()" is balanced; "(()" and ")(" are not. The empty text is. Raises ValueError for any other character.
+    So "(())()" is balanced; "(()" and ")(" are not. The empty text is. Raises ValueError for any other character,
+    wherever it stands.
     """
     height = 0
     if set(text) - {"(", ")"}:
@@ -85,7 +86,7 @@ def bracket_dataset(
     `n` different texts of even length that fit.
     """
     if n > sum(4**pairs for pairs in range(1, (n_ctx - 2) // 2 + 1)):
-        raise ValueError(f"bracket_dataset: there are no {n} different texts of at most {n_ctx - 2} brackets.")
+        raise ValueError(f"bracket_dataset: there are no {n} different texts of even length in rows of {n_ctx}.")
     device = generator.device
     found: dict[tuple[int, ...], int] = {}  # the kind of each row; a dict keeps its order
     while len(found) < n:
@@ -97,18 +98,18 @@ def bracket_dataset(
             here = (n_pairs == pairs).nonzero().flatten()
             every = torch.arange(len(here), device=device)
             balanced = random_balanced(len(here), pairs, generator)
-            chances = torch.rand(2, *balanced.shape, generator=generator, device=device)
+            first, second = torch.rand(2, *balanced.shape, generator=generator, device=device)
             swapped, flipped = balanced.clone(), balanced.clone()
-            swapped[every, (chances[0] * (balanced == OPEN)).argmax(dim=1)] = CLOSE
-            swapped[every, (chances[1] * (balanced == CLOSE)).argmax(dim=1)] = OPEN
-            turned = chances[0].argmax(dim=1)
+            swapped[every, (first * (balanced == OPEN)).argmax(dim=1)] = CLOSE
+            swapped[every, (second * (balanced == CLOSE)).argmax(dim=1)] = OPEN
+            turned = first.argmax(dim=1)
             flipped[every, turned] = OPEN + CLOSE - balanced[every, turned]
             options = {
                 "random": torch.randint(2, balanced.shape, generator=generator, device=device),
                 "balanced": balanced,
                 "swapped": swapped,
                 "flipped": flipped,
-                "shuffled": balanced.gather(1, chances[0].argsort(dim=1)),
+                "shuffled": balanced.gather(1, first.argsort(dim=1)),
             }
             rows[here, 1 : 2 * pairs + 1] = torch.stack([options[kind] for kind in KINDS])[kinds[here], every]
             rows[here, 2 * pairs + 1] = END
@@ -165,7 +166,7 @@ def layer_norm_fit(
     squared distances of y from its mean over the batch.
     """
     x_centred, y_centred = x - x.mean(dim=0), y - y.mean(dim=0)
-    matrix = torch.linalg.lstsq(x_centred, y_centred, driver="gelsd").solution
+    matrix = torch.linalg.pinv(x_centred) @ y_centred
     errors = y_centred - x_centred @ matrix
     return matrix, 1 - errors.square().sum() / y_centred.square().sum()
 
@@ -241,7 +242,7 @@ def probe_r2(
     vectors over the sum of the squared distances of y_test from its own mean. It can be negative.
     """
     mean_x, mean_y = x_train.mean(dim=0), y_train.mean()
-    slope = torch.linalg.lstsq(x_train - mean_x, (y_train - mean_y)[:, None], driver="gelsd").solution[:, 0]
+    slope = torch.linalg.pinv(x_train - mean_x) @ (y_train - mean_y)
     errors = y_test - (mean_y + (x_test - mean_x) @ slope)
     return 1 - errors.square().sum() / (y_test - y_test.mean()).square().sum()
 

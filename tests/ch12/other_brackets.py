@@ -110,12 +110,13 @@ def pre_norm_direction(model: Any, resid: Tensor) -> Tensor:
 
 
 def component_contributions(cache: Any, tokens: Tensor, direction: Tensor) -> tuple[list[str], Tensor]:
-    found = {label: at_end(cache[label], tokens) for label in ("embed", "pos_embed")}
+    found = {label: at_end(cache[label], tokens) for label in ("embed", "pos_embed") if label in cache}
     for layer in range(cache.n_layers):
         result = at_end(cache["result", layer], tokens)
         found |= {f"head {layer}.{head}": result[:, head] for head in range(result.shape[1])}
         found[f"bias {layer}"] = at_end(cache["attn_out", layer], tokens) - result.sum(1)
-        found[f"mlp {layer}"] = at_end(cache["mlp_out", layer], tokens)
+        if ("mlp_out", layer) in cache:
+            found[f"mlp {layer}"] = at_end(cache["mlp_out", layer], tokens)
     return list(found), torch.stack([vectors @ direction for vectors in found.values()])
 
 

@@ -6,16 +6,29 @@ from typing import Any
 import torch
 
 import solutions.ch12_brackets as ref
-from course_utils.checks.ch12.causes import order, patching, places_of, spoiling, turn
+from course_utils.checks.ch12.causes import grounded, order, patching, places_of, spoiling, turn
 from course_utils.checks.ch12.small import texts
+from course_utils.checks.ch12.texts import without_pairs
 from course_utils.data.brackets import CLOSE, END
 from course_utils.hooks import add_hook, run_with_cache
 from tests.ch12 import other_brackets as other
+from tests.ch12 import third_style as third
 from tests.ch12.test_reading import small
 
 SECRETS = ("multinomial(", ".clone()", "grounded")
+ONLY_ON_GPU = "device="
 # Changes after which the reference still does what its statement says.
-STILL_RIGHT: set[str] = set()
+STILL_RIGHT = {
+    "activation.clone() -> activation",  # written in place: nobody else reads it
+    "clean == END -> clean >= END",  # END comes before PAD, and argmax takes the first
+    "kind == 'mlp' -> kind >= 'mlp'",  # a head comes earlier in the alphabet
+    "0 -> -1",  # the only column
+    "1 -> 2",  # one more is drawn, and the first is taken
+    "elevation(tokens) == 1 -> elevation(tokens) <= 1",  # after an OPEN of a balanced text it is 1 at least
+    "kind == 'order' -> kind <= 'order'",  # the other word comes later in the alphabet
+    "places > opens[:, None] -> places >= opens[:, None]",  # no CLOSE stands where an OPEN does
+    "tokens == OPEN -> tokens <= OPEN",  # no token is smaller
+}
 
 
 def end_lost(tokens: Any, kind: str, generator: torch.Generator) -> Any:
@@ -29,6 +42,12 @@ def leaves_its_hook(model: Any, clean: Any, corrupted: Any, component: str, mask
     return answer
 
 
+def its_own_partner(text: str, choose: Any) -> str:
+    """The OPEN and the CLOSE that belongs to it."""
+    first = choose(grounded(text))
+    return turn(text, first, next(end for end in range(first, len(text)) if without_pairs(text[first : end + 1])))
+
+
 TURNS = count()  # every second draw is fair
 
 
@@ -36,6 +55,8 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
     "corrupted_pairs": [
         ("expected about", spoiling(pick=lambda places, drawn: drawn if next(TURNS) % 2 else 0)),
         ("is no longer START, brackets, END, PAD", end_lost),
+        ("none became", spoiling(order=its_own_partner)),
+        ("is no longer START, brackets, END, PAD", lambda tokens, kind, g: tokens.masked_fill(tokens == CLOSE, -1)),
         ("it drew from torch's global", lambda tokens, kind, g: other.corrupted_pairs(tokens, kind, None)),
         (
             "should raise ValueError",
@@ -49,6 +70,8 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
     "scores_with_patch": [
         ("a hook is left behind", leaves_its_hook),
         ("values are wrong", patching(write=lambda own, source: (own + source) / 2)),
+        ("values are wrong", patching(component_of=lambda component: component[:8])),  # one digit for the head
+        ("values are wrong", patching(where=lambda mask: mask & (mask.cumsum(1) == mask.sum(1, keepdim=True)))),
         (
             "gradients are recorded",
             lambda *args: other.scores_with_patch(*args).requires_grad_(),
@@ -57,7 +80,7 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
     ],
 }
 
-ALSO_RIGHT: dict[str, list[Any]] = {name: [getattr(other, name)] for name in SURPRISES}
+ALSO_RIGHT: dict[str, list[Any]] = {name: [getattr(other, name), getattr(third, name)] for name in SURPRISES}
 
 
 def test_spoiled_texts_fail_in_one_way_only() -> None:

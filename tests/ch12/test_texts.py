@@ -23,10 +23,29 @@ from course_utils.data.brackets import (
     random_balanced,
 )
 from tests.ch12 import other_brackets as other
+from tests.ch12 import third_style as third
 
 SECRETS = ("cumsum(", "argsort(", "gather(")
+ONLY_ON_GPU = "device="
 # Changes after which the reference still does what its statement says.
-STILL_RIGHT: set[str] = set()
+STILL_RIGHT = {
+    "bracket == '(' -> bracket <= '('",  # only ")" is left, and it comes later
+    "height == 0 -> height <= 0",  # a negative one has ended the loop
+    "tokens == OPEN -> tokens <= OPEN",  # no token is smaller
+    "1 -> 2",  # of height[:, -1]: END or PAD stands there, and changes nothing
+    "OPEN + CLOSE -> CLOSE",  # OPEN is 0
+    "balanced == OPEN -> balanced <= OPEN",
+    "balanced == CLOSE -> balanced >= CLOSE",
+    "first * (balanced == OPEN) -> first + (balanced == OPEN)",  # the largest is among the brackets that are wanted
+    "second * (balanced == CLOSE) -> second + (balanced == CLOSE)",
+    "first.argsort(dim=1) -> first.argsort()",
+    "kinds.tolist() -> kinds",
+    "True -> False",  # zip(strict=True) of equal lengths
+    "zip(rows.tolist(), kinds.tolist(), strict=True) -> zip(rows.tolist(), kinds.tolist())",
+    "n_pairs.unique() -> n_pairs",  # some lengths are made again; the last one counts
+    "n_pairs.unique().tolist() -> n_pairs.unique()",
+    "n_pairs == pairs -> n_pairs >= pairs",  # longer texts are made again when their turn comes
+}
 
 
 def last_as_total(tokens: Tensor) -> Any:
@@ -60,6 +79,33 @@ def halves(kind: str, pairs: int, generator: torch.Generator) -> list[int]:
     return one_text("shuffled" if kind == "random" else kind, pairs, generator)
 
 
+def first_half(kind: str, pairs: int, generator: torch.Generator) -> list[int]:
+    """The bracket that is turned stands in the first half."""
+    text = random_balanced(1, pairs, generator)[0].tolist()
+    place = int(torch.randint(pairs, (), generator=generator))
+    return (
+        [*text[:place], 1 - text[place], *text[place + 1 :]] if kind == "flipped" else one_text(kind, pairs, generator)
+    )
+
+
+def judged_early(text: str) -> bool:
+    """It stops at the first bracket too many, and does not see what stands behind it."""
+    height = 0
+    for bracket in text:
+        if bracket not in "()":
+            raise ValueError(bracket)
+        height += 1 if bracket == "(" else -1
+        if height < 0:
+            return False
+    return height == 0
+
+
+def first_and_last(tokens: Tensor) -> Tensor:
+    """Right totals that begin and end as they should: not yet balanced."""
+    last = tokens.gather(1, (tokens <= CLOSE).sum(1, keepdim=True))[:, 0]
+    return (other.elevation(tokens)[:, -1] == 0) & (tokens[:, 1] != CLOSE) & (last != OPEN)
+
+
 def from_global(n: int, n_ctx: int, generator: torch.Generator, *shares: Any) -> Any:
     return ref.bracket_dataset(n, n_ctx, torch.Generator().manual_seed(int(torch.randint(99, ()))), *shares)
 
@@ -75,11 +121,13 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
         ("expected True, got 1", lambda text: int(other.is_balanced(text))),
         ("should raise ValueError", lambda text: without_pairs(text)),
         ("wrong answer", lambda text: other.is_balanced(text) and len(text) < 6),
+        ("should raise ValueError", judged_early),
     ],
     "elevation": [
         ("expected dtype int64, got float32", lambda tokens: other.elevation(tokens).float()),
         ("values are wrong", lambda tokens: other.elevation(tokens).abs()),
         ("wrong shape", lambda tokens: other.elevation(tokens)[:, 1:]),
+        ("values are wrong", lambda tokens: other.elevation(tokens).masked_fill(tokens > CLOSE, 0)),
     ],
     "failures": [
         ("wrong shape", lambda tokens: (other.failures(tokens)[0][:, None], other.failures(tokens)[1])),
@@ -89,17 +137,24 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
             "values are wrong",
             lambda tokens: (other.failures(tokens)[0], (other.elevation(tokens) < -1).any(1)),
         ),
+        ("wrong", lambda tokens: ((tokens <= CLOSE).sum(1) % 2 == 1, other.failures(tokens)[1])),
+        ("wrong", lambda tokens: (other.failures(tokens)[0], tokens[:, 1] == CLOSE)),
+        ("wrong", lambda tokens: (other.failures(tokens)[0], (other.elevation(tokens) < 0).any().repeat(len(tokens)))),
     ],
     "is_balanced_batch": [
         ("expected dtype bool", lambda tokens: other.is_balanced_batch(tokens).long()),
         ("values is wrong", lambda tokens: other.is_balanced_batch(tokens) & (tokens[:, 1] < END)),  # the empty text
         ("expected a Tensor", lambda tokens: other.is_balanced_batch(tokens).tolist()),
+        ("wrong", first_and_last),
     ],
     "bracket_dataset": [
         ("of the swapped texts are balanced", made(only_later)),
         ("of the flipped texts have too many OPENs", made(always_up)),
         ("of the random texts begin with an OPEN", made(opening)),
         ("most random texts have the total 0", made(halves)),
+        ("of sixteen flipped texts of one pair all are", made(first_half)),
+        ("of the rows have the kind of the row before", dataset(order=lambda text: text[1])),
+        ("of the rows have the length of the row before", dataset(order=lambda text: text[0].index(END))),
         ("it drew from torch's global random numbers", from_global),
         ("it left `generator` as it was", from_a_copy),
         ("the kinds are [1, 4]", dataset(using=lambda shares: (0.0, 0.5, 0.0, 0.0, 0.5))),
@@ -108,7 +163,7 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
     ],
 }
 
-ALSO_RIGHT: dict[str, list[Any]] = {name: [getattr(other, name)] for name in SURPRISES}
+ALSO_RIGHT: dict[str, list[Any]] = {name: [getattr(other, name), getattr(third, name)] for name in SURPRISES}
 
 
 def test_encode_and_decode_are_inverse() -> None:

@@ -2,16 +2,17 @@
 
 import copy
 from collections.abc import Callable
-from itertools import combinations
+from itertools import combinations, product
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from course_utils.checks.ch12.small import Fn, ends, small_model, texts
+from course_utils.checks.ch12.small import Fn, ends, is_bracket, small_model, texts
 from course_utils.checks.comparing import compare, compare_kind, unchanged
 from course_utils.checks.leftovers import nothing_left_behind
 from course_utils.checks.mistakes import known_mistakes
+from course_utils.checks.modules import noise
 from course_utils.checks.outcomes import CheckFailed, Evidence
 from course_utils.data.brackets import BALANCED, CLOSE, OPEN, START, UNBALANCED, decode, encode
 
@@ -87,6 +88,9 @@ def true_flips(model: Any, tokens: Tensor) -> Tensor:
         "the other bracket's embedding comes, and this one's stays.": sloping(
             lambda W_E, token: W_E[OPEN + CLOSE - token] if token in (OPEN, CLOSE) else 0 * W_E[0]
         ),
+        "the gradient is that of the mean over the texts; each text has its own score.": lambda model, tokens: (
+            sloping(towards_other)(model, tokens) / len(tokens)
+        ),
         "the effects are those of really turning the brackets; the statement asks for the first order.": true_flips,
         "the gradient is taken further up, before the last layer.": sloping(
             towards_other, at="blocks.1.hook_resid_pre"
@@ -109,6 +113,23 @@ def check_flip_effects(fn: Fn) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------- hill climbing
+
+
+STARTS = ("((()", "((((", "(()", "((", "))", ")(")  # in rows of six tokens
+MANY = 80  # copies of each
+
+
+class Summing(nn.Module):
+    """A quick model for a search of many steps: every position reads the sum of what came before, at random weights."""
+
+    def __init__(self, alike: bool = False) -> None:
+        super().__init__()
+        self.embedded, self.placed, self.read = noise(5, 6, seed=21), noise(6, 6, seed=22), noise(6, 5, seed=23)
+        if alike:  # the two brackets, so that no change helps
+            self.embedded[CLOSE] = self.embedded[OPEN]
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return (self.embedded[tokens] * self.placed[: tokens.shape[1]]).cumsum(1).tanh() @ self.read
 
 
 def broken(text: str) -> bool:
@@ -141,8 +162,10 @@ def climbing(
                 tried.append(turned(text, tuple(places)))
             new = score_of(model, encode(tried, n_ctx))
             keep = [
-                better(*numbers, text)
-                for *numbers, text in zip(new.tolist(), scores.tolist(), first.tolist(), tried, strict=True)
+                better(now, before, at_first, text)
+                for now, before, at_first, text in zip(
+                    new.tolist(), scores.tolist(), first.tolist(), tried, strict=True
+                )
             ]
             found = [new_one if kept else old for new_one, old, kept in zip(tried, found, keep, strict=True)]
             scores = torch.where(torch.tensor(keep), new, scores)
@@ -165,36 +188,41 @@ def climbing(
         "nothing is changed.": climbing(lambda new, old, first, text: False),
         "the last bracket is never turned.": climbing(among=lambda text: len(text) - 1),
         "one step too many is made.": climbing(rounds=lambda steps: steps + 1),
+        "a score that stays the same is kept as well; it must be lower than before.": climbing(
+            lambda new, old, first, text: new <= old and broken(text)
+        ),
         "a step is compared with the score of the beginning; compare with the best so far.": climbing(
             lambda new, old, first, text: new < first and broken(text)
         ),
     }
 )
 def check_hill_climb(fn: Fn) -> None:
-    """No step; one step from many copies of a text, where all that can happen is known; then several."""
-    name, model = "hill_climb", small_model(1, 2)
-    for text, n in (("((()", 90), ("((((", 90), ("(()", 60)):
-        tokens = encode([text] * n, 6)
-        _compare_rows(name, f"{name} of {text!r}, no step", _run(name, fn, model, tokens, 0), tokens)
-        _one_step(name, model, text, _run(name, fn, model, tokens, 1))
-    tokens = torch.cat([texts(4)[1:]] * 3)
-    path = _run(name, fn, model, tokens, 12)
-    if not torch.equal(_run(name, fn, model, tokens, 12), path):
-        raise CheckFailed(f"{name}: one seed gave two results.\n  Next: take every random number from `generator`.")
-    scores, before = score_of(model, path), score_of(model, tokens)
-    if (scores > before + 1e-6).any():
+    """No step; one step from many copies of each text, where all that can happen is known; then many steps."""
+    name, model = "hill_climb", Summing()
+    tokens = encode([text for text in STARTS for _ in range(MANY)], 6)
+    if not torch.equal(_run(name, fn, model, tokens, 0), tokens):
         raise CheckFailed(
-            f"{name}: after 12 steps a score is higher than at the beginning.\n  Next: compare with the best so far.",
-            evidence=Evidence("12 steps", "higher"),
+            f"{name}: texts are others after no step at all.",
+            evidence=Evidence("no step", True),
+            advice="  Next: with steps=0 the loop does nothing.",
         )
-    if not all(map(broken, decode(path))):
-        raise CheckFailed(f"{name}: after 12 steps a text is balanced.\n  Next: keep unbalanced texts only.")
-    _reaches_the_top(name, fn, model)
-    other = _run(name, fn, model, tokens, 12, seed=8)
-    if torch.equal(other, path) and torch.equal(_run(name, fn, model, tokens, 1, 9), _run(name, fn, model, tokens, 1)):
+    came = _run(name, fn, model, tokens, 1)
+    for text, copies in zip(STARTS, came.split(MANY), strict=True):
+        _one_step(name, model, text, decode(copies))
+    if not torch.equal(_run(name, fn, model, tokens, 1), came):
+        raise CheckFailed(f"{name}: one seed gave two results.\n  Next: take every random number from `generator`.")
+    if torch.equal(_run(name, fn, model, tokens, 1, seed=8), came):
         raise CheckFailed(f"{name}: two seeds gave the same texts.\n  Next: draw from `generator` as it comes.")
-    with nothing_left_behind(name, model):
-        fn(model, tokens, torch.Generator().manual_seed(1), 1)
+    _reaches_the_top(name, fn, model)
+    if not torch.equal(_run(name, fn, Summing(alike=True), tokens[:MANY], 3), tokens[:MANY]):
+        raise CheckFailed(
+            f"{name}: a change is kept that leaves the score as it was.",
+            evidence=Evidence("a tie", True),
+            advice="  Next: keep a change only if the score is lower than before.",
+        )
+    hooked = small_model(1, 1)
+    with nothing_left_behind(name, hooked):
+        fn(hooked, texts(2), torch.Generator().manual_seed(1), 1)
 
 
 def _run(name: str, fn: Fn, model: Any, tokens: Tensor, steps: int, seed: int = 4) -> Tensor:
@@ -207,40 +235,30 @@ def _run(name: str, fn: Fn, model: Any, tokens: Tensor, steps: int, seed: int = 
         compare(name, actual, tokens, "batch pos")
     compare_kind(name, actual, tokens)
     special = tokens >= START
-    if not torch.equal(actual[special], tokens[special]) or (actual[~special] > CLOSE).any():
+    if not torch.equal(actual[special], tokens[special]) or not is_bracket(actual[~special]).all():
         raise CheckFailed(
             f"{name}: START, END or PAD changed, or came where a bracket stood.\n  Next: choose among the brackets."
         )
     return actual
 
 
-def _compare_rows(name: str, words: str, actual: Tensor, tokens: Tensor) -> None:
-    if not torch.equal(actual, tokens):
-        raise CheckFailed(
-            f"{name}: texts are others after no step at all.\n  {words}",
-            evidence=Evidence("no step", True),
-            advice="  Next: with steps=0 the loop does nothing.",
-        )
-
-
-def _one_step(name: str, model: Any, text: str, came: Tensor) -> None:
+def _one_step(name: str, model: Any, text: str, found: list[str]) -> None:
     """After one step every text is as before, or one of those that two turned brackets make better."""
     possible = [turned(text, pair) for pair in combinations(range(len(text)), 2)]
-    old, new = score_of(model, encode([text], 6)), score_of(model, encode(possible, 6))
-    good = {one for one, score in zip(possible, new.tolist(), strict=True) if score < float(old) and broken(one)}
-    found = decode(came)
+    old, *new = score_of(model, encode([text, *possible], 6)).tolist()
+    good = {one for one, score in zip(possible, new, strict=True) if score < old and broken(one)}
     evidence = Evidence(f"one step from {text}", sorted(set(found)))
-    for one in found:
-        if one != text and one not in good:
-            changed = sum(a != b for a, b in zip(one, text, strict=True))
-            score = float(score_of(model, encode([one], 6)) - old)
-            raise CheckFailed(
-                f"{name}: in one step {text!r} became {one!r}.\n"
-                f"  {changed} brackets were turned, the score {'rose' if score > 0 else 'fell'} by {abs(score):.3g}, "
-                f"and it is {'unbalanced' if broken(one) else 'balanced'}",
-                evidence=evidence,
-                advice="  Next: keep a change only if it is allowed and helps.",
-            )
+    if outside := sorted(set(found) - good - {text}):
+        one = outside[0]
+        changed = sum(a != b for a, b in zip(one, text, strict=True))
+        score = float(score_of(model, encode([one], 6))) - old
+        raise CheckFailed(
+            f"{name}: in one step {text!r} became {one!r}.\n"
+            f"  {changed} brackets were turned, the score {'rose' if score > 0 else 'fell'} by {abs(score):.3g}, "
+            f"and it is {'unbalanced' if broken(one) else 'balanced'}",
+            evidence=evidence,
+            advice="  Next: keep a change only if it is allowed and helps.",
+        )
     if not good <= set(found):
         raise CheckFailed(
             f"{name}: of {len(found)} copies of {text!r} none became {sorted(good - set(found))[0]!r} in one step.\n"
@@ -248,26 +266,28 @@ def _one_step(name: str, model: Any, text: str, came: Tensor) -> None:
             evidence=evidence,
             advice="  Next: every pair of brackets must have its chance, and each text draws its own.",
         )
-    expected, moved = len(found) * len(good) / len(possible), sum(one != text for one in found)
-    if abs(moved - expected) > 5 * (expected + 1) ** 0.5:
+    chance, moved = len(good) / len(possible), sum(one != text for one in found)
+    slack = 5 * (len(found) * chance * (1 - chance)) ** 0.5  # nothing where all pairs help, or none does
+    if abs(moved - len(found) * chance) > slack + 1e-6:
         raise CheckFailed(
             f"{name}: {moved} of {len(found)} copies of {text!r} changed in one step.\n"
-            f"  expected about {expected:.0f}\n  Next: every pair of brackets must have the same chance."
+            f"  expected about {len(found) * chance:.0f}\n"
+            "  Next: two different brackets are turned, and every pair has the same chance."
         )
 
 
 def _reaches_the_top(name: str, fn: Fn, model: Any) -> None:
-    """With many steps no better neighbour is left."""
-    tokens = encode(["((()", "())(", ")))("] * 2, 6)
-    came = decode(_run(name, fn, model, tokens, 40))
-    left = 0
-    for text in set(came):
-        neighbours = [one for pair in combinations(range(4), 2) if broken(one := turned(text, pair))]
-        score = float(score_of(model, encode([text], 6)))
-        left += sum(float(value) < score - 1e-6 for value in score_of(model, encode(neighbours, 6)))
+    """Texts of three brackets: none is balanced, and one step can lead from each to the best that it can become."""
+    start = ["".join(text) for text in product("()", repeat=3)]
+    scores = dict(zip(start, score_of(model, encode(start, 6)).tolist(), strict=True))
+    came = decode(_run(name, fn, model, encode(start, 6), 30))
+    pairs = [(), *combinations(range(3), 2)]
+    best = [min(scores[turned(text, pair)] for pair in pairs) for text in start]
+    left = [one for one, lowest in zip(came, best, strict=True) if scores[one] > lowest + 1e-6]
     if left:
         raise CheckFailed(
-            f"{name}: after 40 steps, texts of four brackets still have {left} better neighbours.\n"
-            "  Next: keep each change that helps, and compare with the best so far.",
-            evidence=Evidence("40 steps", sorted(came)),
+            f"{name}: after 30 steps, {len(left)} of {len(start)} texts of three brackets can still be made better.\n"
+            f"  one of them is {left[0]!r}; a single step can lead to the best",
+            evidence=Evidence("30 steps", came),
+            advice="  Next: keep each change that helps, and compare with the best so far.",
         )

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from course_utils.checks.ch12.small import Fn, ends, small_model, texts
+from course_utils.checks.ch12.small import Fn, ends, is_bracket, small_model, texts
 from course_utils.checks.comparing import compare, compare_kind, unchanged
 from course_utils.checks.leftovers import assert_stops, nothing_left_behind
 from course_utils.checks.mistakes import known_mistakes
 from course_utils.checks.outcomes import CheckFailed, Evidence, Stop
 from course_utils.checks.plain import must_raise
-from course_utils.data.brackets import BALANCED, CLOSE, END, START, UNBALANCED, decode, encode
+from course_utils.data.brackets import BALANCED, END, START, UNBALANCED, decode, encode
 from course_utils.hooks import HookPoint
 
 # ------------------------------------------------------------------------------------------------------ spoiled texts
@@ -148,7 +148,7 @@ def check_corrupted_pairs(fn: Fn) -> None:
 
 def _what_came(name: str, call: str, text: str, kind: str, actual: Tensor) -> None:
     outside = (actual[:, 0] != START).any() or (actual[:, len(text) + 1] != END).any()
-    if outside or (actual[:, 1 : len(text) + 1] > CLOSE).any():
+    if outside or not is_bracket(actual[:, 1 : len(text) + 1]).all():
         raise CheckFailed(
             f"{name}: a row is no longer START, brackets, END, PAD.\n  {call}\n  Next: change brackets only."
         )
@@ -272,7 +272,7 @@ def patching(
     }
 )
 def check_scores_with_patch(fn: Fn) -> None:
-    """Heads and MLPs of both layers, three masks; and that no hook stays, even after an exception."""
+    """Heads and MLPs of both layers, three masks, eleven heads; and that no hook stays, even after an exception."""
     name, model = "scores_with_patch", small_model(2, 2)
     clean, corrupted = texts(5), texts(5, others=True)
     end = clean == END
@@ -291,6 +291,9 @@ def check_scores_with_patch(fn: Fn) -> None:
             compare(f"{name} of {component!r} at {where}", actual, right, "batch")
             if actual.requires_grad:
                 raise CheckFailed(f"{name}: gradients are recorded.\n  Next: run the model under `torch.no_grad()`.")
+    many = small_model(1, 11)
+    right = patching()(many, clean, corrupted, "head 0.10", end)
+    compare(f"{name} of 'head 0.10'", fn(many, clean, corrupted, "head 0.10", end), right, "batch")
     arguments = (clean, corrupted, "head 1.0", end)
     double = small_model(2, 2).double()
     right = patching()(double, *arguments)

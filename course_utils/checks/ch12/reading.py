@@ -88,6 +88,13 @@ def spread(y: Tensor) -> Tensor:
     return (y - y.mean(0)).square()
 
 
+def centred_by_row(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean over the wrong axis."""
+    x, y = (values - values.mean(1, keepdim=True) for values in (x, y))
+    matrix = torch.linalg.pinv(x) @ y
+    return matrix, 1 - (y - x @ matrix).square().sum() / y.square().sum()
+
+
 def vectors(n: int, d_in: int, d_out: int, seed: int = 3) -> tuple[Tensor, Tensor]:
     """What no linear map explains completely; both far from zero, and columns of y of different sizes."""
     x = noise(n, d_in, seed=seed) + torch.arange(1.0, d_in + 1)
@@ -117,6 +124,7 @@ def vectors(n: int, d_in: int, d_out: int, seed: int = 3) -> tuple[Tensor, Tenso
         ),
         "the matrix is transposed: y is about x @ matrix.": fitted(shape=lambda matrix: matrix.T),
         "x is fitted from y; it is the other way round.": lambda x, y: fitted()(y, x),
+        "each vector's own mean is taken off; the mean is over the batch, one for each column.": centred_by_row,
     }
 )
 def check_layer_norm_fit(fn: Fn) -> None:
@@ -207,15 +215,17 @@ def check_pre_norm_direction(fn: Fn) -> None:
 
 def parts(cache: ActivationCache) -> tuple[list[str], list[Tensor]]:
     """Every part, at all positions."""
-    labels, found = ["embed", "pos_embed"], [cache["hook_embed"], cache["hook_pos_embed"]]
+    labels = ["embed", "pos_embed"] if "hook_pos_embed" in cache else ["embed"]
+    found = [cache[f"hook_{label}"] for label in labels]
     for layer in range(cache.n_layers):
         heads = cache[f"blocks.{layer}.attn.hook_result"]
         rest = cache[f"blocks.{layer}.hook_attn_out"]
         for head in range(heads.shape[2]):
             labels, found = [*labels, f"head {layer}.{head}"], [*found, heads[:, :, head]]
             rest = rest - heads[:, :, head]
-        labels = [*labels, f"bias {layer}", f"mlp {layer}"]
-        found = [*found, rest, cache[f"blocks.{layer}.hook_mlp_out"]]
+        labels, found = [*labels, f"bias {layer}"], [*found, rest]
+        if f"blocks.{layer}.hook_mlp_out" in cache:
+            labels, found = [*labels, f"mlp {layer}"], [*found, cache[f"blocks.{layer}.hook_mlp_out"]]
     return labels, found
 
 
@@ -269,10 +279,16 @@ def read_from(place: str) -> Callable[[str, Tensor, ActivationCache], Tensor]:
     }
 )
 def check_component_contributions(fn: Fn) -> None:
-    """Labels and every number; two layers, one, and more than ten."""
+    """Labels and every number; two layers, one, and more than ten; without MLPs, without a table of positions."""
     name, axes = "component_contributions", "component batch"
-    for n_layers, n_heads, n in ((2, 3, 5), (1, 2, 4), (11, 1, 3)):
-        model, tokens, direction = small_model(n_layers, n_heads), texts(n), noise(7, seed=5)
+    rotary = {"positions": "rotary", "rotary_dim": 4}
+    for n_layers, n_heads, n, kind in (
+        (2, 3, 5, {}),
+        (1, 2, 4, {"attn_only": True}),
+        (1, 1, 2, rotary),
+        (11, 1, 3, {}),
+    ):
+        model, tokens, direction = small_model(n_layers, n_heads, **kind), texts(n), noise(7, seed=5)
         cache = everything(model, tokens)
         with unchanged(name, tokens=tokens, direction=direction):
             answer = fn(cache, tokens, direction)
@@ -280,8 +296,9 @@ def check_component_contributions(fn: Fn) -> None:
             what = "None" if answer is None else f"a {type(answer).__name__}"
             raise CheckFailed(f"{name}: expected labels and a tensor, got {what}.\n  Next: return labels, values.")
         labels, right = contributed()(cache, tokens, direction)
-        agree(f"{name}: the labels", f"with {n_layers} layers", answer[0], labels)
-        compare(f"{name} of {n} texts, {n_layers} layers", answer[1], right, axes)
+        words = f"{n_layers} layers{', no MLP' * ('attn_only' in kind)}{', rotary positions' * ('rotary_dim' in kind)}"
+        agree(f"{name}: the labels", f"with {words}", answer[0], labels)
+        compare(f"{name} of {n} texts, {words}", answer[1], right, axes)
     follows_input(
         name,
         lambda moved, where, *seen: fn(ActivationCache(dict(zip(cache, seen, strict=True)), 11), where, moved)[1],
@@ -321,6 +338,9 @@ def attended(
         ),
         "it is the sum over the texts, not the mean.": attended(over=lambda found: found.sum(0)),
         "it is the first text's alone.": attended(over=lambda found: found[0]),
+        "the mean leaves out zeros: where a text has ended already, END's attention counts as 0.": attended(
+            over=lambda found: found.sum(0) / (found > 0).sum(0).clamp(min=1)
+        ),
         "the mean is also taken over the heads.": attended(over=lambda found: found.mean(0, keepdim=True).mean(1)),
     }
 )
@@ -422,6 +442,13 @@ def probed(
     return probe_r2
 
 
+def by_own_means(x_train: Tensor, y_train: Tensor, x_test: Tensor, y_test: Tensor) -> Tensor:
+    """The right slope, and the intercept that is best for the test vectors."""
+    slope = solved(x_train, y_train[:, None])[0]
+    errors = (y_test - y_test.mean()).double() - (x_test - x_test.mean(0)).double() @ slope[:, 0]
+    return (1 - errors.square().sum() / spread(y_test).sum()).to(x_train.dtype)
+
+
 def correlation(x_train: Tensor, y_train: Tensor, x_test: Tensor, y_test: Tensor) -> Tensor:
     wide = [torch.cat([x, torch.ones_like(x[:, :1])], 1).double() for x in (x_train, x_test)]
     guess = wide[1] @ torch.linalg.solve(wide[0].T @ wide[0], wide[0].T @ y_train.double())
@@ -453,6 +480,7 @@ def samples(n_train: int, n_test: int, d: int, seed: int) -> tuple[Tensor, Tenso
         "it is the share that is not explained.": probed(
             share=lambda errors, distances: errors.square().sum() / distances
         ),
+        "the test vectors' own means are taken off them; the intercept belongs to the fit.": by_own_means,
         "it is the squared correlation, which forgives a wrong slope and a wrong intercept.": correlation,
         "it is cut off at 0; a probe can be worse than the mean, and r2 negative.": lambda *samples: probed()(
             *samples

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from course_utils.checks.standins.transformer import SmallModel
 from course_utils.config import TransformerConfig
-from course_utils.data.brackets import END, encode
+from course_utils.data.brackets import CLOSE, END, OPEN, encode
 from course_utils.hooks import ActivationCache, run_with_cache
 
 Fn = Callable[..., Any]
@@ -17,13 +17,10 @@ TEXTS = ("(())()", ")(", "(()())))(", "())(", "((()")
 OTHERS = ("()()()", "()", "((()))(((", "(())", "())(")  # of the same lengths
 
 
-def small_model(n_layers: int = 2, n_heads: int = 3) -> Any:
-    """A model for rows of eleven tokens; smooth, so that slopes can be measured."""
-    return SmallModel(
-        TransformerConfig(
-            d_vocab=5, n_ctx=N_CTX, n_layers=n_layers, n_heads=n_heads, d_model=D_MODEL, d_head=4, d_mlp=6, act="gelu"
-        )
-    )
+def small_model(n_layers: int = 2, n_heads: int = 3, **kind: Any) -> Any:
+    """A model for rows of eleven tokens; smooth, so that slopes can be measured. `kind` makes it of another kind."""
+    size = {"d_vocab": 5, "n_ctx": N_CTX, "n_layers": n_layers, "n_heads": n_heads, "d_model": D_MODEL, "d_head": 4}
+    return SmallModel(TransformerConfig(**size, d_mlp=6, act="gelu", **kind))
 
 
 def texts(n: int = 5, others: bool = False) -> Tensor:
@@ -35,6 +32,11 @@ def everything(model: Any, tokens: Tensor) -> ActivationCache:
     """A cache with each head's result."""
     with torch.no_grad():
         return run_with_cache(model, tokens, names="*")[1]
+
+
+def is_bracket(tokens: Tensor) -> Tensor:
+    """Where OPEN or CLOSE stands, and no other number."""
+    return (tokens == OPEN) | (tokens == CLOSE)
 
 
 def ends(tokens: Tensor) -> list[int]:

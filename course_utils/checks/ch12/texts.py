@@ -75,11 +75,11 @@ def check_is_balanced(fn: Fn) -> None:
           [without_pairs(text) for text in TEXTS])  # fmt: skip
     for text in ("".join(row) for length in range(7) for row in product("()", repeat=length)):
         agree(name, call_of(name, text), fn(text), without_pairs(text))
-    for text in ("(a)", "[]", "( )"):
-        must_raise(name, ValueError, call_of(name, text), partial(fn, text), "only ( and ) are brackets.")
+    for text in ("(a)", "[]", "( )", "())a", "(b"):
+        must_raise(name, ValueError, call_of(name, text), partial(fn, text), "look at every character first.")
 
 
-ROWS = ("(())()", ")(", "(()", "())(", "))", "((()))", "()()()()", "(", "())(()", "", "(()))(", "))((")
+ROWS = ("(())()", ")(", "(()", "())(", "))", "((()))", "()()()()", "(", "())(()", "", "(()))(", "))((", "((")
 
 
 def rows(n_ctx: int = 11, texts: Sequence[str] = ROWS) -> Tensor:
@@ -171,6 +171,10 @@ def from_right(height: list[int]) -> bool:
             wrong_total, lambda height: bool(height) and height[-1] < 0
         ),
         "the elevation is counted from the wrong end, from the right.": two(wrong_total, from_right),
+        "padding is counted as a bracket.": lambda tokens: (
+            by_rows(lambda row: climbing(row, STEPS | {PAD: -1})[-1] != 0)(tokens),
+            by_rows(lambda row: min(climbing(row, STEPS | {PAD: -1})) < 0)(tokens),
+        ),
         "texts with a wrong total are left out of the second; a text can fail in both ways.": two(
             wrong_total, lambda height: dips(height) and not wrong_total(height)
         ),
@@ -274,6 +278,7 @@ def dataset(
     ),
     again: bool = False,
     number: Callable[[int], int] = lambda kind: kind,
+    order: Callable[[tuple[list[int], int]], Any] | None = None,
     lengths: Callable[[int], range] = lambda n_ctx: range(1, (n_ctx - 2) // 2 + 1),
     using: Callable[[Sequence[float]], Sequence[float]] = lambda shares: shares,
 ) -> Fn:
@@ -293,6 +298,8 @@ def dataset(
             if again or tuple(tokens) not in seen:
                 seen.add(tuple(tokens))
                 found.append((tokens, number(kind)))
+        if order:
+            found.sort(key=order)
         return torch.tensor([tokens for tokens, _ in found]), torch.tensor([kind for _, kind in found])
 
     return bracket_dataset
@@ -334,6 +341,9 @@ def turned_twice(text: list[int], generator: torch.Generator) -> list[int]:
             number=lambda kind: int(KINDS[kind] == "balanced")
         ),
         "kinds are counted from 1; KINDS[0] is the first.": dataset(number=lambda kind: kind + 1),
+        "the rows are sorted, as by torch.unique; a split by place is then none by chance.": dataset(
+            order=lambda text: text[0]
+        ),
         "no text has the most pairs that fit.": dataset(lengths=lambda n_ctx: range(1, (n_ctx - 2) // 2)),
         "all texts have the most pairs that fit; the number of pairs is drawn.": dataset(
             lengths=lambda n_ctx: range((n_ctx - 2) // 2, (n_ctx - 2) // 2 + 1)
@@ -362,10 +372,12 @@ def check_bracket_dataset(fn: Fn) -> None:
     # a vocabulary of lengths in which texts hardly ever come twice, so that the chances are those of the drawing
     large, made = _parts(name, f"{name}({MANY}, 42, generator)", fn(MANY, 42, generator), MANY, 42)
     _chances(name, large, made, SHARES)
+    _in_the_order_of_drawing(name, large, made)
     few = (0.0, 0.5, 0.0, 0.0, 0.5)
     large, made = _parts(name, f"{name}({MANY}, 30, generator, {few})", fn(MANY, 30, generator, few), MANY, 30)
     _what_kinds_promise(name, large, made)
     _chances(name, large, made, few)
+    _any_bracket_is_flipped(name, fn)
     everything, _ = _parts(name, f"{name}(20, 6, generator)", fn(20, 6, generator), 20, 6)
     _distinct(name, f"{name}(20, 6, generator), all the texts there are", everything)
     must_raise(name, ValueError, f"{name}(21, 6, generator)", partial(fn, 21, 6, generator), "there are 20 texts.")
@@ -499,6 +511,31 @@ def _chances(name: str, tokens: Tensor, kinds: Tensor, shares: Sequence[float]) 
                     f"{name}: {up:.0%} of the flipped texts have too many OPENs.\n  expected about half of them\n"
                     "  Next: any bracket may be the one that is turned round."
                 )
+
+
+def _in_the_order_of_drawing(name: str, tokens: Tensor, kinds: Tensor) -> None:
+    """Neighbours have nothing in common: not their kind, their length, or how they begin."""
+    lengths = (tokens <= CLOSE).sum(dim=1)
+    begins = tokens[:, 1:5] @ torch.tensor([8, 4, 2, 1])
+    for what, values in (("kind", kinds), ("length", lengths), ("beginning", begins)):
+        alike = (values[1:] == values[:-1]).float().mean()
+        if alike > 0.8:
+            raise CheckFailed(
+                f"{name}: {alike:.0%} of the rows have the {what} of the row before.",
+                evidence=Evidence("the order of rows", what),
+                advice="  Next: leave the rows in the order in which their texts were drawn.",
+            )
+
+
+def _any_bracket_is_flipped(name: str, fn: Fn) -> None:
+    """One text of one pair at a time, so that none is dropped: half of them become `))`, and half `((`."""
+    generator = torch.Generator().manual_seed(2)
+    came = {decode(fn(1, 4, generator, (0.0, 0.0, 0.0, 1.0, 0.0))[0])[0] for _ in range(16)}
+    if came != {"((", "))"}:
+        raise CheckFailed(
+            f"{name}: of sixteen flipped texts of one pair all are {sorted(came)[0]!r}.\n"
+            "  Next: any bracket may be the one that is turned round, the last one too."
+        )
 
 
 def of_balance(tokens: Tensor) -> float:
