@@ -73,6 +73,12 @@ WITHOUT = {  # what cannot be driven here, and why
     "best_assignment": "looks for the best way among values",
     "match_features": "which latent is whose depends on values",
     "recovery": "counts features, a number",
+    "is_balanced": "is given a text",
+    "bracket_dataset": "is given a generator, and there are none on meta",
+    "fit_brackets": "draws its batches on the CPU",
+    "scores_with_patch": "how many positions are patched depends on the values of the mask",
+    "corrupted_pairs": "is given a generator, and there are none on meta",
+    "hill_climb": "is given a generator, and the search goes on with what it draws",
     "every_head": "makes a list out of a model's config",
     "random_circuits": "makes lists",
     "edge_nodes": "makes dictionaries out of a config",
@@ -405,6 +411,18 @@ CALLS: dict[str, Callable[[], Any]] = {
     "shrinkage": lambda: (floats(4, 2, 5), floats(4, 2, 5)),
     "absorption_rate": lambda: (floats(4, 7), floats(4, 5), ids(5), ids(5)),
     "matryoshka_loss": lambda: (floats(4, 2, 5), floats(4, 2, 7), floats(2, 7, 5), floats(2, 5), [2, 7]),
+    # 12
+    "elevation": lambda: (TOKENS,),
+    "failures": lambda: (TOKENS,),
+    "is_balanced_batch": lambda: (TOKENS,),
+    "unbalanced_scores": lambda: (model(), TOKENS),
+    "layer_norm_fit": lambda: (floats(8, 3), floats(8, 2)),
+    "pre_norm_direction": lambda: (model(), floats(8, 12)),
+    "component_contributions": lambda: (seen(), TOKENS, floats(12)),
+    "attention_by_position": lambda: (floats(2, 3, 5, 5), TOKENS),
+    "neuron_contributions": lambda: (model(), seen(), TOKENS, floats(12), 1),
+    "probe_r2": lambda: (floats(8, 3), floats(8), floats(4, 3), floats(4)),
+    "flip_effects": lambda: (model(), TOKENS),
 }  # fmt: skip
 
 
