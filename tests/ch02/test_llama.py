@@ -92,6 +92,13 @@ def changed(change: Callable[[dict[str, Any], dict[str, Any]], Any]) -> Callable
     return convert
 
 
+def swap_queries_and_keys(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    """`q_proj` becomes `W_K`, and the other way round."""
+    for W_Q in [name for name in ours if name.endswith("W_Q")]:
+        W_K = W_Q.replace("W_Q", "W_K")
+        ours[W_Q], ours[W_K] = ours[W_K], ours[W_Q]
+
+
 SURPRISES: dict[str, list[tuple[str, Any]]] = {
     "RMSNorm": [
         ("Every value is 0.5 times the right one", wrong(ref.RMSNorm, twice_the_scale)),
@@ -121,6 +128,7 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
             "It holds what belongs in `blocks.0.attn.W_V`",
             changed(lambda ours, theirs: ours.update({"blocks.0.attn.W_K": ours["blocks.0.attn.W_V"]})),
         ),
+        ("It holds what belongs in `blocks.0.attn.W_K`", changed(swap_queries_and_keys)),
         ("has no entry `ln_final.w`", changed(lambda ours, theirs: ours.pop("ln_final.w"))),
         ("belongs in `blocks.1.", changed(lambda ours, theirs: ours.update(layer_by_its_first_digit(ours)))),
         ("does not know, `unembed.b_U`", changed(lambda ours, theirs: ours.update({"unembed.b_U": torch.zeros(13)}))),
@@ -131,6 +139,10 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
                     ours.update({"unembed.W_U": theirs["lm_head.weight"].T}) if "lm_head.weight" in theirs else None
                 )
             ),
+        ),
+        (
+            "`unembed.W_U`",
+            changed(lambda ours, theirs: ours.update({"unembed.W_U": theirs["model.embed_tokens.weight"]})),
         ),
         (
             "`state_dict['model.norm.weight']` in place",

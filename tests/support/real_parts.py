@@ -41,8 +41,8 @@ def statements(chapter: str) -> Iterator[ast.stmt]:
 
 
 def is_constant(node: ast.stmt) -> bool:
-    """An assignment that reads nothing but types."""
-    if not isinstance(node, ast.Assign):
+    """An assignment to names that reads nothing but types."""
+    if not isinstance(node, ast.Assign) or any(isinstance(target, ast.Subscript) for target in node.targets):
         return False
     parts = list(ast.walk(node.value))
     names = {part.id for part in parts if isinstance(part, ast.Name)}

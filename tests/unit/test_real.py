@@ -1,5 +1,6 @@
 """Results of a real language model: from a run, or stored, and the same in both cases."""
 
+import ast
 import json
 import re
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from course_utils import fetching, real
 from solutions.ch02_transformer import Transformer
 from tests.conftest import ROOT
-from tests.support.real_parts import differences
+from tests.support.real_parts import differences, is_constant
 
 FOUND: dict[str, Any] = {"table": torch.tensor([[1 / 3, 2.0]]), "one": 123456.0, "texts": ["a b", "é"], "n": 30}
 
@@ -56,3 +57,10 @@ def test_differences_are_found_in_numbers_and_texts() -> None:
         " a y: 'other' for 'same'",
     ]
     assert list(differences({}, stored, near=0.02))
+
+
+@pytest.mark.parametrize(
+    ("line", "is_one"), [("N = 3", True), ("A, B = 1, 2", True), ("a[:, 0] = 0", False), ("b = a", False)]
+)
+def test_constants_of_a_chapter_need_nothing_of_it(line: str, is_one: bool) -> None:
+    assert is_constant(ast.parse(line).body[0]) == is_one

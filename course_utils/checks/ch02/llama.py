@@ -208,6 +208,7 @@ def wrong_groups(
     values: Callable[[Tensor, int], Tensor] = repeated,
     *,
     of: str = "qk",
+    turn: Callable[..., Tensor] = turned,
     places: Callable[[int, int], Sequence[int]] = range,
     stored_as_is: bool = False,
     **wrong: Any,
@@ -218,7 +219,7 @@ def wrong_groups(
         views, n_new, start = {"q": q, "k": k, "v": v}, q.shape[1], 0 if cache is None else cache.length
         positions = torch.tensor(list(places(start, start + n_new)), device=q.device)
         for letter in of:
-            views[letter] = turned(views[letter], positions, module.rotary_dim, module.rotary_base)
+            views[letter] = turn(views[letter], positions, module.rotary_dim, module.rotary_base)
         views["q"], views["k"] = module.hook_rot_q(views["q"]), module.hook_rot_k(views["k"])
         if cache is not None:
             stored, views["v"] = cache.append(module.layer, k if stored_as_is else views["k"], views["v"])
@@ -253,6 +254,9 @@ IN_TURNS = "are given to the queries by turns (0, 1, 0, 1, ...); neighbours shar
         "the values are turned too; only queries and keys are.": wrong_groups(of="qkv"),
         "the queries are turned and the keys are not.": wrong_groups(of="q"),
         "the keys are turned and the queries are not.": wrong_groups(of="k"),
+        "neighbours (2 i, 2 i + 1) are turned as pairs; i goes with i + rotary_dim / 2.": wrong_groups(
+            turn=partial(turned, pairs=lambda n: [(i, i + 1) for i in range(0, n, 2)])
+        ),
         "`resid` is added to the output; the block will do that.": wrong_groups(adds_resid=True),
         "the scores are not divided by sqrt(d_head).": wrong_groups(divisor=1.0),
         "the future is not masked.": wrong_groups(hidden=lambda scores: torch.zeros_like(scores, dtype=torch.bool)),
