@@ -172,7 +172,7 @@ def best_assignment(gain: Tensor) -> Tensor:
                 key = used | {column}
                 onward[key] = max(onward.get(key, candidate), candidate)
         best = onward
-    return torch.tensor(max(best.values())[1])
+    return torch.tensor(max(best.values())[1], device=gain.device)
 
 
 def match_features(W_dec: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,10 @@ STILL_RIGHT = {
     "300 -> 299",  # rows that are drawn
     "300 -> 301",
     "length > 0 -> length != 0",  # it is never negative
+    "torch.ones(n_features, device=generator.device) -> n_features",  # Adam divides by the size of the gradient
+    # the sum with x has the dtype of x
+    "torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype) -> "
+    "torch.randn(x.shape, generator=generator, device=x.device)",
     # the gradients of the steps before are there for nobody
     "torch.where(length > 0, epsilon * gradient / length, push).detach() -> "
     "torch.where(length > 0, epsilon * gradient / length, push)",

@@ -82,7 +82,10 @@ FIRST_TABLE = 3  # a seed with which every mistake below gives another assignmen
 
 
 def gains() -> list[Tensor]:
-    """Tables of several sizes, one with two rows that want the same column, one in which a long chain pays."""
+    """Tables of several sizes, one with two rows that want the same column, two in which a long chain pays.
+
+    With the last one a search goes in circles if it takes for a gain what comes of rounding, in float32 or in float64.
+    """
     tables = [noise(4, 5, seed=FIRST_TABLE), torch.tensor([[0.9, 0.8], [0.8, 0.1]])]
     tables += [noise(rows, columns, seed=50 + columns) for rows, columns in ((3, 5), (4, 4), (5, 6), (1, 3))]
     chain = torch.full((5, 5), -5.0)
@@ -91,7 +94,12 @@ def gains() -> list[Tensor]:
         chain[row, (row + 1) % 5] = 0.9
     chain[4, 0] = -3.0
     chain[:, 0] += torch.tensor([0.0, 7.5, 0.0, 0.0, 0.0])
-    return [*tables, chain, -noise(4, 6, seed=60).abs(), 100 * noise(5, 5, seed=61)]
+    back = torch.full((5, 5), -5.0)  # the last row makes every other one move a column to the left
+    for row in range(4):
+        back[row, 4 - row], back[row, 3 - row] = 1.0, 0.9
+    back[4, 4] = 1.0
+    rounded = torch.tensor([[1.1, 1.0], [0.1, -0.5]], dtype=torch.float64)  # 0.1 - 1.1 + 1.1 is more than 0.1
+    return [*tables, chain, -noise(4, 6, seed=60).abs(), 100 * noise(5, 5, seed=61), back, rounded]
 
 
 @known_mistakes(
@@ -110,48 +118,60 @@ def gains() -> list[Tensor]:
     }
 )
 def check_best_assignment(fn: Fn) -> None:
-    """The sum is compared, since several assignments may be best; then too many rows, and too many to try them all."""
+    """The sum is compared, since several assignments may be best; then too many rows, and too many to try them all.
+
+    Lines are counted from the start: a search that never ends is to be told so, too.
+    """
     name = "best_assignment"
     for gain in gains():
         rows, columns = gain.shape
         where = f"{name} with {rows} rows, {columns} columns"
-        for given in (gain, gain.double(), gain.T.contiguous().T):
-            with during(f"with {rows} rows, {columns} columns"):
+        for given in (gain.float(), gain.double(), gain.float().T.contiguous().T):
+            with during(f"with {rows} rows, {columns} columns"), _at_most_lines(where, ENDS):
                 actual = fn(given)
             _compare_assignment(where, actual, given, torch.tensor(tried_out(gain)))
     for shape in ((3, 2), (2, 1)):
         must_raise(name, ValueError, f"with {shape[0]} rows, {shape[1]} columns", partial(fn, noise(*shape)))
     gain, right = large_table()
     where = f"{name} with {gain.shape[0]} rows, {gain.shape[1]} columns"
-    with _at_most_lines(where):
+    with _at_most_lines(where, GROWS):
         actual = fn(gain)
     _compare_assignment(where, actual, gain, right)
+    follows_input(name, fn, (noise(4, 5, seed=FIRST_TABLE),), "row")
 
 
 MOST_LINES = 200_000  # of Python; an answer that follows chains needs a hundredth of them
+ENDS = "does your loop come to an end? What should be equal may differ in the last digit, which is no gain."
+GROWS = "count how often your innermost loop runs, for twice as many rows, too."
 
 
 @contextmanager
-def _at_most_lines(where: str) -> Iterator[None]:
+def _at_most_lines(where: str, advice: str) -> Iterator[None]:
     """Break off after so many lines: an answer that tries every assignment would get through these, but never more."""
     left, before = MOST_LINES, sys.gettrace()
+    too_many = CheckFailed(
+        f"{where}: it found no answer within {MOST_LINES} lines of Python.",
+        evidence=Evidence(where, "no answer"),
+        advice=f"  Next: {advice}",
+    )
 
     def count(frame: FrameType, event: str, argument: Any) -> Any:
         nonlocal left
         left -= 1
         if left < 0:
-            raise CheckFailed(
-                f"{where}: it found no answer within {MOST_LINES} lines of Python.",
-                evidence=Evidence(where, "no answer"),
-                advice="  Next: count how often your innermost loop runs, for twice as many rows, too.",
-            )
+            raise too_many
         return count
 
     sys.settrace(count)
     try:
         yield
+    except Exception:
+        if left >= 0:
+            raise
     finally:
         sys.settrace(before)
+    if left < 0:  # also where the code that was broken off caught it, or raised something else
+        raise too_many
 
 
 def large_table(rows: int = 8, columns: int = 10) -> tuple[Tensor, Tensor]:
