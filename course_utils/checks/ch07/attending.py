@@ -98,15 +98,17 @@ def check_AttentionProbe(cls: Any) -> None:  # noqa: N802 (named after its exerc
     if shapes != SHAPES:
         raise CheckFailed(f"{name}: its parameters are {shapes}, not {SHAPES}.\n  Next: keep the `__init__` given.")
     x = noise(5, 6, 4, seed=60)
-    for start, words in ((False, "as it begins"), (True, "with random parameters")):
-        if start:
+    for words in ("with random parameters", "as it begins"):
+        probe = cls(4, 3)
+        if words != "as it begins":
             randomise(probe)
         weights = weights_by_text(probe.query.detach(), x, MASK)
         compare(f"{name}.pattern {words}", probe.pattern(x, MASK), weights, "batch pos")
         pooled = torch.stack(
             [sum(w * row for w, row in zip(*each, strict=True)) for each in zip(weights, x, strict=True)]
         )
-        compare(name, probe(x, MASK), pooled @ probe.W.detach() + probe.b.detach(), "batch n_class")
+        compare(f"{name} {words}", probe(x, MASK), pooled @ probe.W.detach() + probe.b.detach(), "batch n_class")
+    randomise(probe)
     follows_input(
         name, lambda moved, rows: moved(rows, MASK.to(rows.device)), (probe, x), "batch n_class", gradient=True
     )

@@ -147,7 +147,7 @@ def check_control_task(fn: Fn) -> None:
         labels = fn(TYPES, n_classes, seeded(2))
         if not (isinstance(labels, Tensor) and labels.shape == TYPES.shape):
             compare(name, labels, torch.zeros_like(TYPES), "batch")
-        compare(f"{name} of {n_classes} classes", labels, as_first(labels, TYPES), "batch")
+        compare(f"{name} of {n_classes} classes", labels, as_first(labels, TYPES).long(), "batch")
     for seed in range(40):  # with two types one of two draws would leave a class out
         labels = fn(torch.tensor([4, 4, 9]), 2, seeded(seed))
         found = torch.tensor(sorted(set(labels.tolist())))
