@@ -113,15 +113,15 @@ def receiver_gender(n: int, seed: int) -> Property:
 
 
 def capital(n: int, seed: int) -> Property:
-    """At the full stop: was the right capital named? Every other text names a wrong one; nothing depends on it."""
+    """At the end of a capital's name: is it the right one? Every other text has a wrong one; nothing depends on it."""
     rng, rows = random.Random(seed), []
     for number in range(n):
         country, right = rng.choice(list(tales.CAPITALS)), number % 2 == 0
         named = tales.CAPITALS[country] if right else rng.choice([c for k, c in tales.CAPITALS.items() if k != country])
         when = rng.choice(_phrases("when")).replace("<weather>", rng.choice(_phrases("weather")))
-        text = f"{when} {rng.choice(list(tales.NAMES))} flew to {country} and saw {named}, its capital."
+        text = f"{when} {rng.choice(list(tales.NAMES))} flew to {country} and saw {named}"
         rows.append((text, right, country, when))
-    return _property("capital right, at the full stop", rows)
+    return _property("capital right, at its name", rows)
 
 
 PROPERTIES: dict[str, Callable[[int, int], Property]] = {

@@ -108,7 +108,7 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
     "ridge_probe": [
         ("in float64", rounded(ref.ridge_probe)),
         ("values are wrong", ridge(penalty=lambda l2, n: l2**2 * n)),
-        ("values are wrong", ridge(bias=lambda mean, middle, direction: mean + middle @ direction)),
+        ("the bias", ridge(bias=lambda mean, middle, direction: mean + middle @ direction)),
     ],
     "auroc": [
         (
@@ -122,7 +122,7 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
                 .nan_to_num()
             ),
         ),
-        ("values is wrong", pair_by_pair(lambda yes, no: min(max(yes - no, 0.0), 1.0))),
+        ("values is wrong", pair_by_pair(lambda yes, no: 1 / (1 + 2.0 ** (no - yes)))),
         ("expected a Tensor", lambda scores, labels: ref.auroc(scores, labels).item()),
     ],
 }
