@@ -406,11 +406,13 @@ class AttentionProbe(nn.Module):
     def pattern(
         self, x: Float[Tensor, "batch pos d_model"], mask: Bool[Tensor, "batch pos"]
     ) -> Float[Tensor, "batch pos"]:
+        """Say how much of the average each position gets."""
         scores = x @ self.query / math.sqrt(x.shape[-1])
         return scores.masked_fill(~mask, -torch.inf).softmax(dim=-1)
 
     def forward(
         self, x: Float[Tensor, "batch pos d_model"], mask: Bool[Tensor, "batch pos"]
     ) -> Float[Tensor, "batch n_class"]:
+        """Score the classes from the weighted average."""
         pooled = einops.einsum(self.pattern(x, mask), x, "batch pos, batch pos d_model -> batch d_model")
         return pooled @ self.W + self.b
