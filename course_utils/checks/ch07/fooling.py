@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from course_utils.checks.ch07.small import Fn, Probe, compare_parts, nearest_mean, share_right, two_classes
-from course_utils.checks.comparing import compare
+from course_utils.checks.comparing import compare, compare_kind
 from course_utils.checks.mistakes import known_mistakes
 from course_utils.checks.modules import noise
 from course_utils.checks.outcomes import CheckFailed
@@ -27,6 +27,14 @@ def as_first(values: Tensor, types: Tensor) -> Tensor:
     for value, kind in zip(values, types.tolist(), strict=True):
         first.setdefault(kind, value)
     return torch.stack([first[kind] for kind in types.tolist()])
+
+
+def must_be_of_rows(name: str, answer: Any, dtype: torch.dtype) -> None:
+    """A tensor with an entry for each row: what it should hold depends on what was drawn."""
+    expected = torch.zeros(len(TYPES), dtype=dtype)
+    if not isinstance(answer, Tensor) or answer.shape != expected.shape:
+        compare(name, answer, expected, "batch")
+    compare_kind(name, answer, expected)
 
 
 def must_differ(name: str, draw: Callable[[int], Tensor], what: str) -> None:
@@ -85,14 +93,11 @@ def check_hold_out(fn: Fn) -> None:
     name = "hold_out"
     for share, n_out in ((0.3, 3), (0.37, 4), (0.62, 6), (0.01, 1), (1.0, 9)):
         out = fn(TYPES, share, seeded(1))
-        compare(f"{name} with share={share}", out, as_first(out, TYPES) if _of_rows(out) else TYPES > 1000, "batch")
+        must_be_of_rows(f"{name} with share={share}", out, torch.bool)
+        compare(f"{name} with share={share}", out, as_first(out, TYPES), "batch")
         held = torch.tensor(len(set(TYPES[out].tolist())))
         compare(f"{name} with share={share}: the number of types held out of 10", held, torch.tensor(n_out), "")
     must_differ(name, lambda seed: fn(TYPES, 0.3, seeded(seed)), "it changes")
-
-
-def _of_rows(answer: Any) -> bool:
-    return isinstance(answer, Tensor) and answer.shape == TYPES.shape and answer.dtype == torch.bool
 
 
 # ------------------------------------------------------------------------------------------------------- control_task
@@ -145,9 +150,8 @@ def check_control_task(fn: Fn) -> None:
     name = "control_task"
     for n_classes in (2, 3):
         labels = fn(TYPES, n_classes, seeded(2))
-        if not (isinstance(labels, Tensor) and labels.shape == TYPES.shape):
-            compare(name, labels, torch.zeros_like(TYPES), "batch")
-        compare(f"{name} of {n_classes} classes", labels, as_first(labels, TYPES).long(), "batch")
+        must_be_of_rows(f"{name} of {n_classes} classes", labels, torch.int64)
+        compare(f"{name} of {n_classes} classes", labels, as_first(labels, TYPES), "batch")
     for seed in range(40):  # with two types one of two draws would leave a class out
         labels = fn(torch.tensor([4, 4, 9]), 2, seeded(seed))
         found = torch.tensor(sorted(set(labels.tolist())))
