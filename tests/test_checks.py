@@ -158,6 +158,7 @@ NOT_RIGHT = {
         "path_patch": "the metric is to see all rows at once",
         "interchange_intervention": "the cache has as many rows as the batch",
         "neuron_contributions": "the cache has as many rows as the batch",
+        "run_steered": "there is a position for each text",
     },
     "inputs that are not contiguous": {"MyHookPoint": "without functions the activation itself is to come out"},
     "results that are views": {

@@ -1,0 +1,1 @@
+"""The checks of chapter 07, Linear probes: a module for each section, and what they share."""

@@ -1,0 +1,65 @@
+"""What the checks of "Is the probe fooling us?" cannot know: see tests/test_checks.py."""
+
+from typing import Any
+
+import torch
+
+import solutions.ch07_probes as ref
+from course_utils.checks.ch07.fooling import drawing, holding, matrix_by, selecting
+from tests.ch07 import other_probes as other
+
+SECRETS = ("torch.isin", "return_inverse", "~train], labels")
+ONLY_ON_GPU = ".to("
+# Changes after which the reference still does what its statement says.
+STILL_RIGHT: set[str] = set()
+
+
+def from_the_world(types: Any, number: Any, generator: Any) -> Any:
+    return ref.hold_out(types, number, torch.default_generator)
+
+
+def from_the_world_too(types: Any, n_classes: int, generator: Any) -> Any:
+    return ref.control_task(types, n_classes, torch.default_generator)
+
+
+def endless_is_refused(types: Any, n_classes: int, generator: Any) -> Any:
+    """As many classes as there are types at most."""
+    return ref.control_task(types, min(n_classes, len(types.unique())), generator).float()
+
+
+def alternating(n: int, n_classes: int, generator: Any) -> Any:
+    """Balanced, begun anywhere."""
+    return (torch.arange(n) + torch.randint(n_classes, (), generator=generator)) % n_classes
+
+
+SURPRISES: dict[str, list[tuple[str, Any]]] = {
+    "hold_out": [
+        ("it drew from torch's global random numbers", from_the_world),
+        ("held out of 10", holding(lambda share, n: min(max(1, round(share * n) + 1), n - 1))),
+        ("expected dtype bool", lambda *given: ref.hold_out(*given).long()),
+    ],
+    "control_task": [
+        ("it drew from torch's global random numbers", from_the_world_too),
+        ("expected dtype int64", endless_is_refused),
+        (
+            "the shares of 3 classes",
+            drawing(lambda n, k, generator: torch.randint(2 * k, (n,), generator=generator) % (k + 1) % k),
+        ),
+    ],
+    "selectivity": [
+        ("expected a tuple", lambda *given: ref.selectivity(*given)[1]),
+        ("the number of probes", selecting(number=lambda n_controls: n_controls + 1)),
+        ("values is wrong", selecting(end=lambda real, control: (real, real - control / 2))),
+    ],
+    "generalisation_matrix": [
+        ("values are wrong", matrix_by(end=lambda table: (table + table.T) / 2)),
+        ("wrong shape", matrix_by(end=lambda table: table.flatten())),
+        ("values are wrong", matrix_by(tested=lambda train: train.roll(1))),
+    ],
+}
+ALSO_RIGHT: dict[str, list[Any]] = {name: [getattr(other, name)] for name in SURPRISES}
+
+
+def test_control_tasks_of_neighbouring_types_are_independent() -> None:
+    labels = ref.control_task(torch.arange(4000), 2, torch.Generator().manual_seed(1)).float()
+    assert abs((labels[1:] == labels[:-1]).float().mean() - 0.5) < 0.04
