@@ -1,6 +1,7 @@
 """Chapter 08: a task as a vector: taken from contexts that show it, added where none does; and steering."""
 
 import copy
+import itertools
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,8 +30,8 @@ def icl_text(examples: Sequence[tuple[str, str]], query: str) -> str:
 class ICLDataset:
     """`n` prompts that show `n_shots` pairs of a task and ask for one more, in the format of `icl_text`.
 
-    `task` gives the answer to each word, and its pairs are the examples. The pairs asked for are those of `asked`, or of
-    the task itself if there is none. A prompt never shows the word that it asks for, and shows no word twice. All
+    `task` gives the answer to each word, and its pairs are the examples. The pairs asked for are those of `asked`, or
+    of the task itself if there is none. A prompt never shows the word that it asks for, and shows no word twice. All
     choices come from one `random.Random(seed)`; each word is equally likely.
 
     Attributes: `examples` (for each prompt its pairs, in order), `queries` (the words asked for), `texts`, `tokens`
@@ -57,17 +58,18 @@ class ICLDataset:
         examples = [[(word, task[word]) for word in words] for words in shown]
         self._fill(examples, queries, [asked[query] for query in queries], tokenizer)
 
-    def _fill(self, examples: list[list[tuple[str, str]]], queries: list[str], right: list[str], tokenizer: Any) -> None:
+    def _fill(
+        self, examples: list[list[tuple[str, str]]], queries: list[str], right: list[str], tokenizer: Any
+    ) -> None:
         """Set all attributes from the words of the prompts."""
         self.examples, self.queries, self._right, self._tokenizer = examples, queries, right, tokenizer
         self.texts = [icl_text(*prompt) for prompt in zip(examples, queries, strict=True)]
-        rows = [[tokenizer.bos_token_id, *tokenizer.encode(text, add_special_tokens=False)] for text in self.texts]
+        rows = [[tokenizer.bos_token_id, *tokenizer.encode(text)] for text in self.texts]
         for row, text in zip(rows, self.texts, strict=True):
             if len(row) != len(rows[0]):
                 raise ValueError(f"ICLDataset: {self.texts[0]!r} and {text!r} have different numbers of tokens.")
         self.tokens = torch.tensor(rows)
-        firsts = [tokenizer.encode(f" {answer}", add_special_tokens=False)[0] for answer in right]
-        self.answers = torch.tensor(firsts)
+        self.answers = torch.tensor([tokenizer.encode(f" {answer}")[0] for answer in right])
 
     def shuffled(self, seed: int) -> "ICLDataset":
         """The same prompts, but in each one every example has the answer of another example; no answer keeps its place.
@@ -81,7 +83,7 @@ class ICLDataset:
         corrupted = []
         for pairs in self.examples:
             order = rng.sample(range(n_shots), n_shots)
-            answer_from = {here: there for here, there in zip(order, order[1:] + order[:1], strict=True)}
+            answer_from = dict(zip(order, order[1:] + order[:1], strict=True))
             corrupted.append([(word, pairs[answer_from[place]][1]) for place, (word, _) in enumerate(pairs)])
         return self._with(corrupted)
 
@@ -144,41 +146,41 @@ def mean_head_outputs(model: nn.Module, tokens: Int[Tensor, "batch pos"]) -> Flo
         return torch.stack(
             [
                 einops.einsum(
-                    cache["z", layer][:, -1].mean(dim=0), block.attn.W_O, "head d_head, head d_head d_model -> head d_model"
+                    cache["z", layer][:, -1].mean(dim=0),
+                    block.attn.W_O,
+                    "head d_head, head d_head d_model -> head d_model",
                 )
                 for layer, block in enumerate(model.blocks)
             ]
         )
 
 
-def causal_head_scores(
-    model: nn.Module, corrupted: Any, head_outputs: Float[Tensor, "layer head d_model"]
-) -> Float[Tensor, "layer head"]:
-    """The average indirect effect of each head: how much it helps on prompts that do not show the task.
+def causal_head_scores(model: nn.Module, clean: Any, corrupted: Any) -> Float[Tensor, "layer head"]:
+    """The average indirect effect of each head: how much it helps in a context that does not show the task.
 
-    On `corrupted` (a dataset with `tokens` and `answers`), what one head writes at the last position is replaced by
-    what it writes on average where the task is shown, `head_outputs`. Its score is by how much that raises the
-    probability of the answer, averaged over the prompts. All other heads stay as they are. No gradients are recorded.
-    Source: Todd et al. 2024, section 2.3.
+    Both are datasets with `tokens` and `answers`. In a run on `corrupted`, what one head writes at the last position is
+    replaced by what it writes there on average over the prompts of `clean`, which may be more or fewer. The head's
+    score is by how much that raises the probability of the answer, averaged over the prompts of `corrupted`. All other
+    heads and positions stay as they are, and no gradients are recorded. Source: Todd et al. 2024, section 2.3.
     """
+    outputs = mean_head_outputs(model, clean.tokens)
     every = torch.arange(len(corrupted.tokens), device=corrupted.tokens.device)
 
     def probability(logits: Float[Tensor, "batch pos d_vocab"]) -> Float[Tensor, ""]:
         return logits[:, -1].softmax(dim=-1)[every, corrupted.answers].mean()
 
-    scores = torch.zeros(head_outputs.shape[:2], dtype=head_outputs.dtype, device=head_outputs.device)
+    scores = torch.zeros_like(outputs[..., 0])
     with torch.no_grad():
         before = probability(model(corrupted.tokens))
-        for layer in range(scores.shape[0]):
-            for head in range(scores.shape[1]):
+        for layer, head in itertools.product(*map(range, scores.shape)):
 
-                def put(result: Tensor, hook: Any, place: tuple[int, int] = (layer, head)) -> Tensor:
-                    result = result.clone()
-                    result[:, -1, place[1]] = head_outputs[place]
-                    return result
+            def put(result: Tensor, hook: Any, layer: int = layer, head: int = head) -> Tensor:
+                result = result.clone()
+                result[:, -1, head] = outputs[layer, head]
+                return result
 
-                logits = run_with_hooks(model, corrupted.tokens, hooks={f"blocks.{layer}.attn.hook_result": put})
-                scores[layer, head] = probability(logits) - before
+            logits = run_with_hooks(model, corrupted.tokens, hooks={f"blocks.{layer}.attn.hook_result": put})
+            scores[layer, head] = probability(logits) - before
     return scores
 
 
@@ -231,7 +233,7 @@ def add_vector(
 
 
 def vector_logits(model: nn.Module, vector: Float[Tensor, " d_model"]) -> Float[Tensor, " d_vocab"]:
-    """What a vector says if it is all there is in the stream: through the final norm and the unembedding, biases too."""
+    """The logits if a vector is all there is in the stream: through the final norm and the unembedding, biases too."""
     return model.unembed(model.ln_final(vector[None, None]))[0, 0]
 
 

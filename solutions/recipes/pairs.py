@@ -82,7 +82,7 @@ def documents(seed: int, story_share: float) -> Any:
 
 
 def training_batch(tokenizer: Any, recipe: PairsRecipe, step: int) -> Tensor:
-    """Rows of n_ctx + 1 tokens: whole documents one after another, each begun by the end-of-text token, the last cut."""
+    """Rows of n_ctx + 1 tokens: documents one after another, each begun by the end-of-text token, the last one cut."""
     source = documents(recipe.seed * 100_000_000 + step, recipe.story_share)
     rows = []
     for _ in range(recipe.batch):
@@ -187,7 +187,7 @@ def vectors(model: nn.Module, tokenizer: Any) -> dict[str, dict[str, float]]:
     for task, other in zip(tasks, tasks[1:] + tasks[:1], strict=True):
         clean = prompts(tokenizer, task, "listed", 5, 24, HELD_OUT_SEED + 2)
         corrupted = clean.with_examples_of(pairs_of(other, "listed"), HELD_OUT_SEED + 3)
-        scores += causal_head_scores(model, corrupted, outputs[task]) / len(tasks)
+        scores += causal_head_scores(model, clean, corrupted) / len(tasks)
     generator = torch.Generator().manual_seed(HELD_OUT_SEED)
     found: dict[str, dict[str, float]] = {}
     for kind in ("listed", "held_out"):
@@ -205,7 +205,9 @@ def vectors(model: nn.Module, tokenizer: Any) -> dict[str, dict[str, float]]:
                     with add_vector(model, LAYER, vector):
                         right += float(is_right(model, asked).float().mean()) / draws
                 found[f"{name}_{kind}"][task] = right
-    found["scores"] = {f"{head // 8}.{head % 8}": float(scores.flatten()[head]) for head in scores.flatten().topk(6).indices}
+    found["scores"] = {
+        f"{head // 8}.{head % 8}": float(scores.flatten()[head]) for head in scores.flatten().topk(6).indices
+    }
     return found
 
 
