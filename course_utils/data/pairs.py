@@ -89,6 +89,11 @@ def words(task: str, kinds: Sequence[str] = KINDS) -> list[str]:
     return [word for kind in kinds for word in SPLIT[task][kind]]
 
 
+def pairs_of(task: str, kinds: Sequence[str] = KINDS) -> dict[str, str]:
+    """The pairs of these kinds in a task: each word and its answer."""
+    return {word: TASKS[task][word] for word in words(task, kinds)}
+
+
 def document(rng: random.Random) -> str:
     """One text. It begins with a space unless its first word has a capital: so every word is the same token anywhere.
 

@@ -113,14 +113,11 @@ def from_tales(tokenizer: Any, recipe: PairsRecipe) -> Transformer:
     return model
 
 
-def pairs_of(task: str, *kinds: str) -> dict[str, str]:
-    """The pairs of these kinds."""
-    return {word: pairs.TASKS[task][word] for word in pairs.words(task, kinds)}
-
-
 def prompts(tokenizer: Any, task: str, kind: str, n_shots: int, n: int, seed: int) -> ICLDataset:
     """Prompts that show listed pairs and ask for one of a kind."""
-    return ICLDataset(pairs_of(task, "listed"), n_shots, n, tokenizer, seed, asked=pairs_of(task, kind))
+    return ICLDataset(
+        pairs.pairs_of(task, ("listed",)), n_shots, n, tokenizer, seed, asked=pairs.pairs_of(task, (kind,))
+    )
 
 
 def accuracy(model: nn.Module, tokenizer: Any, kind: str, n_shots: int, n: int) -> dict[str, float]:
@@ -186,7 +183,7 @@ def vectors(model: nn.Module, tokenizer: Any) -> dict[str, dict[str, float]]:
     scores = torch.zeros(model.cfg.n_layers, model.cfg.n_heads)
     for task, other in zip(tasks, tasks[1:] + tasks[:1], strict=True):
         clean = prompts(tokenizer, task, "listed", 5, 24, HELD_OUT_SEED + 2)
-        corrupted = clean.with_examples_of(pairs_of(other, "listed"), HELD_OUT_SEED + 3)
+        corrupted = clean.with_examples_of(pairs.pairs_of(other, ("listed",)), HELD_OUT_SEED + 3)
         scores += causal_head_scores(model, clean, corrupted) / len(tasks)
     generator = torch.Generator().manual_seed(HELD_OUT_SEED)
     found: dict[str, dict[str, float]] = {}
