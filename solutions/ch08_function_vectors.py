@@ -31,8 +31,9 @@ class ICLDataset:
     """`n` prompts that show `n_shots` pairs of a task and ask for one more, in the format of `icl_text`.
 
     `task` gives the answer to each word, and its pairs are the examples. The pairs asked for are those of `asked`, or
-    of the task itself if there is none. A prompt never shows the word that it asks for, and shows no word twice. All
-    choices come from one `random.Random(seed)`; each word is equally likely.
+    of the task itself if there is none: each of its words once, in a random order, then each once more in another
+    order, and so on until there are `n`. A prompt never shows the word that it asks for, and shows no word twice; each
+    other word is as likely as any. All choices come from one `random.Random(seed)`.
 
     Attributes: `examples` (for each prompt its pairs, in order), `queries` (the words asked for), `texts`, `tokens`
     (a row for each text, `tokenizer.bos_token_id` first) and `answers` (the first token of " " + answer, for each
@@ -53,7 +54,8 @@ class ICLDataset:
         asked: Mapping[str, str] | None = None,
     ) -> None:
         rng, asked = random.Random(seed), task if asked is None else asked
-        queries = [rng.choice(list(asked)) for _ in range(n)]
+        rounds = [rng.sample(list(asked), len(asked)) for _ in range(0, n, len(asked))]
+        queries = list(itertools.chain(*rounds))[:n]
         shown = [rng.sample([word for word in task if word != query], n_shots) for query in queries]
         examples = [[(word, task[word]) for word in words] for words in shown]
         self._fill(examples, queries, [asked[query] for query in queries], tokenizer)

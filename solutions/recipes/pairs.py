@@ -47,7 +47,7 @@ title, in which they are asked for here; `told` ones in sentences only.
 
 - `five_shots_KIND`: the share of right first choices after five listed examples, on average over the tasks, 200 prompts
   each; `five_shots_held_out_by_task` has every task's own.
-- `no_shots_KIND`: the same where only the asked word is there. Of several tasks the model can do but one.
+- `no_shots_KIND`: the same where only the asked word is there, each once. Of its tasks the model can do but one.
 - `vector_KIND`: no shots, and the task's function vector added once after block 1, at the last position: the sum of the
   mean outputs of four heads. `random_KIND` is its control: other heads, as many, with the same norm, over three draws.
 - `vector_over_random_held_out_by_task`: the difference of the two for every task.
@@ -120,12 +120,13 @@ def prompts(tokenizer: Any, task: str, kind: str, n_shots: int, n: int, seed: in
     )
 
 
-def accuracy(model: nn.Module, tokenizer: Any, kind: str, n_shots: int, n: int) -> dict[str, float]:
-    """The share of right first choices for each task."""
-    return {
-        task: float(is_right(model, prompts(tokenizer, task, kind, n_shots, n, HELD_OUT_SEED)).float().mean())
-        for task in pairs.TASKS
-    }
+def accuracy(model: nn.Module, tokenizer: Any, kind: str, n_shots: int, n: int | None = None) -> dict[str, float]:
+    """The share of right first choices for each task, in `n` prompts, or in one for each word."""
+    found = {}
+    for task in pairs.TASKS:
+        asked = prompts(tokenizer, task, kind, n_shots, n or len(pairs.words(task, (kind,))), HELD_OUT_SEED)
+        found[task] = float(is_right(model, asked).float().mean())
+    return found
 
 
 def mean(values: dict[str, float]) -> float:
@@ -191,7 +192,7 @@ def vectors(model: nn.Module, tokenizer: Any) -> dict[str, dict[str, float]]:
         for name, draws in (("vector", 1), ("random", 3)):
             found[f"{name}_{kind}"] = {}
             for task in tasks:
-                asked = prompts(tokenizer, task, kind, 0, 100, HELD_OUT_SEED)
+                asked = prompts(tokenizer, task, kind, 0, len(pairs.words(task, (kind,))), HELD_OUT_SEED)
                 right = 0.0
                 for _ in range(draws):
                     vector = (
@@ -230,7 +231,7 @@ def card(model: Transformer, tokenizer: Any, recipe: PairsRecipe, seconds: float
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         **{f"five_shots_{kind}": mean(values) for kind, values in five.items()},
         "five_shots_held_out_by_task": by_task(five["held_out"]),
-        **{f"no_shots_{kind}": mean(accuracy(model, tokenizer, kind, 0, 100)) for kind in ("listed", "held_out")},
+        **{f"no_shots_{kind}": mean(accuracy(model, tokenizer, kind, 0)) for kind in ("listed", "held_out")},
         **{key: mean(values) for key, values in found.items() if key != "scores"},
         "vector_over_random_held_out_by_task": by_task(gain),
         "head_effects": by_task(found["scores"]),

@@ -32,8 +32,11 @@ class ICLDataset:
         self.n_shots, self.tokenizer = n_shots, tokenizer
         generator, asked = random.Random(seed), asked or task
         self.examples, self.queries, self.right = [], [], []
-        for _ in range(n):
-            query = list(asked)[generator.randrange(len(asked))]
+        while len(self.queries) < n:
+            if len(self.queries) % len(asked) == 0:
+                order = list(asked)
+                generator.shuffle(order)
+            query = order[len(self.queries) % len(asked)]
             words = [word for word in task if word != query]
             generator.shuffle(words)
             self.examples.append([(word, task[word]) for word in words[:n_shots]])

@@ -102,11 +102,19 @@ class Prompts:
         self.made = (task, n_shots, n, tokenizer, asked)
         rng = Random(seed)
         prompts = []
-        for _ in range(n):
-            query = rng.choice(sorted(self.pool(task, asked)))
+        for query in self.ask(rng, sorted(self.pool(task, asked)), n):
             right = (asked or task)[query] if query in (asked or task) else task[query]
             prompts.append((self.choose(rng, task, query, n_shots), query, right))
         self.set(prompts)
+
+    def ask(self, rng: Random, words: list[str], n: int) -> list[str]:
+        """One after the other, until all had their turn."""
+        left: list[str] = []
+        asked = []
+        for _ in range(n):
+            left = left or list(words)
+            asked.append(left.pop(rng.randrange(len(left))))
+        return asked
 
     def pool(self, task: Mapping[str, str], asked: Mapping[str, str] | None) -> Mapping[str, str]:
         return task if asked is None else asked
@@ -206,6 +214,12 @@ def asks_another_task(self: Any, other: Mapping[str, str], seed: int) -> Any:
         "a prompt can show the word that it asks for.": wrong(choose=shows_the_query),
         "a prompt can show a word twice; draw without replacement.": wrong(choose=with_replacement),
         "every prompt shows the first words of the task; draw them.": wrong(choose=first_words),
+        "a word can come again before every other had its turn.": wrong(
+            ask=lambda self, rng, words, n: rng.choices(words, k=n)
+        ),
+        "the words are asked for in the order of the task; draw the order.": wrong(
+            ask=lambda self, rng, words, n: [words[place % len(words)] for place in range(n)]
+        ),
         "`asked` is ignored: the words come from the task itself.": wrong(pool=lambda self, task, asked: task),
         "the rows do not begin with the begin token.": wrong(row=lambda self, tokenizer, text: tokenizer.encode(text)),
         "the answers have no space before them, and so other tokens.": wrong(
@@ -294,8 +308,12 @@ def _demand(name: str, holds: bool, what: str, words: str, call: str) -> None:
 def _even(name: str, call: str, data: Any, task: Mapping[str, str], asked: Mapping[str, str], n_shots: int) -> None:
     """Each word is asked for and shown about as often as the others; far from it only where something is left out."""
     n = len(data.queries)
+    rounds = [tuple(data.queries[start : start + len(asked)]) for start in range(0, n, len(asked))]
+    for number, words in enumerate(rounds):
+        twice = len(set(words)) < len(words)
+        _demand(name, not twice, "turn", f"in round {number} {list(words)} are asked for, one of them twice", call)
+    _demand(name, len(set(rounds)) > 1, "order", f"the words are always asked for in the order {rounds[0]}", call)
     for what, counted, pool, expected in (
-        ("asked for", Counter(data.queries), asked, n / len(asked)),
         ("shown", Counter(word for examples in data.examples for word, _ in examples), task, n * n_shots / len(task)),
         ("shown first", Counter(examples[0][0] for examples in data.examples if examples), task, n / len(task)),
     ):
