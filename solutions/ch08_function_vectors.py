@@ -99,6 +99,7 @@ class ICLDataset:
         return self._with([[(word, other[word]) for word in words] for words in shown])
 
     def _with(self, examples: list[list[tuple[str, str]]]) -> "ICLDataset":
+        """A new data set with other examples before the same questions."""
         dataset = copy.copy(self)
         dataset._fill(examples, self.queries, self._right, self._tokenizer)
         return dataset

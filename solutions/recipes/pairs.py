@@ -59,11 +59,11 @@ title, in which they are asked for here; `told` ones in sentences only.
 class PairsRecipe:
     """Everything that decides the weights, besides the data and the code."""
 
-    steps: int = 3600
+    steps: int = 1400
     batch: int = 16
     n_ctx: int = 96
     story_share: float = 0.15  # of the documents
-    peak_lr: float = 1e-3
+    peak_lr: float = 1.5e-3
     warmup: int = 100
     weight_decay: float = 0.01
     init_std: float = 0.05  # of what `tales` has no weights for: new tokens
