@@ -59,7 +59,8 @@ title, in which they are asked for here; `told` ones in sentences only.
 class PairsRecipe:
     """Everything that decides the weights, besides the data and the code."""
 
-    steps: int = 1400
+    steps: int = 800
+    schedule: int = 1400  # steps of the learning rate's cosine: training ends before the cosine does
     batch: int = 16
     n_ctx: int = 96
     story_share: float = 0.15  # of the documents
@@ -152,7 +153,7 @@ def train(
         history, first, seconds = state["history"], state["step"], state["seconds"]
     began, recent = time.process_time() - seconds, []
     for step in range(first, recipe.steps):
-        rate = cosine_schedule(step, recipe.warmup, recipe.steps, recipe.peak_lr, recipe.peak_lr / 50)
+        rate = cosine_schedule(step, recipe.warmup, recipe.schedule, recipe.peak_lr, recipe.peak_lr / 50)
         for group in optimizer.param_groups:
             group["lr"] = rate
         loss = training_loss(model, training_batch(tokenizer, recipe, step).to(device))
