@@ -256,7 +256,7 @@ def contrastive_vector(
 
 @contextmanager
 def activation_addition(
-    model: nn.Module, layer: int, plus: Int[Tensor, " pos"], minus: Int[Tensor, " pos"], scale: float = 1.0
+    model: nn.Module, layer: int, plus: Int[Tensor, " pos"], minus: Int[Tensor, " other_pos"], scale: float = 1.0
 ) -> Iterator[None]:
     """While the context lasts, every text is read as if its beginning had more of `plus` and less of `minus`.
 
