@@ -1,5 +1,6 @@
 """The tokenizer of every model trained on tales: byte-level BPE, learned from the stories themselves."""
 
+from collections.abc import Iterable
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,12 @@ N_STORIES = 50_000
 
 
 def train_tokenizer(vocabulary: int = VOCABULARY, n_stories: int = N_STORIES) -> "PreTrainedTokenizerFast":
-    """Learn the merges from seeded stories. The one special token begins a text, ends it, and pads."""
+    """Learn the merges from seeded stories."""
+    return tokenizer_for((story.text for story in islice(tales.stream(seed=0), n_stories)), vocabulary)
+
+
+def tokenizer_for(texts: Iterable[str], vocabulary: int) -> "PreTrainedTokenizerFast":
+    """Learn the merges from these texts. The one special token begins a text, ends it, and pads."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -27,7 +33,7 @@ def train_tokenizer(vocabulary: int = VOCABULARY, n_stories: int = N_STORIES) ->
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator((story.text for story in islice(tales.stream(seed=0), n_stories)), trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT
     )

@@ -1,0 +1,1 @@
+"""Checks of chapter 08: function vectors and steering."""

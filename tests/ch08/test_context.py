@@ -1,0 +1,99 @@
+"""What the checks of learning in context cannot know: see tests/test_checks.py."""
+
+from typing import Any
+
+import pytest
+import torch
+
+import solutions.ch08_function_vectors as ref
+from course_utils.checks.ch08.context import OTHER, TASK, Prompts, Words, hits, wrong
+from course_utils.data import pairs
+from tests.ch08 import other_function_vectors as other
+
+SECRETS = ("sample(", "argmax(", "quantile(", "randint(")
+# Changes after which the reference still does what its statement says.
+STILL_RIGHT: set[str] = set()
+
+
+def one_rotation(self: Any, seed: int) -> Any:
+    """Every answer moves on by one place, whatever the seed."""
+    if self.made[1] < 2:
+        raise ValueError("too few")
+
+    def change(examples: Any, query: str) -> Any:
+        return [(word, examples[place - 1][1]) for place, (word, _) in enumerate(examples)]
+
+    return self.again(change)
+
+
+def forgets_the_answers(self: Any, prompts: Any) -> None:
+    Prompts.set(self, prompts)
+    self.answers = self.answers.float()
+
+
+SURPRISES: dict[str, list[tuple[str, Any]]] = {
+    "icl_text": [
+        ("wrong answer", lambda examples, query: ref.icl_text(examples, query).replace(" ->", ":")),
+        ("wrong answer", lambda examples, query: ref.icl_text(list(reversed(examples)), query)),
+        ("expected a str", lambda examples, query: ref.icl_text(examples, query).split()),
+    ],
+    "ICLDataset": [
+        ("always change places in the same way", wrong(shuffled=one_rotation)),
+        ("expected dtype int64", wrong(set=forgets_the_answers)),
+        ("the old data set was changed", wrong(with_examples_of=lambda self, other, seed: self.set(
+            Prompts.with_examples_of(self, other, seed).prompts) or self)),
+        ("it has no attribute", type("ICLDataset", (), {"__init__": lambda self, *args: None})),
+    ],
+    "is_right": [
+        ("expected dtype bool", lambda model, data: hits()(model, data).float()),
+        ("values are wrong", lambda model, data: ~hits()(model, data)),
+        ("gradients are recorded", lambda model, data: model(data.tokens)[:, -1].argmax(-1) == data.answers),
+    ],
+    "bootstrap_interval": [
+        ("expected two floats", lambda *args: torch.tensor(ref.bootstrap_interval(*args))),
+        (
+            "does not follow the generator",
+            lambda values, n, generator, level=0.95: ref.bootstrap_interval(
+                values, n, torch.Generator().manual_seed(0), level
+            ),
+        ),
+        ("end is wrong", lambda values, n, generator, level=0.95: tuple(
+            end + 0.5 for end in ref.bootstrap_interval(values, n, generator, level))),
+    ],
+}  # fmt: skip
+
+ALSO_RIGHT: dict[str, list[Any]] = {name: [getattr(other, name)] for name in SURPRISES}
+
+
+def test_error_of_unequal_lengths_shows_two_texts() -> None:
+    with pytest.raises(ValueError, match="log jam"):
+        ref.ICLDataset(TASK | {"log jam": "JAM"}, 1, 60, Words())
+
+
+def test_corruptions_keep_the_length_in_tokens() -> None:
+    data = ref.ICLDataset(TASK, 3, 20, Words())
+    assert data.shuffled(1).tokens.shape == data.with_examples_of(OTHER, 1).tokens.shape == data.tokens.shape
+
+
+def test_pairs_of_a_kind_are_where_they_may_be() -> None:
+    """No list without a title holds a held-out pair beside others, and only sentences hold a told one."""
+    for number, text in zip(range(3000), pairs.stream(7), strict=False):
+        for task, answers in pairs.TASKS.items():
+            for kind in ("held_out", "told"):
+                for word in pairs.words(task, (kind,)):
+                    if f" {word} -> {answers[word]}" in text:
+                        assert kind == "held_out", (number, text)
+                        assert not text.startswith(" ") or text.count("->") == 1 or is_ambiguous(text, task), text
+
+
+def is_ambiguous(text: str, task: str) -> bool:
+    """Whether the list is one of another task that shares this pair."""
+    shown = [tuple(pair.split(" -> ")) for pair in text.strip(" .").split(", ")]
+    return any(
+        all(other.get(word) == answer for word, answer in shown) for name, other in pairs.TASKS.items() if name != task
+    )
+
+
+def test_every_word_stands_in_several_tasks() -> None:
+    for word in pairs.TASKS["capitals"]:
+        assert sum(word in answers for answers in pairs.TASKS.values()) >= 4
