@@ -22,7 +22,8 @@ def modular_addition_dataset(
 
     Row a * p + b of `tokens` holds a, b and the token p, which stands for "="; its answer is (a + b) % p. The training
     pairs are drawn at random, share * p² of them, rounded down. With `together`, a + b and b + a are drawn as one, so
-    that no held-out sum has its mirror image in the training set; there can then be one training pair more. Random numbers come from `generator`. Raises ValueError if one of the two sides would be empty.
+    that no held-out sum has its mirror image in the training set; there can then be one training pair more. Random
+    numbers come from `generator`. Raises ValueError if one of the two sides would be empty.
     """
     n_train, device = int(share * p**2), generator.device
     if not 0 < n_train < p**2:
@@ -302,8 +303,8 @@ def loss_with_frequencies(
 ) -> Float[Tensor, ""]:
     """The model's loss if its embeddings of the numbers hold these frequencies and the constant, and no others.
 
-    The model runs with `hook_embed` replaced, so all that follows from it follows; "=" keeps its embedding. The answer is
-    read at "=", among the numbers. The model stays as it is, no hook is left behind, and no gradients are recorded.
+    The model runs with `hook_embed` replaced, so all that follows from it follows; "=" keeps its embedding. The answer
+    is read at "=", among the numbers. The model stays as it is, no hook is left behind, and no gradients are recorded.
     """
     W_E = model.embed.W_E
     n = len(W_E) - 1

@@ -56,7 +56,8 @@ first memorises them, and much later gets the others right.
 - `held_out_loss`, `train_loss`: mean cross-entropy in nats, computed in float64.
 - `key_frequencies`: the five largest frequencies of the embeddings, largest first{order}.
 - `logit_share`: the share of the logits' variance that cos(w(a + b - c)) at these five frequencies explains.
-- `history.json`: every 100 steps the losses, the measures of progress of chapter 13, and the sum of all squared weights{others}.
+- `history.json`: every 100 steps the losses, the measures of progress of chapter 13, and the sum of all squared
+  weights{others}.
 """
 
 

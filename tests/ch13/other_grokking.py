@@ -1,4 +1,4 @@
-"""Right answers of chapter 13 in another style: loops for tensors, complex numbers for waves, modules for parameters."""
+"""Right answers of chapter 13 in another style: loops for tensors, complex numbers for waves."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -54,7 +54,7 @@ def tabulated_logits(model: Any, tokens: Tensor) -> Tensor:
 
 
 def fourier_basis(n: int) -> Tensor:
-    """Row by row, as QR of nothing: cosines and sines of whole numbers of turns, normalised by F.normalize."""
+    """Row by row."""
     x = torch.arange(n, dtype=torch.float64) / n
     rows = [torch.ones_like(x)]
     for k in range(1, (n + 1) // 2):

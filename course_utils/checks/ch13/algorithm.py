@@ -130,9 +130,7 @@ def unembedded(
             lambda found, model: found + model.unembed.b_U.detach()[:-1]
         ),
         "`b_out` is carried along; a bias belongs to no neuron.": unembedded(
-            lambda found, model: (
-                found + model.blocks[-1].mlp.b_out.detach() @ model.unembed.W_U.detach()[:, :-1]
-            )
+            lambda found, model: found + model.blocks[-1].mlp.b_out.detach() @ model.unembed.W_U.detach()[:, :-1]
         ),
         "the way in is taken, `W_in`; a neuron writes with `W_out`.": unembedded(first="W_in"),
         "it is the first MLP; the last one is meant.": unembedded(layer=0),
@@ -318,5 +316,3 @@ def check_logit_fit(fn: Fn) -> None:
         compare(f"{words}: the coefficients", found, right[0], "frequency")
         compare(f"{words}: the shares", shares, right[1], "frequency")
     follows_input(name, lambda logits, wanted: fn(logits, wanted)[1], (some_logits(5, {1: 2.0}), [1, 2]), "frequency")
-
-

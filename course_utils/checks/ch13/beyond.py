@@ -18,9 +18,7 @@ Logits = Callable[[Tensor, Tensor], Tensor]
 def toy(d_model: int, n: int) -> Logits:
     """Logits tanh(first @ A) * (second @ B) + first @ C, whose slopes can be written down."""
     A, B, C = weights(d_model, n)
-    return lambda first, second: (
-        torch.tanh(first @ A.to(first)) * (second @ B.to(second)) + first @ C.to(first)
-    )
+    return lambda first, second: torch.tanh(first @ A.to(first)) * (second @ B.to(second)) + first @ C.to(first)
 
 
 def weights(d_model: int, n: int) -> tuple[Tensor, Tensor, Tensor]:

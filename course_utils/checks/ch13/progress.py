@@ -86,7 +86,7 @@ def check_sum_part(fn: Fn) -> None:
     follows_input(name, fn, (noise(5, 5, 2), [2]), "a b neuron")
 
 
-# ------------------------------------------------------------------------------------------------------------ two losses
+# ---------------------------------------------------------------------------------------------------------- two losses
 
 
 def cross_entropy(logits: Tensor, answers: Tensor, reduction: str = "mean") -> Tensor:

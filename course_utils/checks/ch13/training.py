@@ -113,7 +113,7 @@ def _one_data_set(name: str, fn: Fn, p: int, share: float, together: bool) -> No
     if torch.equal(generator.get_state(), torch.Generator().manual_seed(1).get_state()):
         raise CheckFailed(
             f"{name}: it left `generator` as it was.\n  {words}",
-            evidence=Evidence("the generator", True),
+            evidence=Evidence("the generator", answer),
             advice="  Next: draw the training pairs, and draw them from `generator` itself.",
         )
     if not isinstance(answer, tuple) or len(answer) != 3:
@@ -150,7 +150,8 @@ def _chances(name: str, fn: Fn) -> None:
     if wrong.any():
         a, b = divmod(int(wrong.double().argmax()), 5)
         raise CheckFailed(
-            f"{name}: the pair ({a}, {b}) is for training in {often[5 * a + b]:.0%} of {n} splits.\n  expected about 40%",
+            f"{name}: the pair ({a}, {b}) is for training in {often[5 * a + b]:.0%} of {n} splits.\n"
+            "  expected about 40%",
             evidence=Evidence("how often a pair is drawn", often),
             advice="  Next: give every pair the same chance.",
         )
@@ -258,9 +259,7 @@ def from_parameters(
         swapped = tokens[:, [*order, 2]]
         resid = weights["embed.W_E"][swapped] + position(weights["pos_embed.W_pos"])
         q = torch.einsum("nm,hmd->nhd", resid[:, -1], layer["W_Q"]) + b["b_Q"]
-        k, v = (
-            torch.einsum("npm,hmd->nphd", resid, layer[f"W_{letter}"]) + b[f"b_{letter}"] for letter in ("K", "V")
-        )
+        k, v = (torch.einsum("npm,hmd->nphd", resid, layer[f"W_{letter}"]) + b[f"b_{letter}"] for letter in ("K", "V"))
         scores = torch.einsum("nhd,nphd->nhp", q, k) / (q.shape[-1] ** 0.5 if scale else 1)
         z = torch.einsum("nhp,nphd->nhd", seen(scores), v)
         mid = torch.einsum("nhd,hdm->nm", z, layer["W_O"]) + b["b_O"] + stream * resid[:, -1]

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -145,7 +144,7 @@ def check_fft1d(fn: Fn) -> None:
     name = "fft1d"
     for shape in ((8,), (3, 7), (2, 4, 6), (5, 1)):
         values = noise(*shape, seed=sum(shape)) + 0.3
-        axes = " ".join(["first", "second"][: len(shape) - 1] + ["wave"])
+        axes = " ".join([*["first", "second"][: len(shape) - 1], "wave"])
         with unchanged(name, values=values):
             actual = fn(values)
         compare(f"{name} of {tuple(shape)}", actual, coefficients(values).float(), axes)
@@ -225,7 +224,7 @@ def check_fft2d(fn: Fn) -> None:
     follows_input(name, fn, (noise(3, 3, 2),), "wave_a wave_b neuron")
 
 
-# -------------------------------------------------------------------------------------------------- a table's frequencies
+# ------------------------------------------------------------------------------------------------ a table's frequencies
 
 
 def pooled(
