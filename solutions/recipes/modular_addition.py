@@ -4,7 +4,7 @@
 import argparse
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,20 +33,9 @@ P = 59
 CFG = TransformerConfig(
     d_vocab=P + 1, n_ctx=3, n_layers=1, n_heads=4, d_model=128, d_head=32, d_mlp=512, act="relu", normalization="none"
 )  # fmt: skip
-SMALL = replace(CFG, d_model=64, d_head=16, d_mlp=256)  # several times faster
 N_KEYS = 5  # frequencies that the card counts
 GROKKED = 0.01  # nats on held-out pairs
 SNAPSHOTS = (400, 1000, 1600, 2200, 3000)
-# The same training of a smaller model, with one thing changed, for the figure that asks when there is no grokking.
-OTHERS: Mapping[str, Mapping[str, Any]] = {
-    "seed 0": {},
-    "seed 1": {"seed": 1},
-    "seed 2": {"seed": 2},
-    "no weight decay": {"weight_decay": 0.0},
-    "70% of the pairs": {"share": 0.7, "steps": 2000},
-    "25% of the pairs": {"share": 0.25},
-    "mirror images together": {"together": True},
-}
 PROSE = """
 One layer of four heads and 512 ReLU neurons, without normalisation, reads two numbers and "=", and gives the
 {operation} modulo 59 at "=". It was trained on a part of all pairs, all of them in every step, with weight decay. It
@@ -58,7 +47,7 @@ first memorises them, and much later gets the others right.
 - `key_frequencies`: the five largest frequencies of the embeddings, largest first{order}.
 - `logit_share`: the share of the logits' variance that cos(w(a + b - c)) at these five frequencies explains.
 - `history.json`: every 100 steps the losses, the measures of progress of chapter 13, and the sum of all squared
-  weights{others}.
+  weights.
 """
 
 
@@ -73,7 +62,6 @@ class GrokkingRecipe:
     share: float = 0.4
     steps: int = 7000
     snapshots: tuple[int, ...] = ()
-    others: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def elements(self) -> Tensor:
@@ -89,10 +77,10 @@ class GrokkingRecipe:
         tokens = pairs + 1
         return tokens, tokens[:, 0] * tokens[:, 1] % P, is_train
 
-    def fresh(self, seed: int, cfg: TransformerConfig = CFG) -> Transformer:
+    def fresh(self, seed: int) -> Transformer:
         """The model before its first step."""
-        model = Transformer(cfg)
-        init_weights(model, cfg.d_model**-0.5, torch.Generator().manual_seed(seed))
+        model = Transformer(CFG)
+        init_weights(model, CFG.d_model**-0.5, torch.Generator().manual_seed(seed))
         return model
 
 
@@ -168,14 +156,6 @@ def train(
     return model, front, history, {step: states[step] for step in recipe.snapshots if step in states}
 
 
-def train_other(recipe: GrokkingRecipe, change: Mapping[str, Any]) -> list[dict[str, float]]:
-    """The losses of the same training of the smaller model, with its seed, share, weight decay or split changed."""
-    seed, steps = change.get("seed", recipe.seed), change.get("steps", 5000)
-    data = recipe.data(seed, change.get("share", recipe.share), change.get("together", False))
-    history = fit_modular(recipe.fresh(seed, SMALL), *data, steps=steps, weight_decay=change.get("weight_decay", 1.0))
-    return [{key: short(value) for key, value in entry.items()} for entry in history]
-
-
 def short(value: float) -> float:
     """Four digits are enough for a figure."""
     return float(f"{value:.4g}")
@@ -195,8 +175,7 @@ def run(recipe: GrokkingRecipe, argv: list[str] | None = None) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     save_file(model.state_dict(), options.out / "model.safetensors")
     if options.ship:
-        others = {name: train_other(recipe, change) for name, change in recipe.others.items()}
-        print("written to", ship(recipe, model, front, history, snapshots, others))
+        print("written to", ship(recipe, model, front, history, snapshots))
 
 
 def ship(
@@ -205,14 +184,12 @@ def ship(
     front: Mapping[str, object],
     history: list[dict[str, float]],
     snapshots: Mapping[int, Mapping[str, Tensor]],
-    others: Mapping[str, object],
 ) -> Path:
-    """Write the model that ships, with its history and that of the trainings it is compared with."""
+    """Write the model that ships."""
     order = "" if recipe.operation == "sum" else ", over the numbers in the order of the powers of 2"
-    about_others = ";\n  under `others` the losses of a model of half the width, one thing changed" if others else ""
-    prose = f"# {recipe.name}\n" + PROSE.format(operation=recipe.operation, order=order, others=about_others)
+    prose = f"# {recipe.name}\n" + PROSE.format(operation=recipe.operation, order=order)
     rows = [{key: short(value) for key, value in entry.items()} for entry in history]
-    return save_shipped(model, None, recipe.name, front, prose, {"measures": rows, "others": others}, snapshots)
+    return save_shipped(model, None, recipe.name, front, prose, rows, snapshots)
 
 
 RECIPE = GrokkingRecipe(
@@ -220,7 +197,6 @@ RECIPE = GrokkingRecipe(
     operation="sum",
     about="one layer that groks addition modulo 59, with snapshots of how it does",
     snapshots=SNAPSHOTS,
-    others=OTHERS,
 )
 
 

@@ -10,6 +10,7 @@ from course_utils.checks.ch13.algorithm import by_terms, directions, fitted, une
 from tests.ch13 import other_grokking as other
 
 SECRETS = ("W_out @", "einsum(", "2 * frequency - 1")
+ONLY_ON_GPU = "device="
 # Changes after which the reference still does what its statement says.
 STILL_RIGHT: set[str] = set()
 

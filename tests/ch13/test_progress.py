@@ -9,6 +9,7 @@ from course_utils.checks.ch13.progress import averaged, excluded, filtered, rest
 from tests.ch13 import other_grokking as other
 
 SECRETS = ("einsum(", ".sort()", "isin(")
+ONLY_ON_GPU = "device="
 # Changes after which the reference still does what its statement says.
 STILL_RIGHT: set[str] = set()
 

@@ -10,6 +10,7 @@ from course_utils.checks.ch13.training import dataset, drawn, losses, small_loss
 from tests.ch13 import other_grokking as other
 
 SECRETS = ("kthvalue(", "argsort(", "double().log_softmax", "einsum(")
+ONLY_ON_GPU = "device="
 # Changes after which the reference still does what its statement says.
 STILL_RIGHT: set[str] = set()
 

@@ -10,6 +10,7 @@ from course_utils.checks.ch13.waves import both, on_rows, pooled, ranked, term, 
 from tests.ch13 import other_grokking as other
 
 SECRETS = ("torch.outer(freq", "einsum(", ".topk(", "index_add")
+ONLY_ON_GPU = "device="
 # Changes after which the reference still does what its statement says.
 STILL_RIGHT: set[str] = set()
 

@@ -1,4 +1,4 @@
-"""What the shipped models `modular-addition` and `modular-multiplication` promise, and their recipe, in short."""
+"""What the shipped model `modular-addition` promises, and its recipe on a small scale."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from solutions.ch13_grokking import answer_loss, key_frequencies, logit_fit, los
 from solutions.recipes import modular_addition as recipe
 from solutions.recipes import modular_multiplication
 
-RECIPES = {"modular-addition": recipe.RECIPE, "modular-multiplication": modular_multiplication.RECIPE}
+RECIPES = {"modular-addition": recipe.RECIPE}  # that of products ships no model
 CARDS = {card["name"]: card for card in shipped_models()}
 
 
@@ -39,9 +39,8 @@ def test_the_card_is_that_of_the_recipe(name: str, model: Transformer) -> None:
     assert shipped_tokenizer(name) is None
     assert shipped_steps(name) == list(own.snapshots)
     history = load_history(name)
-    assert [entry["step"] for entry in history["measures"]] == list(range(0, own.steps + 1, 100))
-    assert int(card["grokked_at_step"]) == first_below(history["measures"], "held_out")
-    assert history["others"].keys() == own.others.keys()
+    assert [entry["step"] for entry in history] == list(range(0, own.steps + 1, 100))
+    assert int(card["grokked_at_step"]) == first_below(history, "held_out")
 
 
 def test_held_out_answers_are_right(name: str, model: Transformer) -> None:
@@ -74,7 +73,7 @@ def test_the_model_stands_and_falls_with_its_key_frequencies() -> None:
 
 
 def test_restricted_loss_falls_long_before_held_out_loss() -> None:
-    entries = load_history("modular-addition")["measures"]
+    entries = load_history("modular-addition")
     memorised, restricted, grokked = (first_below(entries, key) for key in ("train", "restricted", "held_out"))
     assert memorised < restricted < grokked
     assert grokked - restricted >= 1000
@@ -86,7 +85,7 @@ def test_snapshots_are_those_of_the_history(step: int) -> None:
     """As float16, and so only nearly."""
     model = load_pretrained(Transformer, "modular-addition", step=step)
     tokens, answers, is_train = data("modular-addition")
-    entry = load_history("modular-addition")["measures"][step // 100]
+    entry = load_history("modular-addition")[step // 100]
     with torch.no_grad():
         held_out = float(answer_loss(tabulated_logits(model, tokens[~is_train]), answers[~is_train]))
     assert held_out == pytest.approx(entry["held_out"], rel=0.02)
@@ -96,18 +95,13 @@ def test_snapshots_are_those_of_the_history(step: int) -> None:
         assert measured[key] == pytest.approx(entry[key], rel=0.02)
 
 
-def test_other_trainings_were_kept() -> None:
-    others = load_history("modular-addition")["others"]
-    assert min(entry["held_out"] for entry in others["no weight decay"]) > 1
-    assert first_below(others["70% of the pairs"], "held_out") < first_below(others["seed 1"], "held_out")
-
-
 def test_a_product_has_no_zero() -> None:
-    tokens, answers, _ = data("modular-multiplication")
+    own = modular_multiplication.RECIPE
+    tokens, answers, _ = own.data(own.seed, own.share)
     assert len(tokens) == 58**2 and tokens[:, :2].min() == 1
     assert torch.equal(answers, tokens[:, 0] * tokens[:, 1] % 59)
     flags = tokens[:, 0] == 2
-    grid = recipe.in_order(modular_multiplication.RECIPE, tokens, flags)
+    grid = recipe.in_order(own, tokens, flags)
     assert grid[1].all() and int(grid.sum()) == 58  # 2 is the first power of the smallest root, 2
 
 
@@ -118,7 +112,7 @@ def test_the_recipe_writes_what_it_trained(tmp_path, monkeypatch, capsys) -> Non
     assert (tmp_path / "model.safetensors").exists()
 
 
-def test_shipping_trains_the_others_too(tmp_path, monkeypatch) -> None:
+def test_what_ships_says_what_it_is(tmp_path, monkeypatch) -> None:
     kept = {}
 
     def save(model, tokenizer, name, front, prose, history, snapshots):
@@ -126,10 +120,8 @@ def test_shipping_trains_the_others_too(tmp_path, monkeypatch) -> None:
         return tmp_path
 
     monkeypatch.setattr(recipe, "save_shipped", save)
-    small = recipe.GrokkingRecipe(
-        "modular-addition", "sum", "about", snapshots=(0,), others={"slow": {"seed": 1, "steps": 1}}
-    )
+    small = recipe.GrokkingRecipe("modular-addition", "sum", "about", snapshots=(0,))
     recipe.run(small, ["--steps", "1", "--ship", "--out", str(tmp_path)])
     assert list(kept["snapshots"]) == [0]
-    assert [entry["step"] for entry in kept["history"]["others"]["slow"]] == [0]
+    assert [entry["step"] for entry in kept["history"]] == [0]
     assert "sum" in kept["prose"] and "{" not in kept["prose"]
