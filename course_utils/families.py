@@ -15,7 +15,8 @@ from course_utils.pretrained import build
 
 def refuse_shared_heads(name: str, model: Any) -> None:
     """Raise ValueError for a Llama, whose heads share keys and values, or have no biases, where each needs its own."""
-    n_heads, n_shared = model.cfg.n_heads, model.cfg.n_kv_heads
+    cfg = getattr(model, "cfg", None)  # a model without layers has no heads, and may have no config
+    n_heads, n_shared = (cfg.n_heads, cfg.n_kv_heads) if cfg is not None else (0, None)
     if n_shared is not None:
         what = "heads have no biases" if n_shared == n_heads else f"{n_heads} heads share {n_shared} W_K and W_V"
         raise ValueError(

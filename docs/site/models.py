@@ -22,8 +22,8 @@ def curves(card: Mapping[str, str]) -> list[Figure]:
     def draw(values: Tensor | Mapping[str, Tensor], steps: Tensor, y: str, what: str) -> Figure:
         return line(values, x="step", y=y, title=f"{name}: {what}", x_values=steps)
 
-    if isinstance(history, dict):  # one run, and a survey of others
-        losses = torch.tensor(history["run"]["loss"])
+    if isinstance(history, dict):  # one run, perhaps with a survey of others beside it
+        losses = torch.tensor(history.get("run", history)["loss"])
         steps = torch.arange(1, len(losses) + 1) * (int(card["steps"]) / len(losses))
         return [draw(losses, steps, "loss (nats)", "training loss")]
     columns = {key: torch.tensor([float(entry[key]) for entry in history]) for key in history[0]}

@@ -13,7 +13,10 @@ from tests.ch04 import other_induction as other
 
 SECRETS = ("einsum(",)
 # Changes after which the reference still does what its statement says.
-STILL_RIGHT = {"model.cfg.normalization == 'LN' -> model.cfg.normalization <= 'LN'"}  # LN is the least
+STILL_RIGHT = {
+    "model.cfg.normalization == 'LN' -> model.cfg.normalization <= 'LN'",  # LN is the least
+    "model.cfg.normalization != 'none' -> model.cfg.normalization < 'none'",  # none is the largest
+}
 
 
 def reordered(order: Callable[[list[str]], list[str]]) -> Any:

@@ -36,6 +36,7 @@ STILL_RIGHT = {
     "resid @ block.attn.W_K[head] + block.attn.b_K[head] -> resid @ block.attn.W_K[head] - block.attn.b_K[head]",
     "resid @ block.attn.W_K[head] + block.attn.b_K[head] -> resid @ block.attn.W_K[head]",
     "model.cfg.normalization == 'LN' -> model.cfg.normalization <= 'LN'",
+    "model.cfg.normalization != 'none' -> model.cfg.normalization < 'none'",  # none is the largest
     "model.cfg.positions == 'rotary' -> model.cfg.positions >= 'rotary'",  # there are two choices
 }
 

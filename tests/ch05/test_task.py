@@ -59,7 +59,10 @@ SURPRISES = {name: [*listed, *subtle.OF.get(name, ())] for name, listed in SURPR
 ALSO_RIGHT: dict[str, list[Any]] = {name: [getattr(other, name), *unusual.OF.get(name, ())] for name in SURPRISES}
 
 # Changes after which the reference still does what its statement says.
-STILL_RIGHT = {"model.cfg.normalization == 'LN' -> model.cfg.normalization <= 'LN'"}  # LN is the least
+STILL_RIGHT = {
+    "model.cfg.normalization == 'LN' -> model.cfg.normalization <= 'LN'",  # LN is the least
+    "model.cfg.normalization != 'none' -> model.cfg.normalization < 'none'",  # none is the largest
+}
 ONLY_ON_GPU = "device"
 
 

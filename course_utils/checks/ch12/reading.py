@@ -189,7 +189,9 @@ def by_scale(model: Any, resid: Tensor, centred: bool) -> Tensor:
             by_scale, centred=True
         ),
         "the fit has no intercept.": by_matrix(intercept=False),
-        "the matrix is transposed: matrix @ direction goes back through it.": by_matrix(transposed=True),
+        "the matrix is transposed; to go back through it, multiply with the direction on its right.": by_matrix(
+            transposed=True
+        ),
         "it is the direction of UNBALANCED alone.": lambda model, resid: (
             solved(resid, normed(model, resid))[0].to(resid.dtype) @ model.unembed.W_U.detach()[:, UNBALANCED]
         ),

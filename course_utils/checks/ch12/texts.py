@@ -378,9 +378,10 @@ def check_bracket_dataset(fn: Fn) -> None:
     _what_kinds_promise(name, large, made)
     _chances(name, large, made, few)
     _any_bracket_is_flipped(name, fn)
-    everything, _ = _parts(name, f"{name}(20, 6, generator)", fn(20, 6, generator), 20, 6)
-    _distinct(name, f"{name}(20, 6, generator), all the texts there are", everything)
-    must_raise(name, ValueError, f"{name}(21, 6, generator)", partial(fn, 21, 6, generator), "there are 20 texts.")
+    # in rows of odd width one place stays empty
+    everything, _ = _parts(name, f"{name}(20, 7, generator)", fn(20, 7, generator), 20, 7)
+    _distinct(name, f"{name}(20, 7, generator), all the texts there are", everything)
+    must_raise(name, ValueError, f"{name}(21, 7, generator)", partial(fn, 21, 7, generator), "there are 20 texts.")
 
 
 def _parts(name: str, call: str, answer: Any, n: int, n_ctx: int) -> tuple[Tensor, Tensor]:
