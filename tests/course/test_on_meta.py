@@ -29,6 +29,7 @@ from solutions import (
     ch04_induction,
     ch05_patching,
     ch06_superposition,
+    ch07_probes,
 )
 
 CFG = TransformerConfig(d_vocab=1100, n_ctx=40, n_layers=2, n_heads=3, d_model=12, d_head=4, d_mlp=16)
@@ -83,6 +84,18 @@ WITHOUT = {  # what cannot be driven here, and why
     "random_circuits": "makes lists",
     "edge_nodes": "makes dictionaries out of a config",
     "possible_edges": "makes a mask out of a config; those who use it move it",
+    "stream_name": "gives a name",
+    "class_means": "which rows are of a class depends on values",
+    "mean_difference_probe": "needs class_means",
+    "mass_mean_probe": "needs class_means",
+    "logistic_probe": "needs class_means",
+    "softmax_probe": "is fitted by LBFGS, which asks for numbers",
+    "auroc": "which rows are of a class depends on values",
+    "hold_out": "is given a generator of the CPU, and how many types there are depends on values",
+    "control_task": "is given a generator of the CPU, and how many types there are depends on values",
+    "selectivity": "needs control_task",
+    "generalisation_matrix": "which rows are fitted depends on values",
+    "erase": "how many classes there are depends on values",
     "first_layer": "works on texts and numbers",
     "refuse_unknown": "works on texts and numbers",
 }
@@ -411,6 +424,16 @@ CALLS: dict[str, Callable[[], Any]] = {
     "shrinkage": lambda: (floats(4, 2, 5), floats(4, 2, 5)),
     "absorption_rate": lambda: (floats(4, 7), floats(4, 5), ids(5), ids(5)),
     "matryoshka_loss": lambda: (floats(4, 2, 5), floats(4, 2, 7), floats(2, 7, 5), floats(2, 5), [2, 7]),
+    # 07
+    "extract_activations": lambda: (model(), TOKENS, ids(2, 5).bool(), [0, 2], ids(2)),
+    "standardise": lambda: (floats(8, 3), floats(6, 3)),
+    "pca": lambda: (floats(8, 3), 2),
+    "ridge_probe": lambda: (floats(8, 3), floats(8), 0.1),
+    "accuracy": lambda: ((floats(3), floats()), floats(8, 3), ids(8).bool()),
+    "run_steered": lambda: (model(), TOKENS, 1, ids(2), floats(12)),
+    "normalised_effect": lambda: (floats(8), floats(8), floats(6)),
+    "activation_pattern": lambda: (floats(8, 3), floats(3)),
+    "AttentionProbe": lambda: ch07_probes.AttentionProbe(3, 4).to("meta")(floats(2, 5, 3), ids(2, 5).bool()),
     # 12
     "elevation": lambda: (TOKENS,),
     "failures": lambda: (TOKENS,),

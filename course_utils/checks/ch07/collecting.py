@@ -150,6 +150,6 @@ def _check_batches(name: str, fn: Fn, model: SmallModel, tokens: Tensor, expecte
     if max(sizes, default=0) > 2 or sum(sizes) != len(tokens):
         raise CheckFailed(
             f"{name} with batch_size=2: the model ran on batches of {sizes} texts for {len(tokens)} texts.\n"
-            "  Next: `tokens.split(batch_size)` cuts them; run the model once on each part."
+            "  Next: cut the texts into groups of `batch_size`, and run the model once on each."
         )
     compare_kind(name, actual, expected)
