@@ -372,6 +372,9 @@ def counted(
     {
         "precision and recall are swapped.": partial(counted, flip=True),
         "latent i is taken for feature i; `assignment` says which one it is.": partial(counted, follow=False),
+        "`assignment` is used the wrong way round: `assignment[f]` is the latent of feature f.": (
+            lambda latents, features, assignment: counted(latents, features, assignment.argsort())
+        ),
         "both are shares of all samples.": partial(counted, below=lambda fires, there, n: (n, n)),
         "both are shares of the samples in which the latent fires.": partial(
             counted, below=lambda fires, there, n: (fires, fires)
@@ -505,6 +508,11 @@ def absorbed(
     {
         "samples in which the child's own latent is silent count too.": partial(
             absorbed, counts=lambda there, fires, parent_there, parent_fires: there
+        ),
+        "it is divided by all samples with the child; only those in which its latent fires count.": partial(
+            absorbed,
+            counts=lambda there, fires, parent_there, parent_fires: there,
+            alone=lambda there, fires, parent_there, parent_fires: fires and not parent_fires,
         ),
         "samples without the child count too.": partial(
             absorbed, counts=lambda there, fires, parent_there, parent_fires: fires
