@@ -103,6 +103,8 @@ def heatmaps(
     figure.update_xaxes(title_text=x_name)
     figure.update_yaxes(autorange="reversed")
     figure.update_yaxes(title=None, selector=lambda axis: axis.anchor != "x")  # only the first needs its name
+    if y_ticks is not None:  # words, which would lie on the panel to the left
+        figure.update_yaxes(showticklabels=False, selector=lambda axis: axis.anchor != "x")
     colours = {"colorscale": scale, "cmin": lowest, "cmax": highest, "colorbar": _colour_bar(colour)}
     n_lines = 1 + max((name.count("<br>") for name in names), default=0)
     top, bottom = figure.layout.margin.t + 10 + 20 * n_lines, 60 + 20 * x_name.count("<br>")

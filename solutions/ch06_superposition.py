@@ -232,7 +232,7 @@ class NeuronModel(ToyModel):
 
 
 class AbsModel(nn.Module):
-    """Compute with features in superposition: an MLP that shall return |x|, y = relu(W_out relu(W_in x) + b).
+    """Compute with features in superposition: an MLP that is to return |x|, y = relu(W_out relu(W_in x) + b).
 
     There are `n_instances` models side by side, which share nothing. Instance i has W_in[i] of shape [neuron, feature],
     W_out[i] of shape [feature, neuron] and b[i] of shape [feature]. Reading and writing weights are different matrices
@@ -352,7 +352,8 @@ def batch_topk_latents(
     """Keep the largest pre-activations of the whole batch, k for each sample on average; all others become 0.
 
     Of each instance, the n = round(k * batch) largest pre-activations are kept, wherever in the batch they are: one
-    sample may have many and another none. `k` need not be a whole number. Negative ones become 0, as in `topk_latents`.
+    sample may have many and another none. `k` need not be a whole number. If there are no more than n in all, all of
+    them are kept. Negative ones become 0, as in `topk_latents`.
     Also returns the threshold of each instance: the smallest pre-activation that was kept, or 0 if that is negative.
     It is what a sample needs that comes alone, without a batch to compare it with. No gradient flows through it.
     Source: Bussmann et al. 2024, section 3; their threshold is its mean over many batches.
@@ -462,9 +463,9 @@ class SparseAutoencoder(nn.Module):
     """Latents that an input is written with, few at a time, and the directions that they stand for.
 
     `kind` is "relu", "topk", "batch_topk", "gated" or "jumprelu"; `k` belongs to the second and the third,
-    the `bandwidth` and the first `threshold` to the last. Rows of `W_dec` are the directions. With
-    `n_instances`, so many autoencoders are trained side by side, each with weights of its own: every parameter gets an
-    axis `instance` in front, and every input and output has one behind the batch.
+    the `bandwidth` and the first `threshold` to the last. Rows of `W_dec` are the directions. With `n_instances`,
+    that many autoencoders are trained side by side, each with weights of its own: every parameter gets an axis
+    `instance` in front, and every input and output has one behind the batch.
 
     - pre-activations: (x - b_dec) W_enc + b_enc
     - latents: what `activate` makes of the pre-activations
@@ -724,7 +725,7 @@ def firing_scores(
 
     A latent fires, and a feature is there, if it is above 0. The precision is the share of samples with the feature
     among those in which its latent fires; the recall is the share of samples in which the latent fires among those with
-    the feature. A share of no samples counts as 0.
+    the feature. A share of no samples counts as 0. Both have the dtype of `latents`.
     """
     fires, there = latents[:, assignment] > 0, features > 0
     both = (fires & there).sum(dim=0).to(latents.dtype)
@@ -754,7 +755,7 @@ def absorption_rate(
 
     `parent` holds the parent of each feature, which is there whenever the feature is; -1 if it has none. Of the samples
     in which the feature is there and its latent fires, this is the share in which the parent's latent is silent. 0 for
-    a feature without a parent, and if there are no such samples.
+    a feature without a parent, and if there are no such samples. The result has the dtype of `latents`.
     Source: Chanin et al. 2024, in the simple form that known features allow.
     """
     fires, there = latents[:, assignment] > 0, features > 0

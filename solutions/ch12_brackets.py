@@ -256,11 +256,11 @@ def corrupted_pairs(
     """Spoil balanced texts in one way only, by as small a change as there is.
 
     - "total": one random CLOSE becomes an OPEN. The total is then wrong, and the elevation is never negative.
-    - "order": one random OPEN that stands at elevation 0, and one random CLOSE after it, change places. The elevation
-      is then negative somewhere, and the total stays right.
+    - "order": one random OPEN before which no bracket is open, and one random CLOSE after it, change places. The
+      elevation is then negative somewhere, and the total stays right.
 
-    All rows of `tokens` are balanced and not empty. Each candidate is equally likely. Random numbers come from
-    `generator`. Raises ValueError for another `kind`.
+    All rows of `tokens` are balanced and not empty. Each candidate is equally likely; for "order" the OPEN is drawn
+    first, then one of the CLOSEs after it. Random numbers come from `generator`. Raises ValueError for another `kind`.
     """
     if kind not in ("total", "order"):
         raise ValueError(f'corrupted_pairs: kind must be "total" or "order", got {kind!r}.')

@@ -50,9 +50,11 @@ def compare_kind(name: str, actual: Tensor, expected: Tensor) -> None:
     for what in ("dtype", "device"):
         want, got = (str(getattr(tensor, what)).removeprefix("torch.") for tensor in (expected, actual))
         if getattr(actual, what) != getattr(expected, what):
+            source = f"a tensor or a conversion with a {what} of its own"
+            if (want, got) == ("float64", "float32"):
+                source += ", or a quotient of whole numbers, which is float32"
             raise CheckFailed(
-                f"{name}: expected {what} {want}, got {got}.\n"
-                f"  Next: look for a tensor or a conversion with a {what} of its own; it should follow the input's."
+                f"{name}: expected {what} {want}, got {got}.\n  Next: look for {source}; it should follow the input's."
             )
 
 

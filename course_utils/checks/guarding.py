@@ -6,15 +6,17 @@ its check: `@may_change("model")`.
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from course_utils.checks.keeping import KeptWorld, keep
-from course_utils.checks.outcomes import CheckFailed, Stop
+from course_utils.checks.outcomes import CheckFailed, Evidence, Stop
 from course_utils.checks.whose import is_library_module
 
 GLOBAL_RANDOM = "torch's global random numbers"
@@ -149,3 +151,32 @@ def _call_again(answer: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[
 
 def _raise_stop(*given: Any, **options: Any) -> Any:
     raise Stop
+
+
+@contextmanager
+def at_most_lines(where: str, most: int, advice: str) -> Iterator[None]:
+    """Break off after `most` lines of Python, for answers whose loop may never end, or not in time."""
+    left, before = most, sys.gettrace()
+    too_many = CheckFailed(
+        f"{where}: it found no answer within {most} lines of Python.",
+        evidence=Evidence(where, "no answer"),
+        advice=f"  Next: {advice}",
+    )
+
+    def count(frame: FrameType, event: str, argument: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise too_many
+        return count
+
+    sys.settrace(count)
+    try:
+        yield
+    except Exception:
+        if left >= 0:
+            raise
+    finally:
+        sys.settrace(before)
+    if left < 0:  # also where the code that was broken off caught it, or raised something else
+        raise too_many

@@ -2,10 +2,12 @@
 
 from typing import Any
 
+import pytest
 import torch
 
 import solutions.ch06_superposition as ref
-from course_utils.checks.ch06.memorising import fixed_data, pushing
+from course_utils.checks import CheckFailed, run_check
+from course_utils.checks.ch06.memorising import check_train_on_fixed_data, fixed_data, pushing
 from tests.ch06 import other_toys as other
 
 SECRETS = ("autograd.grad(change", "normalize(sample_features")
@@ -40,6 +42,23 @@ def drawn_again(*given: Any) -> Any:
     """The samples that are returned are not those that were used."""
     model, samples = ref.train_on_fixed_data(*given)
     return model, samples.flip(0).roll(1, 2)
+
+
+def model_first(**options: Any) -> Any:
+    """The model is drawn before the samples, and something about its training is wrong."""
+
+    def train(n_samples: Any, n_instances: Any, n: Any, d: Any, p: Any, steps: Any, generator: Any) -> Any:
+        model = ref.ToyModel(n_instances, n, d, generator)
+        samples = ref.sample_features(n_samples, torch.full((n_instances, n), p), generator)
+        samples = torch.nn.functional.normalize(samples, dim=-1)
+
+        def loss_of(out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+            return ref.importance_weighted_loss(out, x, torch.ones(n))
+
+        ref.train_toy(model, lambda: samples, loss_of, steps, **{"peak": 0.02, "weight_decay": 0.01} | options)
+        return model, samples
+
+    return train
 
 
 def in_one_direction(push: torch.Tensor, epsilon: float) -> torch.Tensor:
@@ -92,6 +111,15 @@ def _untrained(n_samples: int, *rest: Any) -> Any:
 
 
 ALSO_RIGHT: dict[str, list[Any]] = {name: [getattr(other, name)] for name in SURPRISES}
+
+
+@pytest.mark.parametrize(
+    ("sentence", "wrong"),
+    [("there is no weight decay.", {"weight_decay": 0.0}), ("the peak of the learning rate is 0.01;", {"peak": 0.01})],
+)
+def test_wrong_training_is_named_whatever_is_drawn_first(sentence: str, wrong: dict[str, float]) -> None:
+    with pytest.raises(CheckFailed, match=f"This is what you get if {sentence}"):
+        run_check(check_train_on_fixed_data, model_first(**wrong))
 
 
 def test_five_samples_are_memorised_as_a_pentagon() -> None:

@@ -66,6 +66,13 @@ def without_an_end(gain: Tensor) -> Tensor:
     return found
 
 
+def shares_of_counts(latents: Tensor, features: Tensor, assignment: Tensor) -> tuple[Tensor, Tensor]:
+    """Whole numbers divided by whole numbers, which gives float32 whatever came in."""
+    fires, there = latents[:, assignment] > 0, features > 0
+    both = (fires & there).sum(0)
+    return both / fires.sum(0).clamp(min=1), both / there.sum(0).clamp(min=1)
+
+
 def of_two_at_least(*given: Tensor) -> Tensor:
     """A child that is counted once has half its rate."""
     latents, features, assignment, parent = given
@@ -109,6 +116,7 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
         ("the recall", with_parts(lambda a, b: (a, b.mean().expand_as(b)), ref.firing_scores)),
         ("the precision", with_parts(lambda a, b: (2 * a * b / (a + b), b), ref.firing_scores)),
         ("wrong shape", with_parts(lambda a, b: (a.mean(), b.mean()), ref.firing_scores)),
+        ("a quotient of whole numbers", shares_of_counts),
         ("the precision", partial(known.counted, below=lambda fires, there, n: (max(fires, 2), max(there, 2)))),
     ],
     "shrinkage": [

@@ -116,6 +116,13 @@ def from_a_copy(n: int, n_ctx: int, generator: torch.Generator, *shares: Any) ->
     return ref.bracket_dataset(n, n_ctx, copied, *shares)
 
 
+def for_ever(n: int, n_ctx: int, generator: torch.Generator, *shares: Any) -> Any:
+    """Draws until there are enough texts, also where there never will be."""
+    while n > sum(4**pairs for pairs in range(1, (n_ctx - 2) // 2 + 1)):
+        torch.rand(1, generator=generator)
+    return ref.bracket_dataset(n, n_ctx, generator, *shares)
+
+
 SURPRISES: dict[str, list[tuple[str, Any]]] = {
     "is_balanced": [
         ("expected True, got 1", lambda text: int(other.is_balanced(text))),
@@ -148,6 +155,7 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
         ("wrong", first_and_last),
     ],
     "bracket_dataset": [
+        ("a loop that waits for one more never ends", for_ever),
         ("of the swapped texts are balanced", made(only_later)),
         ("of the flipped texts have too many OPENs", made(always_up)),
         ("of the random texts begin with an OPEN", made(opening)),

@@ -49,6 +49,9 @@ def test_heatmaps_stand_side_by_side_in_the_same_colours() -> None:
     assert [note.text for note in figure.layout.annotations] == ["small", "large &lt;b&gt;"]
     assert figure.layout.xaxis2.title.text == "head" and figure.layout.yaxis.title.text == "layer"
     assert figure.layout.yaxis2.title.text is None and figure.layout.yaxis2.autorange == "reversed"
+    rows = [f"failure {n}" for n in range(len(MATRIX))]
+    worded = plots.heatmaps({"a": MATRIX, "b": MATRIX}, x="a", y="b", title="c", y_ticks=rows).layout
+    assert [worded.yaxis.showticklabels, worded.yaxis2.showticklabels] == [None, False]
     long = plots.heatmaps(dict.fromkeys("abc", MATRIX), x="head of layer 1, which reads", y="b", title="c")
     assert long.layout.xaxis2.title.text == "head of layer 1,<br>which reads"  # no wider than its picture
     signed = plots.heatmaps({"a": MATRIX, "b": 2 * MATRIX}, x="a", y="b", title="c").layout.coloraxis

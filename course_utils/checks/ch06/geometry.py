@@ -232,7 +232,9 @@ def pencil(
         "superposition costs the square of the mean of the smaller value, 1/9; it is the mean of the square.": pencil(
             both=lambda p: p**2 / 9
         ),
-        "superposition costs either feature E[x²] whenever both are active.": pencil(both=lambda p: p**2 / 3),
+        "superposition costs twice what it should: the mean of min(u, v)² is 1/6, and the two are averaged.": pencil(
+            both=lambda p: p**2 / 3
+        ),
     }
 )
 def check_losses_by_hand(fn: Fn) -> None:

@@ -92,6 +92,9 @@ def fixed_data(
         "the samples of all instances are divided by one length.": fixed_data(
             scaled=lambda x: x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-12)
         ),
+        "each feature is divided by its length over all samples; divide each sample by its own.": fixed_data(
+            scaled=lambda x: x / x.norm(dim=0, keepdim=True).clamp(min=1e-12)
+        ),
         "all instances have the same samples; each has its own.": fixed_data(shared=True),
         "features are active with 1 - probability.": fixed_data(active=lambda probability: 1 - probability),
         "new samples are drawn at every step: this data has no end.": fixed_data(fresh=True),
@@ -123,7 +126,11 @@ def check_train_on_fixed_data(fn: Fn) -> None:
         after = _after(start, samples, steps)
         for label, axes in (("W", "instance d_hidden feature"), ("b", "instance feature")):
             got = getattr(model, label).detach()
-            compare(f"{name} in {steps} steps on {n_samples} samples: `{label}`", got, after[label], axes)
+            try:
+                compare(f"{name} in {steps} steps on {n_samples} samples: `{label}`", got, after[label], axes)
+            except CheckFailed as failure:
+                failure.evidence = _training_of(name, got, label, start, samples, steps) or failure.evidence
+                raise
     start, samples = _made(name, fn, 301, 0)
     model, _ = _made(name, fn, 301, 4)
     not_drawn = {
@@ -153,13 +160,21 @@ def _call(n_samples: int, steps: int) -> str:
     return f"train_on_fixed_data({n_samples}, 2, 6, 3, 0.3, {steps}, generator)"
 
 
-def _after(start: nn.Module, samples: Tensor, steps: int) -> dict[str, Tensor]:
+def _training_of(name: str, got: Tensor, label: str, start: nn.Module, samples: Tensor, steps: int) -> Evidence | None:
+    """Which wrong training leads here: samples and model may be drawn in either order, so values alone do not tell."""
+    for wrong in ({"decay": 0.0}, {"peak": 0.01}):
+        if torch.allclose(got, _after(start, samples, steps, **wrong)[label], rtol=1e-4, atol=1e-5):
+            return Evidence(f"{name}: {wrong}", True)
+    return None
+
+
+def _after(start: nn.Module, samples: Tensor, steps: int, peak: float = 0.02, decay: float = 0.01) -> dict[str, Tensor]:
     """Where training on all samples at every step leads from this starting point."""
 
     def loss_of(weights: dict[str, Tensor], step: int) -> Tensor:
         return squared_error(weights, samples)
 
-    return by_hand(dict(start.named_parameters()), loss_of, steps, partial(rate_of, steps=steps, peak=0.02), 0.01)[0]
+    return by_hand(dict(start.named_parameters()), loss_of, steps, partial(rate_of, steps=steps, peak=peak), decay)[0]
 
 
 def _made(name: str, fn: Fn, n_samples: int, steps: int) -> tuple[Any, Tensor]:
@@ -230,6 +245,7 @@ def pushing(
             (gradient,) = torch.autograd.grad((model(x + push) - base).square().sum(), push)
             still = (gradient == 0).all(-1, keepdim=True) & (not wrong.get("nan"))
             next_push = scaled(-gradient if wrong.get("down") else gradient, epsilon)
+            next_push = next_push + push.detach() if wrong.get("added") else next_push
             push = torch.where(still, push.detach(), next_push)
         return gain(model(x + push.detach()).detach() - base, epsilon)
 
@@ -266,6 +282,7 @@ def pushing(
             scaled=lambda gradient, epsilon: epsilon * gradient / gradient.norm(dim=-1, keepdim=True), nan=True
         ),
         "there is one step, whatever `n_steps` says.": pushing(once=True),
+        "each step is added to the push, which gets longer and longer; it takes the push's place.": pushing(added=True),
         "each step goes against the gradient, to a smaller change.": pushing(down=True),
         "the gradient's sign is taken, which makes a push of another length.": pushing(
             scaled=lambda gradient, epsilon: epsilon * gradient.sign()

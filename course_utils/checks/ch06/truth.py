@@ -2,11 +2,8 @@
 
 import itertools
 import math
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
-from types import FrameType
 from typing import Any
 
 import torch
@@ -26,6 +23,7 @@ from course_utils.checks.ch06.sizes import (
     parts,
 )
 from course_utils.checks.comparing import compare, follows_input
+from course_utils.checks.guarding import at_most_lines
 from course_utils.checks.mistakes import known_mistakes
 from course_utils.checks.modules import noise
 from course_utils.checks.outcomes import CheckFailed, Evidence
@@ -127,51 +125,22 @@ def check_best_assignment(fn: Fn) -> None:
         rows, columns = gain.shape
         where = f"{name} with {rows} rows, {columns} columns"
         for given in (gain.float(), gain.double(), gain.float().T.contiguous().T):
-            with during(f"with {rows} rows, {columns} columns"), _at_most_lines(where, ENDS):
+            with during(f"with {rows} rows, {columns} columns"), at_most_lines(where, MOST_LINES, ENDS):
                 actual = fn(given)
             _compare_assignment(where, actual, given, torch.tensor(tried_out(gain)))
     for shape in ((3, 2), (2, 1)):
         must_raise(name, ValueError, f"with {shape[0]} rows, {shape[1]} columns", partial(fn, noise(*shape)))
     gain, right = large_table()
     where = f"{name} with {gain.shape[0]} rows, {gain.shape[1]} columns"
-    with _at_most_lines(where, GROWS):
+    with at_most_lines(where, MOST_LINES, GROWS):
         actual = fn(gain)
     _compare_assignment(where, actual, gain, right)
     follows_input(name, fn, (noise(4, 5, seed=FIRST_TABLE),), "row")
 
 
-MOST_LINES = 200_000  # of Python; an answer that follows chains needs a hundredth of them
+MOST_LINES = 200_000  # an answer that follows chains needs a hundredth of them
 ENDS = "does your loop come to an end? What should be equal may differ in the last digit, which is no gain."
 GROWS = "count how often your innermost loop runs, for twice as many rows, too."
-
-
-@contextmanager
-def _at_most_lines(where: str, advice: str) -> Iterator[None]:
-    """Break off after so many lines: an answer that tries every assignment would get through these, but never more."""
-    left, before = MOST_LINES, sys.gettrace()
-    too_many = CheckFailed(
-        f"{where}: it found no answer within {MOST_LINES} lines of Python.",
-        evidence=Evidence(where, "no answer"),
-        advice=f"  Next: {advice}",
-    )
-
-    def count(frame: FrameType, event: str, argument: Any) -> Any:
-        nonlocal left
-        left -= 1
-        if left < 0:
-            raise too_many
-        return count
-
-    sys.settrace(count)
-    try:
-        yield
-    except Exception:
-        if left >= 0:
-            raise
-    finally:
-        sys.settrace(before)
-    if left < 0:  # also where the code that was broken off caught it, or raised something else
-        raise too_many
 
 
 def large_table(rows: int = 8, columns: int = 10) -> tuple[Tensor, Tensor]:
@@ -372,6 +341,9 @@ def counted(
     {
         "precision and recall are swapped.": partial(counted, flip=True),
         "latent i is taken for feature i; `assignment` says which one it is.": partial(counted, follow=False),
+        "`assignment` is used the wrong way round: `assignment[f]` is the latent of feature f.": (
+            lambda latents, features, assignment: counted(latents, features, assignment.argsort())
+        ),
         "both are shares of all samples.": partial(counted, below=lambda fires, there, n: (n, n)),
         "both are shares of the samples in which the latent fires.": partial(
             counted, below=lambda fires, there, n: (fires, fires)
@@ -505,6 +477,11 @@ def absorbed(
     {
         "samples in which the child's own latent is silent count too.": partial(
             absorbed, counts=lambda there, fires, parent_there, parent_fires: there
+        ),
+        "it is divided by all samples with the child; only those in which its latent fires count.": partial(
+            absorbed,
+            counts=lambda there, fires, parent_there, parent_fires: there,
+            alone=lambda there, fires, parent_there, parent_fires: fires and not parent_fires,
         ),
         "samples without the child count too.": partial(
             absorbed, counts=lambda there, fires, parent_there, parent_fires: fires

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from course_utils.checks.comparing import compare, compare_kind, unchanged
+from course_utils.checks.guarding import at_most_lines
 from course_utils.checks.mistakes import known_mistakes
 from course_utils.checks.outcomes import CheckFailed, Evidence
 from course_utils.checks.plain import agree, call_of, must_raise
@@ -166,6 +167,9 @@ def from_right(height: list[int]) -> bool:
             lambda height: bool(height) and height[-1] > 0, dips
         ),
         "a total is called wrong only if it is negative.": two(lambda height: bool(height) and height[-1] < 0, dips),
+        "a total is called wrong if the elevation is not zero somewhere; it is the elevation at the end.": two(
+            lambda height: any(height), dips
+        ),
         "an elevation of zero is taken for negative.": two(wrong_total, lambda height: min(height, default=0) <= 0),
         "the second is looked for at the end only; the elevation can be negative half-way and recover.": two(
             wrong_total, lambda height: bool(height) and height[-1] < 0
@@ -381,7 +385,9 @@ def check_bracket_dataset(fn: Fn) -> None:
     # in rows of odd width one place stays empty
     everything, _ = _parts(name, f"{name}(20, 7, generator)", fn(20, 7, generator), 20, 7)
     _distinct(name, f"{name}(20, 7, generator), all the texts there are", everything)
-    must_raise(name, ValueError, f"{name}(21, 7, generator)", partial(fn, 21, 7, generator), "there are 20 texts.")
+    call, there = f"{name}(21, 7, generator)", "there are 20 texts"
+    with at_most_lines(call, 2_000_000, f"{there}; a loop that waits for one more never ends. Raise ValueError first."):
+        must_raise(name, ValueError, call, partial(fn, 21, 7, generator), f"{there}.")
 
 
 def _parts(name: str, call: str, answer: Any, n: int, n_ctx: int) -> tuple[Tensor, Tensor]:
