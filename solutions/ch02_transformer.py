@@ -164,16 +164,20 @@ class Attention(nn.Module):
 
 def fused_attention(
     q: Float[Tensor, "batch query head d_head"],
-    k: Float[Tensor, "batch key head d_head"],
-    v: Float[Tensor, "batch key head d_head"],
+    k: Float[Tensor, "batch key kv d_head"],
+    v: Float[Tensor, "batch key kv d_head"],
 ) -> Float[Tensor, "batch query head d_head"]:
-    """Compute z in one kernel that never stores the scores; the numbers are those of the explicit steps."""
+    """Compute z in one kernel that never stores the scores; the numbers are those of the explicit steps.
+
+    There may be fewer heads of keys and values than of queries: then neighbours share one, without a copy.
+    """
     n_query, n_key = q.shape[1], k.shape[1]
     square, past = n_query == n_key, None
     if not square and n_query > 1:  # the kernel's own mask aligns the first query with the first key; ours the last
         past = torch.ones(n_query, n_key, dtype=torch.bool, device=q.device).tril(n_key - n_query)
     q, k, v = (einops.rearrange(heads, "batch pos head d_head -> batch head pos d_head") for heads in (q, k, v))
-    z = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=past, is_causal=square)
+    shared = q.shape[1] != k.shape[1]
+    z = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=past, is_causal=square, enable_gqa=shared)
     return einops.rearrange(z, "batch head pos d_head -> batch pos head d_head")
 
 
@@ -822,12 +826,14 @@ class GatedMLP(nn.Module):
 def attend(
     attn: nn.Module,
     q: Float[Tensor, "batch query head d_head"],
-    k: Float[Tensor, "batch key head d_head"],
-    v: Float[Tensor, "batch key head d_head"],
+    k: Float[Tensor, "batch key kv d_head"],
+    v: Float[Tensor, "batch key kv d_head"],
 ) -> Float[Tensor, "batch query d_model"]:
     """The second half of attention, from queries, keys and values to what is added to the stream; without `b_O`.
 
     It calls `hook_attn_scores`, `hook_pattern`, `hook_z` and `hook_result` of `attn`, and uses its `W_O`.
+    There are as many heads of keys and values as of queries; while neither scores nor pattern is watched, there may be
+    fewer, which `fused_attention` shares out.
     """
     if attn.hook_attn_scores.is_watched or attn.hook_pattern.is_watched:
         scores = attn.hook_attn_scores(causal_mask(attention_scores(q, k)))
@@ -874,14 +880,16 @@ class GroupedQueryAttention(nn.Module):
         v = self.hook_v(project_heads(resid, self.W_V))
         start = 0 if cache is None else cache.length
         positions = torch.arange(start, start + resid.shape[1], device=resid.device)
-        q = self.hook_rot_q(apply_rotary(q, positions, self.rotary_dim, self.rotary_base))
-        k = self.hook_rot_k(apply_rotary(k, positions, self.rotary_dim, self.rotary_base))
+        # in one go, so that the angles are worked out once
+        turned = apply_rotary(torch.cat([q, k], dim=2), positions, self.rotary_dim, self.rotary_base)
+        n_heads = len(self.W_Q)
+        q, k = self.hook_rot_q(turned[:, :, :n_heads]), self.hook_rot_k(turned[:, :, n_heads:])
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
-        group = len(self.W_Q) // len(self.W_K)
-        k, v = (
-            einops.repeat(heads, "batch key kv d_head -> batch key (kv group) d_head", group=group) for heads in (k, v)
-        )
+        if self.hook_attn_scores.is_watched or self.hook_pattern.is_watched:
+            # `fused_attention` needs no copies: each head of queries finds its keys by itself
+            group = n_heads // len(self.W_K)
+            k, v = (einops.repeat(x, "batch key kv d_head -> batch key (kv group) d_head", group=group) for x in (k, v))
         return attend(self, q, k, v)
 
 

@@ -103,7 +103,8 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Index]:
         content = archives[package.archive]
         sha256 = {True: hashlib.sha256(b"You may.").hexdigest(), False: hashlib.sha256(CONTENT[name]).hexdigest()}
         files = {kept: (member, sha256[kept == "LICENSE"]) for kept, (member, _) in package.files.items()}
-        small = replace(package, size=len(content), sha256=hashlib.sha256(content).hexdigest(), files=files)
+        facts = {"size": len(content), "kept": 2 * len(CONTENT[name]), "sha256": hashlib.sha256(content).hexdigest()}
+        small = replace(package, **facts, files=files)
         monkeypatch.setitem(PACKAGES, name, small)
     server = Index(archives)
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
@@ -226,6 +227,25 @@ def test_a_full_disk_is_one_sentence(index: Index, full: str) -> None:
     with pytest.raises(fetching.NotFetched):
         fetched(NAME)
     (folder_of(NAME) / full).unlink(missing_ok=True)
+    fetch(NAME)
+
+
+def test_a_disk_without_room_is_left_as_it_was(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A download that went on until nothing more fits would leave a full disk to everybody else."""
+    package, free = PACKAGES[NAME], 0
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=free))
+    for free in (0, package.size + package.kept - 1):  # noqa: B007 (the disk reads it)
+        assert refusal().startswith(f"There is no room for {NAME} in ")
+        assert not index.asked and not list(folder_of(NAME).glob("*.part"))
+    free = package.size + package.kept
+    fetch(NAME)
+
+
+def test_what_was_downloaded_before_needs_no_room_again(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    index.cut = 3_200_000
+    refusal()
+    index.cut, free = None, PACKAGES[NAME].size - part_of().stat().st_size + PACKAGES[NAME].kept
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=free))
     fetch(NAME)
 
 
