@@ -180,7 +180,7 @@ def neuron_frequencies(
     n = len(activations)
     squares = fft2d(activations).square()
     frequency = (torch.arange(n, device=activations.device) + 1) // 2
-    member = nn.functional.one_hot(frequency).T.to(squares)
+    member = nn.functional.one_hot(frequency, n // 2 + 1).T.to(squares)
     pooled = einops.einsum(member, member, squares, "f i, g j, i j neuron -> f g neuron")
     powers = pooled[1:, 0] + pooled[0, 1:] + pooled.diagonal().T[1:]
     total = pooled.sum(dim=(0, 1)) - pooled[0, 0]
