@@ -83,7 +83,7 @@ def fit_modular(
     weight_decay: float = 1.0,
     every: int = 100,
     watch: Callable[[int], dict[str, float]] = lambda step: {},
-) -> list[dict[str, float]]:
+) -> list[dict[str, Any]]:
     """Train on all training pairs at once in every step, in place; return the losses of every so many steps.
 
     Each entry holds `step`, the losses `train` and `held_out`, the share of right answers `held_out_right`, and what

@@ -26,7 +26,7 @@ class Other:
     seed: int = RECIPE.seed
     share: float = RECIPE.share
     weight_decay: float = 1.0
-    steps: int = RECIPE.steps
+    steps: int = 5000
 
 
 OTHERS = {

@@ -37,6 +37,7 @@ def by_terms(
     number: Callable[[int], int] = lambda k: k,
     share: Callable[[float], float] = lambda part: part,
     dead: tuple[int, float] = (0, 0.0),
+    last: Callable[[int], int] = lambda n: n // 2,
 ) -> Fn:
     """neuron_frequencies term by term, with switches for what people get wrong."""
 
@@ -53,7 +54,7 @@ def by_terms(
                 continue
             parts = {
                 k: sum(size[i, j] for i, j in terms if belongs(frequency_of(i), frequency_of(j), k))
-                for k in range(1, n // 2 + 1)
+                for k in range(1, last(n) + 1)
             }
             chosen = max(parts, key=lambda k: parts[k])
             best, shares = [*best, number(chosen)], [*shares, share(parts[chosen] / total)]
@@ -71,7 +72,7 @@ def firing(n: int, n_neurons: int, seed: int) -> Tensor:
         other = torch.tensor(wave("sin" if 2 * k < n else "cos", k, n), dtype=torch.float64)
         found.append(row[:, None] + 0.5 * other[None, :] + 0.7 * torch.outer(row, other) + 0.4)
     grid = torch.stack(found, dim=-1) + 0.25 * noise(n, n, n_neurons, seed=seed).double()
-    grid[:, :, n_neurons // 2] = 0
+    grid[:, :, 0] = 0
     return grid[list(numbers)].float()
 
 
@@ -87,6 +88,7 @@ def firing(n: int, n_neurons: int, seed: int) -> Tensor:
         "the frequencies are off by one: they begin at 1.": by_terms(number=lambda k: k - 1),
         "the share is a root; take the squares themselves.": by_terms(share=math.sqrt),
         "it is the share that is left.": by_terms(share=lambda part: 1 - part),
+        "the last frequency of an even n, n/2, is left out.": by_terms(last=lambda n: (n - 1) // 2),
         "a neuron that never fires has share 0 / 0.": by_terms(dead=(0, math.nan)),
         "a neuron that never fires has a frequency; say 0.": by_terms(dead=(1, 0.0)),
     }
