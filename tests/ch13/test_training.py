@@ -12,12 +12,19 @@ from tests.ch13 import other_grokking as other
 SECRETS = ("kthvalue(", "argsort(", "double().log_softmax", "einsum(")
 ONLY_ON_GPU = "device="
 # Changes after which the reference still does what its statement says.
-STILL_RIGHT: set[str] = set()
+STILL_RIGHT = {
+    "0 < n_train < p ** 2 -> 0 != n_train < p ** 2",  # no share is negative
+    "order.argsort() -> order",  # the inverse of a random order is as random
+    "0 -> -1",  # the only layer
+    "zip(scores, rows, strict=True) -> zip(scores, rows)",
+    "zip(values, rows, strict=True) -> zip(values, rows)",
+    "True -> False",  # strict=
+}
 
 
 def never_doubles(p: int, n: int, generator: torch.Generator, together: bool) -> list[tuple[int, int]]:
     """No pair (a, a) is for training as long as there are others."""
-    return sorted(drawn(p, p * p, generator, together), key=lambda pair: pair[0] == pair[1])[:n]
+    return sorted(drawn(p, p * p, generator, together), key=lambda pair: pair[0] == pair[1])[: n + (together and n % 2)]
 
 
 def doubles_first(p: int, n: int, generator: torch.Generator, together: bool) -> list[tuple[int, int]]:

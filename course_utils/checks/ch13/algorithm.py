@@ -64,7 +64,7 @@ def by_terms(
 
 
 def firing(n: int, n_neurons: int, seed: int) -> Tensor:
-    """Neurons with a favourite frequency each, noise, and one that is always 0."""
+    """Neurons with a favourite frequency each, noise, one that is always 0, and one that says little."""
     numbers, found = range(n), []
     for neuron in range(n_neurons):
         k = neuron % (n // 2) + 1
@@ -73,6 +73,7 @@ def firing(n: int, n_neurons: int, seed: int) -> Tensor:
         found.append(row[:, None] + 0.5 * other[None, :] + 0.7 * torch.outer(row, other) + 0.4)
     grid = torch.stack(found, dim=-1) + 0.25 * noise(n, n, n_neurons, seed=seed).double()
     grid[:, :, 0] = 0
+    grid[:, :, -1] *= 0.05
     return grid[list(numbers)].float()
 
 

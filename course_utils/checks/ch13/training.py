@@ -96,7 +96,7 @@ def row_by_row(p: int, n: int, generator: torch.Generator, together: bool) -> li
 def check_modular_addition_dataset(fn: Fn) -> None:
     """The sums by loops, the number of training pairs, mirror images, and that every pair has its chance."""
     name = "modular_addition_dataset"
-    for p, share in ((7, 0.3), (5, 0.5), (4, 0.9)):
+    for p, share in ((7, 0.3), (5, 0.5), (4, 0.9), (3, 0.12)):
         for together in (False, True):
             _one_data_set(name, fn, p, share, together)
     for together in (False, True):
@@ -164,6 +164,14 @@ def _chances(name: str, fn: Fn, together: bool) -> None:
             f"  together={together}; expected about 40%",
             evidence=Evidence(f"how often a pair is drawn, together={together}", often),
             advice="  Next: give every pair the same chance.",
+        )
+    doubles = often.reshape(5, 5).diagonal().mean()
+    if (doubles - 0.4).abs() > slack / 5**0.5:
+        raise CheckFailed(
+            f"{name}: the pairs (a, a) are for training in {doubles:.0%} of {n} splits.\n"
+            f"  together={together}; expected about 40%",
+            evidence=Evidence(f"how often (a, a) is drawn, together={together}", often),
+            advice="  Next: give every pair the same chance; (a, a) is its own mirror image.",
         )
     if together:
         return
