@@ -1,4 +1,4 @@
-"""Trainings to compare `modular-addition` with: the same one with other seeds, and with more pairs.
+"""Trainings to compare `modular-addition` with: the same one with another seed, and with more pairs.
 
 They ship as losses, in `others.json` beside the model; nobody needs their weights.
 
@@ -30,7 +30,6 @@ class Other:
 
 OTHERS = {
     "another seed": Other(seed=1),
-    "a third seed": Other(seed=2),
     "70% of the pairs": Other(share=0.7, steps=2000),
 }
 
