@@ -70,8 +70,10 @@ def test_the_model_stands_and_falls_with_its_key_frequencies() -> None:
     others = [k for k in range(1, 30) if k not in keys]
     assert loss_with_frequencies(model, tokens, answers, keys) < 0.01
     assert loss_with_frequencies(model, tokens, answers, others) > 4
-    for key in keys:
-        assert loss_with_frequencies(model, tokens, answers, [k for k in range(1, 30) if k != key]) > 0.01
+    everything = range(1, 30)
+    whole = loss_with_frequencies(model, tokens, answers, everything)
+    for key in keys:  # the smallest matters least
+        assert loss_with_frequencies(model, tokens, answers, [k for k in everything if k != key]) > 5 * whole
 
 
 def test_restricted_loss_falls_long_before_held_out_loss() -> None:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,7 +46,8 @@ def by_terms(
         n = len(activations)
         squares = coefficients(coefficients(activations, 0), 1).square()
         terms = [(i, j) for i in range(n) for j in range(n)]
-        best, shares = [], []
+        best: list[int] = []
+        shares: list[float] = []
         for neuron in range(activations.shape[2]):
             size = {(i, j): float(squares[i, j, neuron]) for i, j in terms}
             total = sum(value for place, value in size.items() if constant or place != (0, 0))
@@ -239,7 +241,7 @@ def check_trig_directions(fn: Fn) -> None:
         compare(f"{name} {frequency} of {n}", actual, directions()(W_L, frequency), "wave neuron")
     for n, frequency in ((7, 0), (8, 4), (7, 4)):
         call = f"{name}(W_L, {frequency}) with {n} answers"
-        must_raise(name, ValueError, call, lambda n=n, k=frequency: fn(noise(3, n), k), "it has no two waves.")
+        must_raise(name, ValueError, call, partial(fn, noise(3, n), frequency), "it has no two waves.")
     follows_input(name, fn, (noise(3, 5), 2), "wave neuron")
 
 

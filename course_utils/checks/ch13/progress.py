@@ -242,10 +242,13 @@ def check_gini(fn: Fn) -> None:
 # -------------------------------------------------------------------------------------------------- embeddings filtered
 
 
+def rows_of(wanted: Sequence[int], n: int) -> list[int]:
+    """The constant's row of the basis, and those of these frequencies."""
+    return [number for number in range(n) if frequency_of(number) in (0, *wanted)]
+
+
 def filtered(
-    rows: Callable[[Sequence[int], int], list[int]] = lambda wanted, n: [
-        number for number in range(n) if frequency_of(number) in (0, *wanted)
-    ],
+    rows: Callable[[Sequence[int], int], list[int]] = rows_of,
     whole: bool = False,
     columns: slice = slice(None, -1),
     place: int = -1,

@@ -43,7 +43,7 @@ def dataset(
     def modular_addition_dataset(p: int, share: float, generator: torch.Generator, together: bool = False) -> Any:
         if not 0 < math.floor(share * p * p) < p * p:
             raise ValueError(share)
-        pairs = sorted(((a, b) for a in range(p) for b in range(p)), key=lambda pair: place(*pair, p))
+        pairs = sorted(((a, b) for a in range(p) for b in range(p)), key=lambda pair: place(pair[0], pair[1], p))
         chosen = set(draw(p, count(share * p * p), generator, together))
         return (
             torch.tensor([row(a, b, p) for a, b in pairs]),
@@ -196,10 +196,12 @@ def _chances(name: str, fn: Fn, together: bool) -> None:
 # ------------------------------------------------------------------------------------------------------------ the loss
 
 
+def plain_loss(row: list[float], right: int) -> float:
+    return math.log(sum(math.exp(value - max(row)) for value in row)) - (row[right] - max(row))
+
+
 def losses(
-    one: Callable[[list[float], int], float] = lambda row, right: (
-        math.log(sum(math.exp(value - max(row)) for value in row)) - (row[right] - max(row))
-    ),
+    one: Callable[[list[float], int], float] = plain_loss,
     over: Callable[[list[float]], float] = lambda found: sum(found) / len(found),
 ) -> Fn:
     """answer_loss pair by pair, in Python's floats."""

@@ -227,8 +227,12 @@ def check_fft2d(fn: Fn) -> None:
 # ------------------------------------------------------------------------------------------------ a table's frequencies
 
 
+def norm(found: list[float]) -> float:
+    return math.sqrt(sum(value * value for value in found))
+
+
 def pooled(
-    of: Callable[[list[float]], float] = lambda found: math.sqrt(sum(value * value for value in found)),
+    of: Callable[[list[float]], float] = norm,
     first: int = 0,
     dim: int = 0,
     group: Callable[[int], int] = frequency_of,
