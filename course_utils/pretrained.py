@@ -119,9 +119,13 @@ def shipped_tokenizer(name: str) -> Any:
     return PreTrainedTokenizerFast.from_pretrained(MODELS / owner)
 
 
-def load_history(name: str) -> Any:
-    """How the training of a shipped model went, as its recipe recorded it."""
-    return json.loads((MODELS / _known(name) / "history.json").read_text(encoding="utf-8"))
+def load_history(name: str, record: str = "history") -> Any:
+    """How the training of a shipped model went, as its recipe recorded it; or another record beside it, such as
+    `others`: trainings to compare it with."""
+    path = MODELS / _known(name) / f"{record}.json"
+    if not path.exists():
+        raise PretrainedError(f"{name} has no record {record!r}; every model has 'history'.")
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def save_shipped(

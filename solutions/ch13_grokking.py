@@ -27,7 +27,7 @@ def modular_addition_dataset(
     """
     n_train, device = int(share * p**2), generator.device
     if not 0 < n_train < p**2:
-        raise ValueError(f"modular_addition_dataset: with share {share} one side of the {p**2} pairs is empty.")
+        raise ValueError(f"modular_addition_dataset: with a share of {share} one side is empty.")
     first, second = torch.meshgrid(torch.arange(p, device=device), torch.arange(p, device=device), indexing="ij")
     tokens = torch.stack([first, second, torch.full_like(first, p)], dim=-1).flatten(0, 1)
     order = torch.randperm(p**2, generator=generator, device=device)
@@ -59,7 +59,8 @@ def tabulated_logits(model: Any, tokens: Int[Tensor, "pair 3"]) -> Float[Tensor,
     attn, mlp = model.blocks[0].attn, model.blocks[0].mlp
     W_E, W_pos = model.embed.W_E, model.pos_embed.W_pos
     streams = [W_E[:-1] + W_pos[0], W_E[:-1] + W_pos[1], W_E[-1:] + W_pos[2]]
-    rows = [tokens[:, 0], tokens[:, 1], torch.zeros_like(tokens[:, 2])]
+    a, b = tokens[:, 0], tokens[:, 1]
+    rows = [a, b, torch.zeros_like(a)]
 
     def heads(stream: Tensor, W: Tensor, b: Tensor) -> Tensor:
         return einops.einsum(stream, W, "row d_model, head d_model d_head -> row head d_head") + b
@@ -83,7 +84,7 @@ def fit_modular(
     weight_decay: float = 1.0,
     every: int = 100,
     watch: Callable[[int], dict[str, float]] = lambda step: {},
-) -> list[dict[str, float]]:
+) -> list[dict[str, Any]]:
     """Train on all training pairs at once in every step, in place; return the losses of every so many steps.
 
     Each entry holds `step`, the losses `train` and `held_out`, the share of right answers `held_out_right`, and what
@@ -180,7 +181,7 @@ def neuron_frequencies(
     n = len(activations)
     squares = fft2d(activations).square()
     frequency = (torch.arange(n, device=activations.device) + 1) // 2
-    member = nn.functional.one_hot(frequency).T.to(squares)
+    member = nn.functional.one_hot(frequency, n // 2 + 1).T.to(squares)
     pooled = einops.einsum(member, member, squares, "f i, g j, i j neuron -> f g neuron")
     powers = pooled[1:, 0] + pooled[0, 1:] + pooled.diagonal().T[1:]
     total = pooled.sum(dim=(0, 1)) - pooled[0, 0]
@@ -216,8 +217,9 @@ def trig_directions(W_L: Float[Tensor, "neuron number"], frequency: int) -> Floa
     for each wave there is one coefficient for each neuron: the direction. Raises ValueError unless the frequency is at
     least 1 and less than half the number of answers.
     """
-    if not 1 <= frequency < W_L.shape[1] / 2:
-        raise ValueError(f"trig_directions: with {W_L.shape[1]} answers there is no pair of waves {frequency}.")
+    n = W_L.shape[1]
+    if not 1 <= frequency < n / 2:
+        raise ValueError(f"trig_directions: with {n} answers there is no pair of waves {frequency}.")
     return fft1d(W_L)[:, 2 * frequency - 1 : 2 * frequency + 1].T
 
 
@@ -331,10 +333,10 @@ def gradient_symmetry(
     each pair the logit of its entry in `answers` is differentiated by its first and by its second embedding. Model
     parameters keep their `.grad`. Source: Zhong et al. 2023, section 4.
     """
-    leaves = [embedded.detach().clone().requires_grad_() for embedded in (first, second)]
-    chosen = logits_of(*leaves).gather(-1, answers[:, None])
-    slopes = torch.autograd.grad(chosen.sum(), leaves)
-    return nn.functional.cosine_similarity(*slopes, dim=-1).mean()
+    x, y = first.detach().requires_grad_(), second.detach().requires_grad_()
+    chosen = logits_of(x, y).gather(-1, answers[:, None])
+    by_x, by_y = torch.autograd.grad(chosen.sum(), [x, y])
+    return nn.functional.cosine_similarity(by_x, by_y, dim=-1).mean()
 
 
 def primitive_powers(p: int) -> Int[Tensor, " power"]:
@@ -348,4 +350,4 @@ def primitive_powers(p: int) -> Int[Tensor, " power"]:
             powers.append(powers[-1] * g % p)
         if sorted(powers) == list(range(1, p)):
             return torch.tensor(powers)
-    raise ValueError(f"primitive_powers: {p} is not prime, so no number has all of 1 to {p - 1} as its powers.")
+    raise ValueError(f"primitive_powers: {p} is not prime, so no number has all the others as its powers.")

@@ -115,7 +115,7 @@ def in_order(recipe: GrokkingRecipe, tokens: Tensor, flags: Tensor) -> Tensor:
 
 def train(
     recipe: GrokkingRecipe, seed: int, steps: int
-) -> tuple[Transformer, dict[str, object], list[dict[str, float]], dict[int, dict[str, Tensor]]]:
+) -> tuple[Transformer, dict[str, object], list[dict[str, Any]], dict[int, dict[str, Tensor]]]:
     """A trained model with its weights rounded as they ship, the front matter of its card, its history, snapshots."""
     start = time.process_time()
     tokens, answers, is_train = recipe.data(seed, recipe.share)
@@ -156,7 +156,7 @@ def train(
     return model, front, history, {step: states[step] for step in recipe.snapshots if step in states}
 
 
-def short(value: float) -> float:
+def short(value: int | float) -> float:
     """Four digits are enough for a figure."""
     return float(f"{value:.4g}")
 
@@ -182,7 +182,7 @@ def ship(
     recipe: GrokkingRecipe,
     model: Transformer,
     front: Mapping[str, object],
-    history: list[dict[str, float]],
+    history: list[dict[str, Any]],
     snapshots: Mapping[int, Mapping[str, Tensor]],
 ) -> Path:
     """Write the model that ships."""

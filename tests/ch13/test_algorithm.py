@@ -12,7 +12,18 @@ from tests.ch13 import other_grokking as other
 SECRETS = ("W_out @", "einsum(", "2 * frequency - 1")
 ONLY_ON_GPU = "device="
 # Changes after which the reference still does what its statement says.
-STILL_RIGHT: set[str] = set()
+STILL_RIGHT = {
+    "n // 2 -> n",  # more frequencies than there are, and empty
+    "1 -> 2",
+    "2 -> 1",
+    "total > 0 -> total != 0",  # a sum of squares
+    "((numbers[:, None] + numbers) * frequency % n).double() -> (numbers[:, None] + numbers) * frequency % n",
+    "(numbers[:, None] + numbers) * frequency % n -> (numbers[:, None] + numbers) * frequency",  # fewer digits
+    "(distance * frequency % n).double() -> distance * frequency % n",
+    "distance * frequency % n -> distance * frequency",
+    "2 * frequency != n -> 2 * frequency < n",  # there are no frequencies above n / 2
+    "1e-12 -> 1.000000000001",  # a wave is longer
+}
 
 
 def anything_goes(W_L: torch.Tensor, frequency: int) -> torch.Tensor:

@@ -10,7 +10,12 @@ from tests.ch13 import other_grokking as other
 
 SECRETS = ("autograd.grad(", "cosine_similarity(")
 # Changes after which the reference still does what its statement says.
-STILL_RIGHT: set[str] = set()
+STILL_RIGHT = {
+    "-1 -> 1",  # of two axes, the last
+    "nn.functional.cosine_similarity(by_x, by_y, dim=-1) -> nn.functional.cosine_similarity(by_x, by_y)",
+    "1 -> 0",  # the powers of 0 are 1 and 0; modulo 2 that is the same
+    "len(powers) < p - 1 -> len(powers) != p - 1",  # it grows by one
+}
 
 SURPRISES: dict[str, list[tuple[str, Any]]] = {
     "gradient_symmetry": [

@@ -12,12 +12,30 @@ from tests.ch13 import other_grokking as other
 SECRETS = ("kthvalue(", "argsort(", "double().log_softmax", "einsum(")
 ONLY_ON_GPU = "device="
 # Changes after which the reference still does what its statement says.
-STILL_RIGHT: set[str] = set()
+STILL_RIGHT = {
+    "0 < n_train < p ** 2 -> 0 != n_train < p ** 2",  # no share is negative
+    "order.argsort() -> order",  # the inverse of a random order is as random
+    "0 -> -1",  # the only layer
+    "zip(scores, rows, strict=True) -> zip(scores, rows)",
+    "zip(values, rows, strict=True) -> zip(values, rows)",
+    "True -> False",  # strict=
+}
 
 
 def never_doubles(p: int, n: int, generator: torch.Generator, together: bool) -> list[tuple[int, int]]:
     """No pair (a, a) is for training as long as there are others."""
-    return sorted(drawn(p, p * p, generator, together), key=lambda pair: pair[0] == pair[1])[:n]
+    return sorted(drawn(p, p * p, generator, together), key=lambda pair: pair[0] == pair[1])[: n + (together and n % 2)]
+
+
+def doubles_first(p: int, n: int, generator: torch.Generator, together: bool) -> list[tuple[int, int]]:
+    """With `together`, every pair (a, a) is for training, and then mirror images until there are enough."""
+    pairs = drawn(p, p * p, generator, together)
+    if not together:
+        return pairs[:n]
+    doubles = [pair for pair in pairs if pair[0] == pair[1]][:n]
+    rest = [pair for pair in pairs if pair[0] != pair[1]]
+    missing = n - len(doubles)
+    return doubles + rest[: missing + missing % 2]
 
 
 def from_global(p: int, share: float, generator: torch.Generator, together: bool = False) -> Any:
@@ -42,6 +60,7 @@ def every_pair(model: Any, tokens: torch.Tensor) -> torch.Tensor:
 SURPRISES: dict[str, list[tuple[str, Any]]] = {
     "modular_addition_dataset": [
         ("is for training in 0% of", dataset(draw=never_doubles)),
+        ("is for training in 100% of", dataset(draw=doubles_first)),
         ("it drew from torch's global", from_global),
         ("it left `generator` as it was", from_a_copy),
         ("expected tokens, answers and is_train", lambda *args: ref.modular_addition_dataset(*args)[:2]),
@@ -86,7 +105,7 @@ def test_tables_give_what_the_model_gives() -> None:
 
 
 def test_training_memorises_first() -> None:
-    """Ten numbers, few steps: the training loss falls, and what `watch` says is kept."""
+    """Ten numbers, few steps: the training loss falls, the other rises, and what `watch` says is kept."""
     import solutions.ch02_transformer as ch02
     from course_utils.config import TransformerConfig
 
@@ -94,7 +113,8 @@ def test_training_memorises_first() -> None:
     model = ch02.Transformer(cfg)
     ch02.init_weights(model, 0.25, torch.Generator().manual_seed(0))
     data = ref.modular_addition_dataset(10, 0.5, torch.Generator().manual_seed(0))
-    history = ref.fit_modular(model, *data, steps=60, every=20, watch=lambda step: {"twice": 2.0 * step})
-    assert [entry["step"] for entry in history] == [0, 20, 40, 60]
+    history = ref.fit_modular(model, *data, steps=200, every=100, watch=lambda step: {"twice": 2.0 * step})
+    assert [entry["step"] for entry in history] == [0, 100, 200]
     assert history[-1]["train"] < history[0]["train"] / 2
-    assert history[-1]["twice"] == 120
+    assert history[-1]["held_out"] > 2 * history[0]["held_out"]
+    assert history[-1]["twice"] == 400

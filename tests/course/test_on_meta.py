@@ -41,6 +41,9 @@ LLAMA = TransformerConfig(
     d_vocab=1100, n_ctx=40, n_layers=2, n_heads=4, n_kv_heads=2, d_model=12, d_head=4, d_mlp=16, positions="rotary",
     rotary_dim=4, normalization="RMS", gated=True,
 )  # fmt: skip
+ADDER = TransformerConfig(
+    d_vocab=8, n_ctx=3, n_layers=1, n_heads=3, d_model=12, d_head=4, d_mlp=16, act="relu", normalization="none"
+)
 HEADS = [(layer, head) for layer in range(2) for head in range(3)]
 Z = "blocks.0.attn.hook_z"
 
@@ -98,6 +101,14 @@ WITHOUT = {  # what cannot be driven here, and why
     "erase": "how many classes there are depends on values",
     "first_layer": "works on texts and numbers",
     "refuse_unknown": "works on texts and numbers",
+    "modular_addition_dataset": "is given a generator, and there are none on meta",
+    "fit_modular": "how many pairs are for training depends on the values of the mask",
+    "fourier_basis": "is given a number, so there is no device to follow",
+    "fourier_2d_basis_term": "is given numbers, so there is no device to follow",
+    "sum_waves": "is given numbers, so there is no device to follow",
+    "excluded_loss": "how many pairs are for training depends on the values of the mask",
+    "loss_with_frequencies": "how many waves are kept depends on values",
+    "primitive_powers": "is given a number, so there is no device to follow",
 }
 
 
@@ -446,6 +457,21 @@ CALLS: dict[str, Callable[[], Any]] = {
     "neuron_contributions": lambda: (model(), seen(), TOKENS, floats(12), 1),
     "probe_r2": lambda: (floats(8, 3), floats(8), floats(4, 3), floats(4)),
     "flip_effects": lambda: (model(), TOKENS),
+    # 13
+    "answer_loss": lambda: (floats(5, 5, 7), ids(5, 5)),
+    "tabulated_logits": lambda: (model(ADDER), ids(4, 3)),
+    "fft1d": lambda: (floats(3, 7),),
+    "fft2d": lambda: (floats(6, 6, 3),),
+    "frequency_norms": lambda: (floats(8, 3),),
+    "key_frequencies": lambda: (floats(7, 3), 2),
+    "neuron_frequencies": lambda: (floats(6, 6, 3),),
+    "effective_unembedding": lambda: (model(ADDER),),
+    "trig_directions": lambda: (floats(3, 7), 2),
+    "logit_fit": lambda: (floats(6, 6, 6), [1, 3]),
+    "sum_part": lambda: (floats(6, 6, 3), [1, 3]),
+    "restricted_loss": lambda: (floats(7, 7, 7), [1, 3], ids(7, 7)),
+    "gini": lambda: (floats(5),),
+    "gradient_symmetry": lambda: (lambda a, b: (a * b) @ floats(3, 7), floats(4, 3), floats(4, 3), ids(4)),
 }  # fmt: skip
 
 

@@ -1,5 +1,7 @@
 """What the shipped model `modular-addition` promises, and its recipe on a small scale."""
 
+import json
+
 import pytest
 import torch
 
@@ -7,7 +9,7 @@ from course_utils.pretrained import load_history, load_pretrained, shipped_model
 from solutions.ch02_transformer import Transformer
 from solutions.ch13_grokking import answer_loss, key_frequencies, logit_fit, loss_with_frequencies, tabulated_logits
 from solutions.recipes import modular_addition as recipe
-from solutions.recipes import modular_multiplication
+from solutions.recipes import modular_multiplication, modular_others
 
 RECIPES = {"modular-addition": recipe.RECIPE}  # that of products ships no model
 CARDS = {card["name"]: card for card in shipped_models()}
@@ -68,8 +70,10 @@ def test_the_model_stands_and_falls_with_its_key_frequencies() -> None:
     others = [k for k in range(1, 30) if k not in keys]
     assert loss_with_frequencies(model, tokens, answers, keys) < 0.01
     assert loss_with_frequencies(model, tokens, answers, others) > 4
-    for key in keys:
-        assert loss_with_frequencies(model, tokens, answers, [k for k in range(1, 30) if k != key]) > 0.01
+    everything = range(1, 30)
+    whole = loss_with_frequencies(model, tokens, answers, everything)
+    for key in keys:  # the smallest matters least
+        assert loss_with_frequencies(model, tokens, answers, [k for k in everything if k != key]) > 5 * whole
 
 
 def test_restricted_loss_falls_long_before_held_out_loss() -> None:
@@ -93,6 +97,30 @@ def test_snapshots_are_those_of_the_history(step: int) -> None:
     measured = recipe.measures(recipe.RECIPE, model, keys, is_train.reshape(recipe.P, recipe.P))
     for key in ("excluded", "gini", "squares"):
         assert measured[key] == pytest.approx(entry[key], rel=0.02)
+
+
+def test_other_trainings_ship_with_their_losses() -> None:
+    others = load_history("modular-addition", "others")
+    assert others.keys() == modular_others.OTHERS.keys()
+    for name, other in modular_others.OTHERS.items():
+        assert others[name]["step"] == list(range(0, other.steps + 1, 100))
+        first = modular_others.losses(other, steps=0)  # the weights and the split are the recipe's
+        for key in ("train", "held_out"):
+            assert others[name][key][0] == pytest.approx(first[key][0], rel=1e-3)
+
+
+def test_the_recipe_of_the_others_writes_their_losses(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(modular_others, "OTHERS", {"slow": modular_others.Other(seed=1, share=0.1)})
+    modular_others.run(["--steps", "1"], folder=tmp_path)
+    assert capsys.readouterr().out.startswith("slow: not below 0.01 nats by step 0; held-out loss at the end 4.")
+    assert not list(tmp_path.iterdir())
+    modular_others.run(["--steps", "1", "--ship"], folder=tmp_path)
+    assert json.loads((tmp_path / "others.json").read_text())["slow"]["step"] == [0.0]
+
+
+def test_when_a_training_groks_is_said() -> None:
+    found = {"step": [0.0, 100.0, 200.0], "train": [4.0, 0.1, 0.0], "held_out": [4.0, 0.009, 0.001]}
+    assert modular_others.said("more", found) == "more: grokked at step 100; held-out loss at the end 0.001"
 
 
 def test_a_product_has_no_zero() -> None:

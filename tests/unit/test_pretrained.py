@@ -89,6 +89,10 @@ def test_a_shipped_model_comes_back_the_same(shipped: Bigram) -> None:
     assert model.cfg == CFG and not model.training
     assert model.tokenizer("once upon").input_ids == [1, 2] and model.tokenizer.eos_token == "<eos>"
     assert load_history("pair") == {"loss": [3.0, 2.5]}
+    (pretrained.MODELS / "pair" / "others.json").write_text('{"slow": [3.0]}')
+    assert load_history("pair", "others") == {"slow": [3.0]}
+    with pytest.raises(PretrainedError, match=r"^pair has no record 'diary'"):
+        load_history("pair", "diary")
     assert load_pretrained(Bigram, "pair-2").tokenizer.get_vocab() == shipped_tokenizer("pair").get_vocab()
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ def by_terms(
     number: Callable[[int], int] = lambda k: k,
     share: Callable[[float], float] = lambda part: part,
     dead: tuple[int, float] = (0, 0.0),
+    last: Callable[[int], int] = lambda n: n // 2,
 ) -> Fn:
     """neuron_frequencies term by term, with switches for what people get wrong."""
 
@@ -44,7 +46,8 @@ def by_terms(
         n = len(activations)
         squares = coefficients(coefficients(activations, 0), 1).square()
         terms = [(i, j) for i in range(n) for j in range(n)]
-        best, shares = [], []
+        best: list[int] = []
+        shares: list[float] = []
         for neuron in range(activations.shape[2]):
             size = {(i, j): float(squares[i, j, neuron]) for i, j in terms}
             total = sum(value for place, value in size.items() if constant or place != (0, 0))
@@ -53,7 +56,7 @@ def by_terms(
                 continue
             parts = {
                 k: sum(size[i, j] for i, j in terms if belongs(frequency_of(i), frequency_of(j), k))
-                for k in range(1, n // 2 + 1)
+                for k in range(1, last(n) + 1)
             }
             chosen = max(parts, key=lambda k: parts[k])
             best, shares = [*best, number(chosen)], [*shares, share(parts[chosen] / total)]
@@ -63,7 +66,7 @@ def by_terms(
 
 
 def firing(n: int, n_neurons: int, seed: int) -> Tensor:
-    """Neurons with a favourite frequency each, noise, and one that is always 0."""
+    """Neurons with a favourite frequency each, noise, one that is always 0, and one that says little."""
     numbers, found = range(n), []
     for neuron in range(n_neurons):
         k = neuron % (n // 2) + 1
@@ -71,7 +74,8 @@ def firing(n: int, n_neurons: int, seed: int) -> Tensor:
         other = torch.tensor(wave("sin" if 2 * k < n else "cos", k, n), dtype=torch.float64)
         found.append(row[:, None] + 0.5 * other[None, :] + 0.7 * torch.outer(row, other) + 0.4)
     grid = torch.stack(found, dim=-1) + 0.25 * noise(n, n, n_neurons, seed=seed).double()
-    grid[:, :, n_neurons // 2] = 0
+    grid[:, :, 0] = 0
+    grid[:, :, -1] *= 0.05
     return grid[list(numbers)].float()
 
 
@@ -87,6 +91,7 @@ def firing(n: int, n_neurons: int, seed: int) -> Tensor:
         "the frequencies are off by one: they begin at 1.": by_terms(number=lambda k: k - 1),
         "the share is a root; take the squares themselves.": by_terms(share=math.sqrt),
         "it is the share that is left.": by_terms(share=lambda part: 1 - part),
+        "the last frequency of an even n, n/2, is left out.": by_terms(last=lambda n: (n - 1) // 2),
         "a neuron that never fires has share 0 / 0.": by_terms(dead=(0, math.nan)),
         "a neuron that never fires has a frequency; say 0.": by_terms(dead=(1, 0.0)),
     }
@@ -236,7 +241,7 @@ def check_trig_directions(fn: Fn) -> None:
         compare(f"{name} {frequency} of {n}", actual, directions()(W_L, frequency), "wave neuron")
     for n, frequency in ((7, 0), (8, 4), (7, 4)):
         call = f"{name}(W_L, {frequency}) with {n} answers"
-        must_raise(name, ValueError, call, lambda n=n, k=frequency: fn(noise(3, n), k), "it has no two waves.")
+        must_raise(name, ValueError, call, partial(fn, noise(3, n), frequency), "it has no two waves.")
     follows_input(name, fn, (noise(3, 5), 2), "wave neuron")
 
 

@@ -10,6 +10,7 @@ from course_utils.checks.ch13.small import Fn
 from course_utils.checks.comparing import compare, follows_input, unchanged
 from course_utils.checks.mistakes import known_mistakes
 from course_utils.checks.modules import noise
+from course_utils.checks.outcomes import CheckFailed, Evidence
 from course_utils.checks.plain import must_raise
 
 Logits = Callable[[Tensor, Tensor], Tensor]
@@ -64,6 +65,14 @@ def of_logprobs(logits_of: Logits, first: Tensor, second: Tensor, answers: Tenso
     return cosine(*found).mean().to(first.dtype)
 
 
+def by_backward(logits_of: Logits, first: Tensor, second: Tensor, answers: Tensor) -> Tensor:
+    """Right, and it leaves gradients in whatever logits_of has parameters of."""
+    leaves = [embedded.detach().clone().requires_grad_() for embedded in (first, second)]
+    logits_of(*leaves).gather(-1, answers[:, None]).sum().backward()
+    found = [leaf.grad for leaf in leaves if leaf.grad is not None]
+    return cosine(found[0], found[1]).mean()
+
+
 @known_mistakes(
     {
         "it is the dot product; divide by both lengths.": compared(lambda x, y: (x * y).sum(-1).mean()),
@@ -83,6 +92,9 @@ def of_logprobs(logits_of: Logits, first: Tensor, second: Tensor, answers: Tenso
         ),
         "it is one number for each pair; take the mean.": compared(cosine),
         "it is the sum over the pairs; take the mean.": compared(lambda x, y: cosine(x, y).sum()),
+        "`backward()` also fills the parameters' `.grad`; torch.autograd.grad gives only what you ask for.": (
+            by_backward
+        ),
     }
 )
 def check_gradient_symmetry(fn: Fn) -> None:
@@ -98,6 +110,14 @@ def check_gradient_symmetry(fn: Fn) -> None:
         compare(f"{name} of {n_pairs} pairs", actual, right, "", rtol=1e-3, atol=1e-4)
     given = toy(3, 4), noise(4, 3, seed=8), noise(4, 3, seed=9), torch.tensor([2, 0, 3, 3])
     follows_input(name, fn, given, "")
+    size = torch.nn.Parameter(torch.ones(()))
+    fn(lambda x, y: size * given[0](x, y), *given[1:])
+    if size.grad is not None:
+        raise CheckFailed(
+            f"{name}: a parameter of the model has a `.grad` now.",
+            evidence=Evidence("the `.grad` of a parameter", True),
+            advice="  Next: ask torch.autograd.grad for the gradients of the two inputs only.",
+        )
 
 
 def powers(

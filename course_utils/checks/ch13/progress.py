@@ -95,8 +95,9 @@ def cross_entropy(logits: Tensor, answers: Tensor, reduction: str = "mean") -> T
     return torch.nn.functional.cross_entropy(flat, answers.flatten(), reduction=reduction).to(logits.dtype)
 
 
-def addition(n: int) -> Tensor:
-    return torch.tensor([[(a + b) % n for b in range(n)] for a in range(n)])
+def addition(n: int, sign: int = 1) -> Tensor:
+    """Or subtraction: the answers need not be those of a + b."""
+    return torch.tensor([[(a + sign * b) % n for b in range(n)] for a in range(n)])
 
 
 def split(n: int) -> Tensor:
@@ -104,9 +105,9 @@ def split(n: int) -> Tensor:
     return noise(n, n, seed=40 + n) > 0.3
 
 
-def case(n: int) -> tuple[Tensor, Tensor, Tensor]:
+def case(n: int, sign: int = 1) -> tuple[Tensor, Tensor, Tensor]:
     """Logits that say something about a + b, and something about each pair; answers; training pairs."""
-    x, answers, is_train = torch.arange(n), addition(n), split(n)
+    x, answers, is_train = torch.arange(n), addition(n, sign), split(n)
     distance = (x[:, None, None] + x[:, None] - x) % n
     logits = 2 * torch.tensor(wave("cos", 2, n))[distance] + torch.tensor(wave("cos", 1, n))[distance]
     logits = logits + noise(n, n, n, seed=n) + noise(n, seed=n + 3)
@@ -142,13 +143,16 @@ def excluded_everywhere(logits: Tensor, frequencies: Sequence[int], answers: Ten
         "it is the loss of the logits as they are.": restricted(lambda logits, frequencies: logits),
         "it is the sum over the pairs; take the mean.": restricted(averaged(), "sum"),
         "every product of these waves is kept; take the waves in a + b.": restricted(all_of_these),
+        "the answers are worked out as a + b; take the ones in `answers`.": (
+            lambda logits, frequencies, answers: restricted(averaged())(logits, frequencies, addition(len(logits)))
+        ),
     }
 )
 def check_restricted_loss(fn: Fn) -> None:
     """Against PyTorch's cross-entropy of averages."""
     name = "restricted_loss"
-    for n, wanted in ((7, [2, 3]), (6, [3, 1]), (5, [2])):
-        logits, answers, _ = case(n)
+    for n, wanted, sign in ((7, [2, 3], 1), (6, [3, 1], -1), (5, [2], 1)):
+        logits, answers, _ = case(n, sign)
         with unchanged(name, logits=logits, answers=answers):
             actual = fn(logits, wanted, answers)
         compare(f"{name} at {wanted}, n={n}", actual, restricted(averaged())(logits, wanted, answers), "")
@@ -182,8 +186,8 @@ def everywhere(is_train: Tensor) -> Tensor:
 def check_excluded_loss(fn: Fn) -> None:
     """Against PyTorch's cross-entropy of averages."""
     name = "excluded_loss"
-    for n, wanted in ((7, [2, 3]), (6, [3, 1]), (5, [2, 1])):
-        logits, answers, is_train = case(n)
+    for n, wanted, sign in ((7, [2, 3], 1), (6, [3, 1], -1), (5, [2, 1], 1)):
+        logits, answers, is_train = case(n, sign)
         with unchanged(name, logits=logits, answers=answers, is_train=is_train):
             actual = fn(logits, wanted, answers, is_train)
         right = excluded(averaged())(logits, wanted, answers, is_train)
@@ -238,10 +242,13 @@ def check_gini(fn: Fn) -> None:
 # -------------------------------------------------------------------------------------------------- embeddings filtered
 
 
+def rows_of(wanted: Sequence[int], n: int) -> list[int]:
+    """The constant's row of the basis, and those of these frequencies."""
+    return [number for number in range(n) if frequency_of(number) in (0, *wanted)]
+
+
 def filtered(
-    rows: Callable[[Sequence[int], int], list[int]] = lambda wanted, n: [
-        number for number in range(n) if frequency_of(number) in (0, *wanted)
-    ],
+    rows: Callable[[Sequence[int], int], list[int]] = rows_of,
     whole: bool = False,
     columns: slice = slice(None, -1),
     place: int = -1,

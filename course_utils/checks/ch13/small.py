@@ -23,7 +23,7 @@ def small_model(p: int = 7, n_layers: int = 1) -> Any:
             n_layers=n_layers,
             n_heads=3,
             d_model=6,
-            d_head=4,
+            d_head=2,
             d_mlp=5,
             act="relu",
             normalization="none",

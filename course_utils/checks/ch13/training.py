@@ -43,7 +43,7 @@ def dataset(
     def modular_addition_dataset(p: int, share: float, generator: torch.Generator, together: bool = False) -> Any:
         if not 0 < math.floor(share * p * p) < p * p:
             raise ValueError(share)
-        pairs = sorted(((a, b) for a in range(p) for b in range(p)), key=lambda pair: place(*pair, p))
+        pairs = sorted(((a, b) for a in range(p) for b in range(p)), key=lambda pair: place(pair[0], pair[1], p))
         chosen = set(draw(p, count(share * p * p), generator, together))
         return (
             torch.tensor([row(a, b, p) for a, b in pairs]),
@@ -62,6 +62,14 @@ def the_first(p: int, n: int, generator: torch.Generator, together: bool) -> lis
     return [divmod(place, p) for place in range(n)]
 
 
+def row_by_row(p: int, n: int, generator: torch.Generator, together: bool) -> list[tuple[int, int]]:
+    """As many for every a; mirror images as they are meant."""
+    if together:
+        return drawn(p, n, generator, together)
+    counts = [n // p + (a < n % p) for a in range(p)]
+    return [(a, b) for a in range(p) for b in torch.randperm(p, generator=generator)[: counts[a]].tolist()]
+
+
 @known_mistakes(
     {
         "the answers are plain sums; they are taken modulo p.": dataset(answer=lambda a, b, p: a + b),
@@ -75,6 +83,7 @@ def the_first(p: int, n: int, generator: torch.Generator, together: bool) -> lis
         "is_train marks the held-out pairs.": dataset(flip=True),
         "pairs are drawn with replacement: some come twice, and there are too few.": dataset(draw=with_replacement),
         "the training pairs are the first ones; draw them at random.": dataset(draw=the_first),
+        "every number a has as many training pairs; draw among all pairs at once.": dataset(draw=row_by_row),
         "share * p² is rounded up.": dataset(count=math.ceil),
         "`together` has no effect: a + b is on one side and b + a on the other.": dataset(
             draw=lambda p, n, generator, together: drawn(p, n, generator, False)
@@ -87,10 +96,11 @@ def the_first(p: int, n: int, generator: torch.Generator, together: bool) -> lis
 def check_modular_addition_dataset(fn: Fn) -> None:
     """The sums by loops, the number of training pairs, mirror images, and that every pair has its chance."""
     name = "modular_addition_dataset"
-    for p, share in ((7, 0.3), (5, 0.5), (4, 0.9)):
+    for p, share in ((7, 0.3), (5, 0.5), (4, 0.9), (3, 0.12)):
         for together in (False, True):
             _one_data_set(name, fn, p, share, together)
-    _chances(name, fn)
+    for together in (False, True):
+        _chances(name, fn, together)
     one, again = (_mask(fn, torch.Generator().manual_seed(3)) for _ in range(2))
     if not torch.equal(one, again):
         raise CheckFailed(f"{name}: one seed gave two splits.\n  Next: take every random number from `generator`.")
@@ -141,21 +151,38 @@ def _one_data_set(name: str, fn: Fn, p: int, share: float, together: bool) -> No
         )
 
 
-def _chances(name: str, fn: Fn) -> None:
+def _chances(name: str, fn: Fn, together: bool) -> None:
     """How often each pair is for training in many splits of 25 pairs, by five standard errors."""
-    generator, n = torch.Generator().manual_seed(5), 150
-    splits = torch.stack([_mask(fn, generator) for _ in range(n)]).double()
+    generator, n = torch.Generator().manual_seed(5), 120
+    splits = torch.stack([_mask(fn, generator, together=together) for _ in range(n)]).double()
     often, slack = splits.mean(dim=0), 5 * (0.4 * 0.6 / n) ** 0.5
     wrong = (often - 0.4).abs() > slack
     if wrong.any():
         a, b = divmod(int(wrong.double().argmax()), 5)
         raise CheckFailed(
             f"{name}: the pair ({a}, {b}) is for training in {often[5 * a + b]:.0%} of {n} splits.\n"
-            "  expected about 40%",
-            evidence=Evidence("how often a pair is drawn", often),
+            f"  together={together}; expected about 40%",
+            evidence=Evidence(f"how often a pair is drawn, together={together}", often),
             advice="  Next: give every pair the same chance.",
         )
+    doubles = often.reshape(5, 5).diagonal().mean()
+    if (doubles - 0.4).abs() > slack / 5**0.5:
+        raise CheckFailed(
+            f"{name}: the pairs (a, a) are for training in {doubles:.0%} of {n} splits.\n"
+            f"  together={together}; expected about 40%",
+            evidence=Evidence(f"how often (a, a) is drawn, together={together}", often),
+            advice="  Next: give every pair the same chance; (a, a) is its own mirror image.",
+        )
+    if together:
+        return
     grids = splits.reshape(n, 5, 5)
+    rows = grids.sum(dim=2)
+    if torch.equal(rows, rows[:1].expand_as(rows)):
+        raise CheckFailed(
+            f"{name}: in {n} splits every number a has the same number of training pairs.",
+            evidence=Evidence("training pairs of every a", True),
+            advice="  Next: draw among all pairs at once.",
+        )
     mirrored = (grids * grids.mT).sum(dim=(1, 2)) - grids.diagonal(dim1=1, dim2=2).sum(dim=1)
     if float(mirrored.mean()) > 5:  # of eight training pairs off the diagonal, a third has its mirror image by chance
         raise CheckFailed(
@@ -169,10 +196,12 @@ def _chances(name: str, fn: Fn) -> None:
 # ------------------------------------------------------------------------------------------------------------ the loss
 
 
+def plain_loss(row: list[float], right: int) -> float:
+    return math.log(sum(math.exp(value - max(row)) for value in row)) - (row[right] - max(row))
+
+
 def losses(
-    one: Callable[[list[float], int], float] = lambda row, right: (
-        math.log(sum(math.exp(value - max(row)) for value in row)) - (row[right] - max(row))
-    ),
+    one: Callable[[list[float], int], float] = plain_loss,
     over: Callable[[list[float]], float] = lambda found: sum(found) / len(found),
 ) -> Fn:
     """answer_loss pair by pair, in Python's floats."""
@@ -249,6 +278,7 @@ def from_parameters(
     act: Callable[[Tensor], Tensor] = torch.relu,
     order: tuple[int, int] = (0, 1),
     late: bool = True,
+    tables: Callable[[Tensor], Tensor] = lambda table: table,
 ) -> Fn:
     """The logits pair by pair, from the parameters, with switches for what people forget."""
 
@@ -260,6 +290,7 @@ def from_parameters(
         resid = weights["embed.W_E"][swapped] + position(weights["pos_embed.W_pos"])
         q = torch.einsum("nm,hmd->nhd", resid[:, -1], layer["W_Q"]) + b["b_Q"]
         k, v = (torch.einsum("npm,hmd->nphd", resid, layer[f"W_{letter}"]) + b[f"b_{letter}"] for letter in ("K", "V"))
+        q, k, v = tables(q), tables(k), tables(v)
         scores = torch.einsum("nhd,nphd->nhp", q, k) / (q.shape[-1] ** 0.5 if scale else 1)
         z = torch.einsum("nhp,nphd->nhd", seen(scores), v)
         mid = torch.einsum("nhd,hdm->nm", z, layer["W_O"]) + b["b_O"] + stream * resid[:, -1]
@@ -298,6 +329,9 @@ def without(*names: str) -> Fn:
         "the MLP's output replaces the stream; it is added to it.": from_parameters(late=False),
         "the ReLU is missing.": from_parameters(act=lambda pre: pre),
         "the logit of `=` is among them; it is no answer.": from_parameters(columns=lambda logits: logits),
+        "no gradient gets through the tables; make them anew in every call, with gradients.": from_parameters(
+            tables=Tensor.detach
+        ),
         "the model itself runs, on three positions of every pair; the tables are to make that unnecessary.": (
             lambda model, tokens: model(tokens)[:, -1, :-1]
         ),
@@ -314,6 +348,23 @@ def check_tabulated_logits(fn: Fn) -> None:
         compare(f"{name} of {len(tokens)} pairs, p={p}", actual, right, "pair number", rtol=1e-3, atol=1e-4)
     follows_input(name, lambda *inputs: fn(*inputs).detach(), (small_model(4), sums(4)), "pair number")
     carries_gradient(name, fn, (small_model(4), sums(4)))
+    _every_gradient(name, fn)
+
+
+def _every_gradient(name: str, fn: Fn) -> None:
+    """Each parameter's gradient, since the training loop uses this in place of the model."""
+    model, tokens, weights = small_model(4), sums(4), noise(16, 4, seed=3)
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    found, right = (
+        torch.autograd.grad((logits_of(model, tokens) * weights).sum(), parameters, allow_unused=True)
+        for logits_of in (fn, from_parameters())
+    )
+    for path, actual, expected in zip(names, found, right, strict=True):
+        axes = " ".join(f"axis{number}" for number in range(expected.dim()))
+        compare(
+            f"{name}: the gradient of {path}", torch.zeros_like(expected) if actual is None else actual, expected, axes,
+            rtol=1e-3, atol=1e-4,
+        )  # fmt: skip
 
 
 def _without_the_model(name: str, fn: Fn, model: Any, tokens: Tensor) -> Any:

@@ -227,8 +227,12 @@ def check_fft2d(fn: Fn) -> None:
 # ------------------------------------------------------------------------------------------------ a table's frequencies
 
 
+def norm(found: list[float]) -> float:
+    return math.sqrt(sum(value * value for value in found))
+
+
 def pooled(
-    of: Callable[[list[float]], float] = lambda found: math.sqrt(sum(value * value for value in found)),
+    of: Callable[[list[float]], float] = norm,
     first: int = 0,
     dim: int = 0,
     group: Callable[[int], int] = frequency_of,
@@ -291,14 +295,20 @@ def by_wave(W_E: Tensor, n: int) -> Tensor:
     return norms.topk(n).indices
 
 
+def by_cosine(W_E: Tensor, n: int) -> Tensor:
+    """The largest rows of coefficients that belong to cosines."""
+    return coefficients(W_E, 0).norm(dim=1)[1::2].topk(n).indices + 1
+
+
 def table(n: int, d_model: int, sizes: list[float]) -> Tensor:
     """Vectors whose frequencies have these norms."""
     vectors = torch.zeros(n, d_model, dtype=torch.float64)
     for number, row in enumerate(basis(n)):
         k = frequency_of(number)
         alone = k == 0 or 2 * k == n
+        large = (number + k) % 2 == 1  # of a frequency's two waves, now the cosine, now the sine
         direction = torch.nn.functional.normalize(noise(d_model, seed=number).double(), dim=0)
-        vectors += sizes[k] * (1 if alone else 0.5**0.5) * torch.outer(row, direction)
+        vectors += sizes[k] * (1 if alone else 0.9**0.5 if large else 0.1**0.5) * torch.outer(row, direction)
     return vectors.float()
 
 
@@ -321,6 +331,7 @@ TABLES = ((11, 4, [9.0, 2.0, 5.0, 1.0, 8.0, 3.0], 3), (8, 3, [4.0, 1.0, 3.0, 2.0
         ),
         "they are the smallest.": ranked(lambda norms, n: sorted(range(1, len(norms)), key=lambda k: norms[k])[:n]),
         "they are places in the basis; a frequency has two.": by_wave,
+        "only the cosines are looked at; a frequency has two waves.": by_cosine,
     }
 )
 def check_key_frequencies(fn: Fn) -> None:
