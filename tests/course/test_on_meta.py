@@ -29,6 +29,7 @@ from solutions import (
     ch04_induction,
     ch05_patching,
     ch06_superposition,
+    ch08_function_vectors,
 )
 
 CFG = TransformerConfig(d_vocab=1100, n_ctx=40, n_layers=2, n_heads=3, d_model=12, d_head=4, d_mlp=16)
@@ -85,6 +86,10 @@ WITHOUT = {  # what cannot be driven here, and why
     "possible_edges": "makes a mask out of a config; those who use it move it",
     "first_layer": "works on texts and numbers",
     "refuse_unknown": "works on texts and numbers",
+    "icl_text": "works on texts",
+    "ICLDataset": "is made of texts, on the CPU",
+    "bootstrap_interval": "is given a generator, and there are none on meta",
+    "random_head_vector": "is given a generator, and there are none on meta",
 }
 
 
@@ -228,6 +233,22 @@ def new_start() -> list[Any]:
 def edges() -> Tensor:
     senders, receivers = ch05_patching.edge_nodes(CFG)
     return torch.ones(len(senders), len(receivers), dtype=torch.bool, device="meta")
+
+
+@cache
+def pairs_shown() -> Any:
+    """Two prompts with two examples each, made on the CPU and then moved."""
+    task = {"dog": "key", "cup": "bird", "book": "tree"}
+    dataset = ch08_function_vectors.ICLDataset(task, 2, 2, shipped_tokenizer("tales"))
+    dataset.tokens, dataset.answers = dataset.tokens.to("meta"), dataset.answers.to("meta")
+    return dataset
+
+
+def inside(context: Any) -> Tensor:
+    """What the model says while a context lasts."""
+    with context:
+        logits: Tensor = model()(TOKENS)
+    return logits
 
 
 # What a function is given, as a tuple; or, where it takes more than a call, what came out.
@@ -411,6 +432,18 @@ CALLS: dict[str, Callable[[], Any]] = {
     "shrinkage": lambda: (floats(4, 2, 5), floats(4, 2, 5)),
     "absorption_rate": lambda: (floats(4, 7), floats(4, 5), ids(5), ids(5)),
     "matryoshka_loss": lambda: (floats(4, 2, 5), floats(4, 2, 7), floats(2, 7, 5), floats(2, 5), [2, 7]),
+    # 08
+    "is_right": lambda: (model(), pairs_shown()),
+    "mean_last_residual": lambda: (model(), TOKENS),
+    "mean_head_outputs": lambda: (model(), TOKENS),
+    "causal_head_scores": lambda: (model(), pairs_shown(), pairs_shown()),
+    "function_vector": lambda: (floats(2, 3, 12), floats(2, 3), 2),
+    "add_vector": lambda: inside(ch08_function_vectors.add_vector(model(), 0, floats(12), 2.0)),
+    "vector_logits": lambda: (model(), floats(12)),
+    "contrastive_vector": lambda: (model(), TOKENS, OTHER, 1),
+    "activation_addition": lambda: inside(ch08_function_vectors.activation_addition(model(), 0, ids(3), ids(3), 2.0)),
+    "without_direction": lambda: (floats(2, 5, 12), floats(12)),
+    "ablate_direction": lambda: (model(), floats(12)),
     # 12
     "elevation": lambda: (TOKENS,),
     "failures": lambda: (TOKENS,),
