@@ -359,8 +359,13 @@ def check_random_head_vector(fn: Fn) -> None:
     for number in range(120):
         with unchanged(name, head_outputs=head_outputs, scores=scores):
             actual = fn(head_outputs, scores, n_drawn, generator)
-        if not isinstance(actual, Tensor) or actual.shape != (size,):
-            compare(name, actual, torch.zeros(size), "d_model")
+        like = torch.zeros(size)
+        if not isinstance(actual, Tensor) or (actual.shape, actual.dtype, actual.device) != (
+            like.shape,
+            like.dtype,
+            like.device,
+        ):
+            compare(name, actual, like, "d_model")
         share = actual / torch.arange(1.0, size + 1)
         drawn = [head for head in range(size) if share[head].abs() > 1e-6]
         count = "all" if len(drawn) == size else "one" if len(drawn) == 1 else f"{len(drawn)} heads"
