@@ -38,7 +38,7 @@ RULES: tuple[tuple[str, float | None, str], ...] = (
     (r".*nats_per_story", 0.5, "seeds differ by tenths"),
     (r".*(right|held_out|accuracy|attention|induction|previous).*", 0.05, "seeds differ by hundredths"),
 )
-WORDS = ("name", "about", "data", "recipe", "starts_from", "licence", "tokenizer")  # texts, which tell nothing about the run
+WORDS = ("name", "about", "data", "recipe", "starts_from", "licence", "tokenizer")  # texts: they say nothing of the run
 
 
 class Row(NamedTuple):
