@@ -20,20 +20,25 @@ from course_utils.pretrained import PretrainedError, _card, _known
 RULES: tuple[tuple[str, float | None, str], ...] = (
     (r"seed|parameters|grammar_.*|init_std", 0.0, "decided before training begins"),
     (r"steps|tokens|texts", 0.0, "decided before training begins"),
-    (r"minutes|seconds", None, "says something about the machine"),
+    (r"minutes|cpu_seconds", None, "says something about the machine"),
+    (r".*_by_task", None, "the tasks' mean, in a line of its own, is what can be compared"),
     (r"head_.*|anti_diagonal", None, "which head does what is up to chance"),
+    (r"loss_on_random_tokens.*", None, "no model was trained on random tokens"),
+    (r"train_loss", 0.01, "as good as nothing once every pair is learned"),
     (r"without_.*", None, "what is left of an ablated model is up to chance"),
     (r"near_miss_.*|fooled_.*", None, "which rare texts a model gets wrong is up to chance"),
     (r"grokked_at_step", 2500.0, "seeds differ by a thousand steps and more"),
     (r"key_frequencies", None, "which frequencies a model uses is up to chance"),
     (r"logit_share", 0.1, "seeds differ by hundredths"),
     (r"accepted_.*", 0.08, "one word can spoil a story; seeds differ"),
+    (r"five_shots_told", None, "what passes from sentences into lists is up to chance"),
+    (r"five_shots_.*|no_shots_.*|vector_.*|random_.*", 0.15, "a mean over seven tasks of few words; seeds differ"),
     (r".*_worst_.*", 0.05, "a minimum over many templates"),
     (r".*_logit_difference", 4.0, "seeds differ by units"),
     (r".*nats_per_story", 0.5, "seeds differ by tenths"),
     (r".*(right|held_out|accuracy|attention|induction|previous).*", 0.05, "seeds differ by hundredths"),
 )
-WORDS = ("name", "about", "data", "recipe", "licence", "tokenizer")  # texts, which tell nothing about the run
+WORDS = ("name", "about", "data", "recipe", "starts_from", "licence", "tokenizer")  # texts: they say nothing of the run
 
 
 class Row(NamedTuple):

@@ -47,7 +47,7 @@ title, in which they are asked for here; `told` ones in sentences only.
 
 - `five_shots_KIND`: the share of right first choices after five listed examples, on average over the tasks, 200 prompts
   each; `five_shots_held_out_by_task` has every task's own.
-- `no_shots_KIND`: the same where only the asked word is there, each once. Of its tasks the model can do but one.
+- `no_shots_KIND`: the same where only the asked word is there, each once: the model must guess which task is meant.
 - `vector_KIND`: no shots, and the task's function vector added once after block 1, at the last position: the sum of the
   mean outputs of four heads. `random_KIND` is its control: other heads, as many, with the same norm, over three draws.
 - `vector_over_random_held_out_by_task`: the difference of the two for every task.
@@ -59,8 +59,7 @@ title, in which they are asked for here; `told` ones in sentences only.
 class PairsRecipe:
     """Everything that decides the weights, besides the data and the code."""
 
-    steps: int = 800
-    schedule: int = 1400  # steps of the learning rate's cosine: training ends before the cosine does
+    steps: int = 1400
     batch: int = 16
     n_ctx: int = 96
     story_share: float = 0.15  # of the documents
@@ -153,7 +152,7 @@ def train(
         history, first, seconds = state["history"], state["step"], state["seconds"]
     began, recent = time.process_time() - seconds, []
     for step in range(first, recipe.steps):
-        rate = cosine_schedule(step, recipe.warmup, recipe.schedule, recipe.peak_lr, recipe.peak_lr / 50)
+        rate = cosine_schedule(step, recipe.warmup, recipe.steps, recipe.peak_lr, recipe.peak_lr / 50)
         for group in optimizer.param_groups:
             group["lr"] = rate
         loss = training_loss(model, training_batch(tokenizer, recipe, step).to(device))
@@ -164,7 +163,7 @@ def train(
         recent.append(loss.item())
         if (step + 1) % log_every == 0 or step + 1 == recipe.steps:
             entry: dict[str, float] = {"step": step + 1, "train_loss": round(sum(recent) / len(recent), 4)}
-            entry |= {kind: mean(accuracy(model.cpu(), tokenizer, kind, 5, 40)) for kind in pairs.KINDS}
+            entry |= {f"five_shots_{kind}": mean(accuracy(model.cpu(), tokenizer, kind, 5, 40)) for kind in pairs.KINDS}
             model.to(device)
             recent = []
             history.append(entry)

@@ -30,6 +30,7 @@ from solutions import (
     ch05_patching,
     ch06_superposition,
     ch07_probes,
+    ch08_function_vectors,
 )
 
 CFG = TransformerConfig(d_vocab=1100, n_ctx=40, n_layers=2, n_heads=3, d_model=12, d_head=4, d_mlp=16)
@@ -109,6 +110,10 @@ WITHOUT = {  # what cannot be driven here, and why
     "excluded_loss": "how many pairs are for training depends on the values of the mask",
     "loss_with_frequencies": "how many waves are kept depends on values",
     "primitive_powers": "is given a number, so there is no device to follow",
+    "icl_text": "works on texts",
+    "ICLDataset": "is made of texts, on the CPU",
+    "bootstrap_interval": "is given a generator, and there are none on meta",
+    "random_head_vector": "is given a generator, and there are none on meta",
 }
 
 
@@ -252,6 +257,22 @@ def new_start() -> list[Any]:
 def edges() -> Tensor:
     senders, receivers = ch05_patching.edge_nodes(CFG)
     return torch.ones(len(senders), len(receivers), dtype=torch.bool, device="meta")
+
+
+@cache
+def pairs_shown() -> Any:
+    """Two prompts with two examples each, made on the CPU and then moved."""
+    task = {"dog": "key", "cup": "bird", "book": "tree"}
+    dataset = ch08_function_vectors.ICLDataset(task, 2, 2, shipped_tokenizer("tales"))
+    dataset.tokens, dataset.answers = dataset.tokens.to("meta"), dataset.answers.to("meta")
+    return dataset
+
+
+def inside(context: Any) -> Tensor:
+    """What the model says while a context lasts."""
+    with context:
+        logits: Tensor = model()(TOKENS)
+    return logits
 
 
 # What a function is given, as a tuple; or, where it takes more than a call, what came out.
@@ -445,6 +466,18 @@ CALLS: dict[str, Callable[[], Any]] = {
     "normalised_effect": lambda: (floats(8), floats(8), floats(6)),
     "activation_pattern": lambda: (floats(8, 3), floats(3)),
     "AttentionProbe": lambda: ch07_probes.AttentionProbe(3, 4).to("meta")(floats(2, 5, 3), ids(2, 5).bool()),
+    # 08
+    "is_right": lambda: (model(), pairs_shown()),
+    "mean_last_residual": lambda: (model(), TOKENS),
+    "mean_head_outputs": lambda: (model(), TOKENS),
+    "causal_head_scores": lambda: (model(), pairs_shown(), pairs_shown()),
+    "function_vector": lambda: (floats(2, 3, 12), floats(2, 3), 2),
+    "add_vector": lambda: inside(ch08_function_vectors.add_vector(model(), 0, floats(12), 2.0)),
+    "vector_logits": lambda: (model(), floats(12)),
+    "contrastive_vector": lambda: (model(), TOKENS, OTHER, 1),
+    "activation_addition": lambda: inside(ch08_function_vectors.activation_addition(model(), 0, ids(3), ids(3), 2.0)),
+    "without_direction": lambda: (floats(2, 5, 12), floats(12)),
+    "ablate_direction": lambda: (model(), floats(12)),
     # 12
     "elevation": lambda: (TOKENS,),
     "failures": lambda: (TOKENS,),

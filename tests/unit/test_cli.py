@@ -20,6 +20,7 @@ from course_utils.cells import read_notebook
 from course_utils.cli import main
 from course_utils.exercises import course_exercises
 from course_utils.guesses import FILE, guess, reveal
+from course_utils.pretrained import shipped_models
 from course_utils.solution import solution
 from tests.conftest import ROOT
 from tests.support.environments import lab_address
@@ -336,6 +337,15 @@ def retrain(
     monkeypatch.setattr(retraining, "run_recipe", run_recipe)
     code, text = outcome(capsys, "models", "train", "toy", *argv)
     return code, text, got
+
+
+@pytest.mark.parametrize("name", [card["name"] for card in shipped_models()])
+def test_every_figure_of_a_card_has_a_rule(name: str) -> None:
+    """Where it has none, `models train` would let it be anything and not say why."""
+    (card,) = (card for card in shipped_models() if card["name"] == name)
+    figures = [key for key in card if key not in (*retraining.WORDS, "precision") and not key.startswith("sha256")]
+    patterns = [pattern for pattern, _, _ in retraining.RULES]
+    assert [key for key in figures if not any(re.fullmatch(pattern, key) for pattern in patterns)] == []
 
 
 def test_models_train_compares_with_the_card(

@@ -337,7 +337,7 @@ def _shuffles(name: str, cls: Any) -> None:
     new = data.shuffled(7)
     call = "data.shuffled(7)"
     _kept(name, call, data, new, before, tokenizer)
-    places = Counter()
+    places: Counter[Any] = Counter()
     for number, (examples, old) in enumerate(zip(new.examples, before[0], strict=True)):
         agree(
             name, f"the words of prompt {number} of {call}", [word for word, _ in examples], [word for word, _ in old]

@@ -31,7 +31,7 @@ Reduce = Callable[[Tensor], Tensor]  # of [batch pos d_model] -> [d_model]
 
 def last_mean(activation: Tensor) -> Tensor:
     """Prompt by prompt."""
-    return sum(activation[row, -1] for row in range(len(activation))) / len(activation)
+    return torch.stack([activation[row, -1] for row in range(len(activation))]).sum(0) / len(activation)
 
 
 REDUCTIONS: dict[str, Reduce] = {  # how people bring [batch pos d_model] down to [d_model] instead
@@ -249,8 +249,12 @@ def check_causal_head_scores(fn: Fn) -> None:
 Choose = Callable[[list[tuple[float, int]], int, int], list[int]]  # ((score, head), ...), n_heads, n_layers -> heads
 
 
+def the_best(ranked: list[tuple[float, int]], n_heads: int, n_layers: int) -> list[int]:
+    return [head for _, head in ranked[:n_heads]]
+
+
 def summing(
-    choose: Choose = lambda ranked, n_heads, n_layers: [head for _, head in ranked[:n_heads]],
+    choose: Choose = the_best,
     end: Callable[[Tensor, int], Tensor] = lambda total, n_heads: total,
     rank: Callable[[float], float] = lambda score: score,
 ) -> Fn:
@@ -305,11 +309,13 @@ def check_function_vector(fn: Fn) -> None:
     follows_input(name, lambda *inputs: fn(*inputs, 3), scored(), "d_model")
 
 
+def different_ones(pool: list[int], n: int, generator: torch.Generator) -> list[int]:
+    return [pool[i] for i in torch.randperm(len(pool), generator=generator)[:n].tolist()]
+
+
 def drawing(
     among: Callable[[list[int], int], list[int]] = lambda ranked, n_heads: ranked[n_heads:],
-    draw: Callable[[list[int], int, torch.Generator], list[int]] = lambda pool, n, generator: [
-        pool[i] for i in torch.randperm(len(pool), generator=generator)[:n].tolist()
-    ],
+    draw: Callable[[list[int], int, torch.Generator], list[int]] = different_ones,
     end: Callable[[Tensor, Tensor], Tensor] = lambda total, like: total * like.norm() / total.norm(),
 ) -> Fn:
     """A random_head_vector that draws other heads, or ends otherwise."""
@@ -359,8 +365,13 @@ def check_random_head_vector(fn: Fn) -> None:
     for number in range(120):
         with unchanged(name, head_outputs=head_outputs, scores=scores):
             actual = fn(head_outputs, scores, n_drawn, generator)
-        if not isinstance(actual, Tensor) or actual.shape != (size,):
-            compare(name, actual, torch.zeros(size), "d_model")
+        like = torch.zeros(size)
+        if not isinstance(actual, Tensor) or (actual.shape, actual.dtype, actual.device) != (
+            like.shape,
+            like.dtype,
+            like.device,
+        ):
+            compare(name, actual, like, "d_model")
         share = actual / torch.arange(1.0, size + 1)
         drawn = [head for head in range(size) if share[head].abs() > 1e-6]
         count = "all" if len(drawn) == size else "one" if len(drawn) == 1 else f"{len(drawn)} heads"
