@@ -51,7 +51,7 @@ def extract_activations(
         weights = mask / mask.sum(dim=1, keepdim=True)
     else:
         chosen = position if given else (mask * places).argmax(dim=1)
-        weights = (places == chosen[:, None]).float()
+        weights = places.eq(chosen[:, None]).float()
     names = [stream_name(model, layer) for layer in layers]
     found = []
     for rows in torch.arange(len(tokens)).split(batch_size):

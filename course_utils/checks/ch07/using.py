@@ -217,8 +217,8 @@ ERASER = {"matrix": "d_model d_model", "bias": "d_model"}
 def moments(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Mean, covariance, and covariance with the classes, row by row in float64."""
     wide, classes = x.double(), sorted(set(y.tolist()))
-    mean = sum(wide) / len(wide)
-    covariance = sum(torch.outer(row - mean, row - mean) for row in wide) / len(wide)
+    mean = wide.mean(dim=0)
+    covariance = torch.stack([torch.outer(row - mean, row - mean) for row in wide]).sum(0) / len(wide)
     columns = []
     for kind in classes:
         hit = (y == kind).double()
