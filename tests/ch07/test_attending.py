@@ -10,7 +10,7 @@ from tests.ch07 import other_probes as other
 
 SECRETS = ("masked_fill(~mask", "batch pos, batch pos d_model")
 # Changes after which the reference still does what its statement says.
-STILL_RIGHT: set[str] = {"softmax(dim=-1) -> softmax(dim=1)"}
+STILL_RIGHT: set[str] = {"-1 -> 1"}  # of two axes; where it is the length of `x`, see the last surprise
 
 SURPRISES: dict[str, list[tuple[str, Any]]] = {
     "AttentionProbe": [
@@ -21,6 +21,12 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
         ("values are wrong", looking(lambda self, x, mask: Stand.pattern(self, x, mask) + 1e-3 * mask)),
         ("values are wrong", reading(lambda self, x, mask: Stand.forward(self, x, mask) - 0.1 * self.b)),
         ("no gradient gets through it", reading(lambda self, x, mask: Stand.forward(self, x, mask).detach())),
+        (
+            "values are wrong",
+            looking(
+                lambda self, x, mask: (x @ self.query / x.shape[1] ** 0.5).masked_fill(~mask, -torch.inf).softmax(-1)
+            ),
+        ),
     ],
 }
 ALSO_RIGHT: dict[str, list[Any]] = {"AttentionProbe": [other.AttentionProbe, Stand]}

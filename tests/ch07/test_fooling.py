@@ -11,7 +11,10 @@ from tests.ch07 import other_probes as other
 SECRETS = ("torch.isin", "return_inverse", "~train], labels")
 ONLY_ON_GPU = ".to("
 # Changes after which the reference still does what its statement says.
-STILL_RIGHT: set[str] = set()
+STILL_RIGHT: set[str] = {
+    # There are never more.
+    "len(drawn.unique()) == min(n_classes, len(known)) -> len(drawn.unique()) >= min(n_classes, len(known))",
+}
 
 
 def from_the_world(types: Any, number: Any, generator: Any) -> Any:
@@ -32,6 +35,18 @@ def alternating(n: int, n_classes: int, generator: Any) -> Any:
     return (torch.arange(n) + torch.randint(n_classes, (), generator=generator)) % n_classes
 
 
+def all_different(types: Any, n_classes: int, generator: Any) -> Any:
+    """Drawn until there are as many classes as there can be, also with fewer types than classes."""
+    while True:
+        labels = ref.control_task(types, n_classes, generator)
+        if len(labels.unique()) == min(n_classes, len(types.unique())):
+            return labels
+
+
+def with_ints(fit: Any, *given: Any) -> Any:
+    return ref.selectivity(lambda x, y: fit(x, y.long()), *given)
+
+
 SURPRISES: dict[str, list[tuple[str, Any]]] = {
     "hold_out": [
         ("it drew from torch's global random numbers", from_the_world),
@@ -41,6 +56,7 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
     "control_task": [
         ("it drew from torch's global random numbers", from_the_world_too),
         ("expected dtype int64", endless_is_refused),
+        ("no two types ever had the same class", all_different),
         (
             "the shares of 3 classes",
             drawing(lambda n, k, generator: torch.randint(2 * k, (n,), generator=generator) % (k + 1) % k),
@@ -50,6 +66,8 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
         ("expected a tuple", lambda *given: ref.selectivity(*given)[1]),
         ("the number of probes", selecting(number=lambda n_controls: n_controls + 1)),
         ("values is wrong", selecting(end=lambda real, control: (real, real - control / 2))),
+        ("expected dtype bool", with_ints),
+        ("the share of True", selecting(lambda types, n, generator: ref.control_task(types, 3, generator))),
     ],
     "generalisation_matrix": [
         ("values are wrong", matrix_by(end=lambda table: (table + table.T) / 2)),

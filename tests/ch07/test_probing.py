@@ -21,8 +21,59 @@ from course_utils.checks.ch07.small import two_classes
 from tests.ch07 import other_probes as other
 
 SECRETS = ("torch.linalg.svd", "within.T", "strong_wolfe", "binary_cross_entropy", "[labels][:, None]")
+SETTINGS = "history_size=20, ", "tolerance_grad=1e-07, ", "tolerance_change=1e-12, "
+LBFGS = f"torch.optim.LBFGS([W, b], max_iter=300, {''.join(SETTINGS)}line_search_fn='strong_wolfe')"
 # Changes after which the reference still does what its statement says.
-STILL_RIGHT: set[str] = set()
+STILL_RIGHT: set[str] = {
+    "scale > 0 -> scale != 0",  # it is never negative
+    # Directions beyond the number of singular values come last, and have no share.
+    "False -> True",
+    "torch.linalg.svd(centred, full_matrices=False) -> torch.linalg.svd(centred)",
+    "components * largest.sign() -> components / largest.sign()",  # by 1 or -1
+    # What it is added to, or multiplied with, has the dtype of the input; on a GPU they are refused.
+    "torch.eye(len(yes)).to(x) -> torch.eye(len(yes))",
+    "torch.eye(x.shape[1]).to(x) -> torch.eye(x.shape[1])",
+    "(yes == no).to(scores) -> yes == no",
+    "(yes > no).to(scores) -> yes > no",
+    # Centred rows sum to 0, so that a number added to all numbers drops out.
+    "numbers - mean -> numbers",
+    "numbers - mean -> numbers + mean",
+    # logistic_probe: its `loss` only says whether a step goes too far; where the steps end, the gradient says.
+    "(penalty * theta ** 2).sum() / 2 -> 2",
+    "data + (penalty * theta ** 2).sum() / 2 -> data",
+    "data + (penalty * theta ** 2).sum() / 2 -> data - (penalty * theta ** 2).sum() / 2",
+    "penalty * theta ** 2 -> penalty",
+    "theta ** 2 -> 2",
+    "2 -> 3",  # there, or a third of a step instead of half of it
+    "loss(theta - step) > loss(theta) -> loss(theta - step) >= loss(theta)",  # equal at the minimum
+    # How short a step is tried at least: it is hardly ever needed.
+    "1e-12 -> 1.000000000001",
+    "loss(theta - step) > loss(theta) and step.norm() > 1e-12 -> loss(theta - step) > loss(theta)",
+    "step.norm() > 1e-12 -> step.norm() != 1e-12",
+    "step.norm() > 1e-12 -> step.norm() >= 1e-12",
+    # More steps than are needed, of logistic_probe or of softmax_probe.
+    "100 -> 99",
+    "100 -> 101",
+    "300 -> 299",
+    "300 -> 301",
+    "gradient @ step < 1e-12 -> gradient @ step <= 1e-12",
+    "gradient @ step < 1e-12 -> gradient @ step == 1e-12",
+    "1e-12 -> -0.999999999999",
+    "1e-07 -> -0.9999999",
+    # Seen on a GPU only
+    "torch.zeros(inputs.shape[1], dtype=torch.float64, device=x.device) -> "
+    "torch.zeros(inputs.shape[1], dtype=torch.float64)",
+    # softmax_probe: settings with which it gets there, too
+    "20 -> 19",
+    "20 -> 21",
+    *(f"{LBFGS} -> {LBFGS.replace(part, '')}" for part in SETTINGS),
+    # A result may come with a graph.
+    "W.detach() -> W",
+    "(b - b.mean()).detach() -> b - b.mean()",
+    # The gradients of the biases sum to 0, so that their mean stays where they begin.
+    "b - b.mean() -> b",
+    "b - b.mean() -> b + b.mean()",
+}
 
 
 def rounded(fn: Any) -> Any:

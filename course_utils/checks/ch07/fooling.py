@@ -157,12 +157,21 @@ def check_control_task(fn: Fn) -> None:
         found = torch.tensor(sorted(set(labels.tolist())))
         if found.tolist() != [0, 1]:
             compare(f"{name} of 2 types: the classes that occur", found, torch.arange(2), "n_class")
+    for seed in range(40):  # with three types, one of four draws would
+        found = fn(torch.tensor([4, 4, 9, 6]), 2, seeded(seed)).unique()
+        compare(f"{name} of 3 types: the classes that occur", found, torch.arange(2), "n_class")
     if fn(torch.tensor([4, 4, 9]), 5, seeded(0)).shape != (3,):
         raise CheckFailed(f"{name} of 2 types and 5 classes: wrong shape.\n  Next: one class for each row.")
     many = fn(torch.arange(3000), 3, seeded(3))
     shares = torch.bincount(many, minlength=3) / 3000
     compare(f"{name}: the shares of 3 classes among 3000 types", shares, torch.full((3,), 1 / 3), "n_class", atol=0.04)
     must_differ(name, lambda seed: fn(TYPES, 2, seeded(seed)), "it changes")
+    few = [len(fn(torch.arange(4), 5, seeded(seed)).unique()) for seed in range(20)]  # all differ in one draw of five
+    if min(few) == 4:
+        raise CheckFailed(
+            f"{name} of 4 types and 5 classes: in 20 draws, no two types ever had the same class.\n"
+            "  Next: draw the classes independently; draw again only where there are as many types as classes or more."
+        )
 
 
 # -------------------------------------------------------------------------------------------------------- selectivity
@@ -247,7 +256,7 @@ def selecting(
     }
 )
 def check_selectivity(fn: Fn) -> None:
-    """The fit is watched: what it is given, how often, and what follows from its probes."""
+    """The fit is watched: what it is given, how often, and what follows from its probes; then many controls."""
     name = "selectivity"
     x, y = noise(len(TYPES), 6, seed=20) + 0.5, ROWS % 3 == 1
     x = x + y[:, None] * noise(6, seed=21)
@@ -258,6 +267,15 @@ def check_selectivity(fn: Fn) -> None:
         answer = fn(*given)
         expected = _by_what_was_fitted(f"{name} with n_controls={count}", fit, x, y, count)
         compare_parts(f"{name} with n_controls={count}", answer, expected, {"accuracy": "", "selectivity": ""})
+    drawn: list[Tensor] = []
+
+    def fit_nothing(x: Tensor, y: Tensor) -> Probe:
+        drawn.append(y)
+        return torch.zeros_like(x[0]), torch.zeros(())
+
+    fn(fit_nothing, x, y, TYPES, TRAIN, seeded(6), 100)
+    share = torch.cat(drawn[1:]).float().mean()
+    compare(f"{name}: the share of True in 100 control tasks", share, torch.tensor(0.5), "", atol=0.1)
 
 
 def _by_what_was_fitted(name: str, fit: Watched, x: Tensor, y: Tensor, n_controls: int) -> tuple[Tensor, Tensor]:
@@ -266,6 +284,7 @@ def _by_what_was_fitted(name: str, fit: Watched, x: Tensor, y: Tensor, n_control
     real, controls, seen = None, [], []
     for rows, labels, probe in fit.calls:
         compare(f"{name}: the rows that a probe is fitted on", rows, x[TRAIN], "batch d_model")
+        compare_kind(f"{name}: the labels of a probe", labels, y[TRAIN])
         if real is None and torch.equal(labels, y[TRAIN]):
             real = share_right(probe, x[~TRAIN], y[~TRAIN])
             continue

@@ -368,9 +368,15 @@ def check_logistic_probe(fn: Fn) -> None:
         compare_parts(f"{name} with l2={l2}", answer, right, PROBE, rtol=1e-2, atol=1e-2)
         near_the_smallest(f"{name} with l2={l2}", *(logistic_loss(x, y, l2, *probe) for probe in (answer, right)))
     apart = 6.0 * x + 30.0 * y[:, None]
-    for rows, l2 in ((apart, 1e-2), (apart * 20, 1e-3)):
+    far = 3.0 * two_classes(17, n_batch=13)[0]
+    far[0] *= 30.0  # full steps of Newton's method then jump too far
+    for rows, l2, words in (
+        (apart, 1e-2, " that a plane separates"),
+        (apart * 20, 1e-3, " that a plane separates"),
+        (far, 1e-3, ", one of them much longer than the others"),
+    ):
         answer, right = (parts(name, each(rows, y, l2), *PROBE) for each in (fn, logistic()))
-        where = f"{name} on rows of length {rows.norm(dim=1).mean():.0f} that a plane separates"
+        where = f"{name} on rows of length {rows.norm(dim=1).mean():.0f}{words}"
         near_the_smallest(where, *(logistic_loss(rows, y, l2, *probe) for probe in (answer, right)))
     parts_of_other_layouts(name, fn, (x, y, 0.1), PROBE)
     for label in (True, False):
@@ -383,7 +389,7 @@ def softmax(
     penalty: Callable[[Tensor, float, int], Tensor] = lambda ones, l2, n: F.pad(l2 * ones[:, :-1], (0, 1)),
     shift: Callable[[Tensor], Tensor] = lambda b: b.mean(),
     end: Callable[[Tensor, Tensor], Any] = lambda W, b: (W, b),
-    rounds: int = 30,
+    rounds: int = 20,
 ) -> Fn:
     """The minimum by Newton's method on all weights at once, with something else in the loss."""
 
@@ -435,14 +441,17 @@ def one_against_the_rest(x: Tensor, y: Tensor, n_classes: int, l2: float) -> Pro
     }
 )
 def check_softmax_probe(fn: Fn) -> None:
-    """Three classes that overlap; rows that are long."""
+    """Three classes that overlap; rows that are far from 0, which takes float64 and care with the steps."""
     name, axes = "softmax_probe", {"directions": "d_model n_class", "biases": "n_class"}
     x, y = two_classes(10, n_batch=14)[0], torch.tensor([0, 1, 2, 0, 1, 0, 0, 2, 1, 0, 0, 2, 0, 0])
-    for rows, l2 in ((x, 0.1), (x * 4, 0.05)):
-        answer, right = fn(rows, y, 3, l2), softmax()(rows, y, 3, l2)
-        where = f"{name} with l2={l2}"
-        compare_parts(where, answer, right, axes, rtol=1e-2, atol=1e-2 if rows is x else 0.1)
-        near_the_smallest(where, *(softmax_loss(rows, y, l2, *probe) for probe in (answer, right)))
+    answer, right = fn(x, y, 3, 0.1), softmax()(x, y, 3, 0.1)
+    compare_parts(f"{name} with l2=0.1", answer, right, axes, rtol=1e-2, atol=1e-2)
+    near_the_smallest(f"{name} with l2=0.1", *(softmax_loss(x, y, 0.1, *probe) for probe in (answer, right)))
+    rows = 2 * x + 20.0
+    answer, right = parts(name, fn(rows, y, 3, 0.3), *axes), softmax()(rows.double() - 20.0, y, 3, 0.3)
+    smallest = softmax_loss(rows.double() - 20.0, y, 0.3, *right)  # the same, as biases are not regularised
+    where = f"{name} with l2=0.3 on rows around 20"
+    near_the_smallest(where, softmax_loss(rows, y, 0.3, *answer), smallest)
     parts_of_other_layouts(name, fn, (x, y, 3, 1.0), axes)
     W, b = parts(name, fn(x, y.clamp(max=1), 3, 1.0), *axes)
     if W.shape != (D_MODEL, 3) or b.shape != (3,):

@@ -151,13 +151,16 @@ def check_run_steered(fn: Fn) -> None:
     }
 )
 def check_normalised_effect(fn: Fn) -> None:
-    """Part of the way, further than that, and the wrong way; nowhere to go."""
+    """Part of the way, further than that, and the wrong way; from above; nowhere to go."""
     name = "normalised_effect"
     before, target = torch.tensor([-1.0, -2.0, -4.0, 0.5]), torch.tensor([3.0, 2.0, 4.5])
     start, goal = sum(before.tolist()) / 4, sum(target.tolist()) / 3
     for steered in (before + torch.tensor([1.0, 0.5, 4.0, 0.0]), before * 0 + 5.0, before - 1.0):
         right = (sum(steered.tolist()) / 4 - start) / (goal - start)
         compare(name, fn(steered, before, target), torch.tensor(right), "")
+    for steered in (target - 1.0, target + 0.5):  # the way back, from three texts to four
+        right = (sum(steered.tolist()) / 3 - goal) / (start - goal)
+        compare(f"{name} with a target below", fn(steered, target, before), torch.tensor(right), "")
     follows_input(name, fn, (before + 1, before, target), "")
     follows_every_kind(name, fn, (before + 1, before, target), "")
     call = f"{name}(steered, before, before)"
@@ -271,7 +274,7 @@ def erasing(
     }
 )
 def check_erase(fn: Fn) -> None:
-    """Two classes, three, rows that fill only a plane, and classes with equal means; then the means."""
+    """Two classes, three, rows that fill only a plane, and classes with equal means; then the means; long rows."""
     name = "erase"
     x, two = two_classes(47, n_batch=13)
     three = torch.tensor([5, 1, 1, 8, 5, 1, 8, 8, 1, 5, 5, 1, 1])
@@ -289,4 +292,7 @@ def check_erase(fn: Fn) -> None:
         means = torch.stack([erased[y == kind].mean(0) for kind in y.unique()])
         compare(f"{name}, {words}: means of the erased classes", means, erased.mean(0).expand_as(means),
                 "n_class d_model", atol=1e-3)  # fmt: skip
+    long = parts(name, fn(4096 * plane, two.long()), *ERASER)[0]  # what is rounded off is longer, too
+    compare(f"{name}, rows in a subspace, 4096 times as long: the matrix", long, erasing()(plane, two.long())[0],
+            ERASER["matrix"], rtol=1e-3, atol=1e-4)  # fmt: skip
     parts_of_every_kind(name, fn, (x, three), ERASER)
