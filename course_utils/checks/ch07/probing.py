@@ -389,7 +389,7 @@ def softmax(
     penalty: Callable[[Tensor, float, int], Tensor] = lambda ones, l2, n: F.pad(l2 * ones[:, :-1], (0, 1)),
     shift: Callable[[Tensor], Tensor] = lambda b: b.mean(),
     end: Callable[[Tensor, Tensor], Any] = lambda W, b: (W, b),
-    rounds: int = 20,
+    rounds: int = 12,
 ) -> Fn:
     """The minimum by Newton's method on all weights at once, with something else in the loss."""
 
@@ -447,11 +447,10 @@ def check_softmax_probe(fn: Fn) -> None:
     answer, right = fn(x, y, 3, 0.1), softmax()(x, y, 3, 0.1)
     compare_parts(f"{name} with l2=0.1", answer, right, axes, rtol=1e-2, atol=1e-2)
     near_the_smallest(f"{name} with l2=0.1", *(softmax_loss(x, y, 0.1, *probe) for probe in (answer, right)))
-    rows = 2 * x + 20.0
-    answer, right = parts(name, fn(rows, y, 3, 0.3), *axes), softmax()(rows.double() - 20.0, y, 3, 0.3)
-    smallest = softmax_loss(rows.double() - 20.0, y, 0.3, *right)  # the same, as biases are not regularised
-    where = f"{name} with l2=0.3 on rows around 20"
-    near_the_smallest(where, softmax_loss(rows, y, 0.3, *answer), smallest)
+    rows = x + 20.0
+    answer, right = parts(name, fn(rows, y, 3, 3.0), *axes), softmax()(rows.double() - 20.0, y, 3, 3.0)
+    smallest = softmax_loss(rows.double() - 20.0, y, 3.0, *right)  # the same, as biases are not regularised
+    near_the_smallest(f"{name} with l2=3.0 on rows around 20", softmax_loss(rows, y, 3.0, *answer), smallest)
     parts_of_other_layouts(name, fn, (x, y, 3, 1.0), axes)
     W, b = parts(name, fn(x, y.clamp(max=1), 3, 1.0), *axes)
     if W.shape != (D_MODEL, 3) or b.shape != (3,):
