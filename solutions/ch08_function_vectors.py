@@ -65,7 +65,7 @@ class ICLDataset:
     ) -> None:
         """Set all attributes from the words of the prompts."""
         self.examples, self.queries, self._right, self._tokenizer = examples, queries, right, tokenizer
-        self.texts = [icl_text(*prompt) for prompt in zip(examples, queries, strict=True)]
+        self.texts = [icl_text(shown, query) for shown, query in zip(examples, queries, strict=True)]
         rows = [[tokenizer.bos_token_id, *tokenizer.encode(text)] for text in self.texts]
         for row, text in zip(rows, self.texts, strict=True):
             if len(row) != len(rows[0]):
@@ -175,7 +175,7 @@ def causal_head_scores(model: nn.Module, clean: Any, corrupted: Any) -> Float[Te
     scores = torch.zeros_like(outputs[..., 0])
     with torch.no_grad():
         before = probability(model(corrupted.tokens))
-        for layer, head in itertools.product(*map(range, scores.shape)):
+        for layer, head in itertools.product(range(len(scores)), range(scores.shape[1])):
 
             def put(result: Tensor, hook: Any, layer: int = layer, head: int = head) -> Tensor:
                 result = result.clone()

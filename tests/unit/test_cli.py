@@ -180,7 +180,7 @@ def test_work_is_never_overwritten(course: Path, capsys: pytest.CaptureFixture[s
         (["check", "07", "--notebook", "other.ipynb"], "other.ipynb holds no exercise of chapter 07"),
         (["status", "--notebook", "broken.ipynb"], "There is no chapter broken.ipynb"),
         (["status", "--notebook", "07_broken.ipynb"], "07_broken.ipynb cannot be read as a notebook"),
-        (["run", "08"], "There is no chapter 08"),
+        (["run", "99"], "There is no chapter 99"),
         (["run", "02", "--html", "no/such/folder.html"], "The folder of no/such/folder.html does not exist"),
     ],
 )

@@ -63,7 +63,6 @@ def check_icl_text(fn: Fn) -> None:
 TASK = {"ash": "ASH", "bay": "BAY", "cow": "COW", "den": "DEN", "elm": "ELM", "fig": "FIG", "gum": "GUM"}
 ASKED = {"hen": "HEN", "ivy": "IVY", "ash": "ASH"}
 OTHER = {"ash": "ashes", "bay": "bays", "cow": "cows", "hen": "hens", "jay": "jays", "kid": "kids"}
-LONG = TASK | {"log jam": "JAM"}
 
 
 class Words:
@@ -251,10 +250,26 @@ def check_ICLDataset(cls: Any) -> None:  # noqa: N802 (the exercise's name)
             raise CheckFailed(f"{name}: two seeds gave the same prompts.\n  Next: use `seed`.")
     _shuffles(name, cls)
     _others(name, cls)
-    call = f"{name}(...) with texts of six and of seven tokens"
-    must_raise(name, ValueError, call, partial(cls, LONG, 1, 40, Words()), "compare the lengths of all rows.")
-    one = cls(TASK, 1, 5, Words())
+    for seed in range(6):  # the longer text comes first or second
+        _refuses_uneven(name, cls, seed)
+    tokenizer = Words()
+    one, two = (cls(TASK, n_shots, 1, tokenizer, 0, ASKED) for n_shots in (1, 2))
     must_raise(name, ValueError, "shuffled(0) with one example", partial(one.shuffled, 0))
+    _kept(name, "with_examples_of(other, 0) of one prompt", one, one.with_examples_of(OTHER, 0), None, tokenizer)
+    _kept(name, "shuffled(0) with two examples", two, two.shuffled(0), None, tokenizer)
+
+
+def _refuses_uneven(name: str, cls: Any, seed: int) -> None:
+    """Two questions, one of them a token longer."""
+    call = f"{name}(...) with texts of six and of seven tokens"
+    pair = {"log": "LOG", "log jam": "JAM"}
+    try:
+        cls(TASK, 1, 2, Words(), seed, pair)
+    except ValueError as error:
+        quoted = sum(f"{word} ->" in str(error) for word in pair)
+        _demand(name, quoted == 2, "message", f"the ValueError does not show two texts: {str(error)!r}", call)
+        return
+    must_raise(name, ValueError, call, lambda: None, "compare the lengths of all rows.")
 
 
 def _fits(
@@ -374,10 +389,12 @@ def _others(name: str, cls: Any) -> None:
 
 def _kept(name: str, call: str, data: Any, new: Any, before: Any, tokenizer: Any) -> None:
     """A new data set about the same questions; the old one is what it was."""
-    if new is None:
-        raise CheckFailed(f"{name}: {call} returned None.\n  Next: return the new data set.")
-    same = [list(examples) for examples in data.examples] == before[0] and list(data.texts) == before[1]
-    _demand(name, same and torch.equal(data.tokens, before[2]), "old", "the old data set was changed", call)
+    if not isinstance(new, type(data)):
+        got = "None" if new is None else f"a {type(new).__name__}"
+        raise CheckFailed(f"{name}: {call} returned {got}.\n  Next: return the new data set.")
+    if before is not None:
+        same = [list(examples) for examples in data.examples] == before[0] and list(data.texts) == before[1]
+        _demand(name, same and torch.equal(data.tokens, before[2]), "old", "the old data set was changed", call)
     agree(name, f"the queries of {call}", list(new.queries), list(data.queries))
     for number, (examples, query, text) in enumerate(zip(new.examples, new.queries, new.texts, strict=True)):
         agree(name, f"texts[{number}] of {call}", text, text_of(examples, query))

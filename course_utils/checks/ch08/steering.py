@@ -346,11 +346,14 @@ def check_activation_addition(fn: Fn) -> None:
     _leaves_the_stream_alone(name, model, lambda: fn(model, 1, plus, minus))
     _stops(name, model, lambda: fn(model, 1, plus, minus))
 
-    def unequal() -> None:
-        with fn(model, 1, plus, minus[1:]):
+    def enter(plus: Tensor, minus: Tensor) -> None:
+        with fn(model, 1, plus, minus):
             pass
 
-    must_raise(name, ValueError, f"{name} with 4 and 3 tokens", unequal, "compare the lengths of the two texts.")
+    for shorter in ("minus", "plus"):
+        texts = (plus, minus[1:]) if shorter == "minus" else (plus[1:], minus)
+        call = f"{name} with {len(texts[0])} and {len(texts[1])} tokens"
+        must_raise(name, ValueError, call, partial(enter, *texts), "compare the lengths of the two texts.")
 
 
 # ---------------------------------------------------------------------------------------------------- without_direction
