@@ -350,8 +350,7 @@ def check_activation_addition(fn: Fn) -> None:
         with fn(model, 1, plus, minus):
             pass
 
-    for shorter in ("minus", "plus"):
-        texts = (plus, minus[1:]) if shorter == "minus" else (plus[1:], minus)
+    for texts in ((plus, minus[1:]), (plus[1:], minus)):
         call = f"{name} with {len(texts[0])} and {len(texts[1])} tokens"
         must_raise(name, ValueError, call, partial(enter, *texts), "compare the lengths of the two texts.")
 

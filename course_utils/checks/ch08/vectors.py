@@ -20,7 +20,7 @@ from course_utils.checks.ch08.small import (
     tokens_of,
     without_graph,
 )
-from course_utils.checks.comparing import compare, follows_input, unchanged
+from course_utils.checks.comparing import compare, compare_kind, follows_input, unchanged
 from course_utils.checks.leftovers import nothing_left_behind
 from course_utils.checks.mistakes import known_mistakes
 from course_utils.checks.modules import noise
@@ -366,12 +366,9 @@ def check_random_head_vector(fn: Fn) -> None:
         with unchanged(name, head_outputs=head_outputs, scores=scores):
             actual = fn(head_outputs, scores, n_drawn, generator)
         like = torch.zeros(size)
-        if not isinstance(actual, Tensor) or (actual.shape, actual.dtype, actual.device) != (
-            like.shape,
-            like.dtype,
-            like.device,
-        ):
+        if not isinstance(actual, Tensor) or actual.shape != like.shape:
             compare(name, actual, like, "d_model")
+        compare_kind(name, actual, like)
         share = actual / torch.arange(1.0, size + 1)
         drawn = [head for head in range(size) if share[head].abs() > 1e-6]
         count = "all" if len(drawn) == size else "one" if len(drawn) == 1 else f"{len(drawn)} heads"
