@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from course_utils.cells import read_notebook
-from course_utils.exercises import exercises_of
+from course_utils.exercises import by_part, exercises_of
 from course_utils.fetching import PACKAGES
 from course_utils.guesses import Kept, kept, summary
 from course_utils.notebook import load_notebook
@@ -333,7 +333,10 @@ def status(notebook: Path | None) -> int:
     except CourseError as error:
         print(error)
     print(f"{'chapter':<24} {'correct':>8} {'wrong':>8} {'not written':>12} {'core path':>10}")
+    headings = {numbers[0]: part.heading for part, numbers in by_part(path.stem[:2] for path in chapters).items()}
     for path in chapters:
+        if heading := headings.get(path.stem[:2]):
+            print(heading)
         title = path.stem.replace("_", " ")
         try:
             paths = [notebook] if notebook else learners_notebooks(path.stem[:2])

@@ -1,12 +1,49 @@
-"""The exercises of each chapter as its notebook announces them: how hard, how long, on the core path or not."""
+"""The four parts of the course, and each chapter's exercises as its notebook announces them."""
 
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from course_utils.places import chapters_folder
+
+
+class CoursePart(NamedTuple):
+    """Some chapters in a row that belong together."""
+
+    numeral: str
+    title: str
+    chapters: range
+
+    @property
+    def heading(self) -> str:
+        return f"{self.numeral} · {self.title}"
+
+
+PARTS = (
+    CoursePart("I", "From text to circuits", range(6)),
+    CoursePart("II", "What is represented?", range(6, 10)),
+    CoursePart("III", "Circuits of features, and asking", range(10, 12)),
+    CoursePart("IV", "Whole algorithms", range(12, 15)),
+)
+
+
+def part_of(chapter: str) -> CoursePart:
+    """The part to which a chapter belongs, named by number ("04"). Raises LookupError for a chapter beyond the last."""
+    for part in PARTS:
+        if int(chapter) in part.chapters:
+            return part
+    raise LookupError(f"no part of the course has a chapter {chapter}: add it to PARTS in course_utils/exercises.py")
+
+
+def by_part(chapters: Iterable[str]) -> dict[CoursePart, list[str]]:
+    """These chapters, sorted, under the parts that they belong to; parts that have none of them are left out."""
+    found: dict[CoursePart, list[str]] = {}
+    for chapter in sorted(chapters):
+        found.setdefault(part_of(chapter), []).append(chapter)
+    return found
 
 
 @dataclass(frozen=True)

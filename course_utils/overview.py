@@ -18,6 +18,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from course_utils.exercises import by_part
 from course_utils.lint import Part, front_matter, in_parts, read_lesson
 
 FILES = ("README.md", "docs/teaching.md")
@@ -27,6 +28,7 @@ TIMETABLE_ROW = re.compile(
     r"^(\|.*\| (\d\d) \| `(\w+)` \| `(\w+)` \|) *(?:\d+(?: \(\d+ optional\))?)? *\|$", re.MULTILINE
 )
 HEAD = "**How long it takes**: "
+IMPORTED = re.compile(r"^\s*from solutions\.ch(\d\d)_", re.MULTILINE)
 REAL = "On a real language model"  # the title of a part that is about one
 SMALL = """no one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen
     eighteen nineteen""".split()
@@ -44,6 +46,7 @@ class Chapter(NamedTuple):
     core: Mapping[str, int]  # the same of the core path
     core_reading: int
     real: bool = False  # whether it has a part on a real language model
+    needs: tuple[str, ...] = ()  # the earlier chapters whose solutions it imports
 
     @property
     def number(self) -> str:
@@ -74,7 +77,9 @@ def read_chapter(lesson: Path, solution: str) -> Chapter:
     title = "".join(cells[0]["source"]).partition("\n")[0].lstrip("# ").partition(":")[0].replace(" ·", "")
     minutes = {entry["exercise"]: entry["minutes"] for entry in course}
     core = {entry["exercise"]: entry["minutes"] for entry in course if not entry.get("optional")}
-    parts = [part for cell in in_parts(read_lesson(lesson)) for part in cell]
+    lesson_cells = read_lesson(lesson)
+    parts = [part for cell in in_parts(lesson_cells) for part in cell]
+    code = "\n".join(cell.source for cell in lesson_cells if cell.kind == "code")
     chapter = Chapter(
         name=f"{lesson.stem}.ipynb",
         title=title,
@@ -84,6 +89,7 @@ def read_chapter(lesson: Path, solution: str) -> Chapter:
         core=core,
         core_reading=round(front["reading"] * core_share(parts)),
         real=any(part.title == REAL for part in parts),
+        needs=tuple(n for n in sorted(set(IMPORTED.findall(code))) if n < lesson.stem[:2]),
     )
     said, wanted = lesson.read_text(encoding="utf-8"), HEAD + head(chapter)
     if wanted not in said:
@@ -128,16 +134,28 @@ def with_passages(text: str, chapters: list[Chapter]) -> str:
 
 
 def table(chapters: list[Chapter]) -> str:
-    """The chapters as Markdown: all of each, and the core path through it."""
-    rows = []
-    for c in sorted(chapters, key=lambda chapter: chapter.name):
-        everything = f"{exercises(c.minutes)}, {c.total} h"
-        real = "SmolLM2" if c.real else ""
-        rows.append(f"| [{c.title}](chapters/{c.name}) | {c.about} | {core_path(c)} | {everything} | {real} |")
+    """The chapters as Markdown, part by part: what each builds on, all of each, and the core path through it."""
+    by_number = {chapter.number: chapter for chapter in chapters}
+    rows = ["| | you write | builds on | core path | everything | real model |", "|---|---|---|---|---|---|"]
+    for part, numbers in by_part(by_number).items():
+        own = [by_number[number] for number in numbers]
+        rows.append(f"| **{part.heading}** | | | {sums(own)} | |")
+        rows += [table_row(chapter) for chapter in own]
+    return "\n".join([*rows, f"| **together** | | | {sums(chapters)} | |"])
+
+
+def table_row(c: Chapter) -> str:
+    """A chapter's line of the table."""
+    everything, real = f"{exercises(c.minutes)}, {c.total} h", "SmolLM2" if c.real else ""
+    cells = (f"[{c.title}](chapters/{c.name})", c.about, ", ".join(c.needs), core_path(c), everything, real)
+    return f"| {' | '.join(cells)} |"
+
+
+def sums(chapters: list[Chapter]) -> str:
+    """The core path through some chapters and all of them, as two cells of the table."""
     core = f"{exercises(n for c in chapters for n in c.core)}, {round(sum(c.core_total for c in chapters) / 60)} h"
     everything = f"{exercises(n for c in chapters for n in c.minutes)}, {sum(c.total for c in chapters)} h"
-    rows.append(f"| **together** | | **{core}** | **{everything}** | |")
-    return "\n".join(["| | you write | core path | everything | real model |", "|---|---|---|---|---|", *rows])
+    return f"**{core if any(c.core for c in chapters) else 'optional'}** | **{everything}**"
 
 
 def core_path(chapter: Chapter) -> str:

@@ -1,22 +1,22 @@
 """The teacher's page: one HTML file, complete in itself, that asks nobody for anything.
 
-It shows a heat map of exercises by learners for each chapter, what most people fail and the commonest mistake there,
-problems and tricks, and the time it took. Every text is escaped; besides, the page's own policy lets no script run
+It shows how far everybody got in each chapter; part by part, a heat map of exercises by learners for each chapter, what most people fail and the commonest
+mistake there; then problems and tricks, and the time it took. Every text is escaped; besides, the page's own policy lets no script run
 but ours (by its digest) and no address be asked.
 """
 
 import base64
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from urllib.parse import quote
 
-from course_utils.exercises import course_exercises
+from course_utils.exercises import CoursePart, by_part, course_exercises
 from course_utils.grading.results import ExerciseResult, Result
 from course_utils.grading.text import file_name
-from course_utils.grading.weights import Weights, number, points
+from course_utils.grading.weights import Points, Weights, number, points
 
 # The class, and the sign, of each state: what a cell of the heat map shows.
 CELLS = {
@@ -45,9 +45,15 @@ def page(results: Sequence[Result], weights: Weights) -> str:
         '<p class="tools"><label>Show the learner <input id="search" type="search" placeholder="any part of the name">'
         "</label></p>",
     ]
-    for chapter, own in chapters.items():
-        body += [f"<h2>Chapter {escape(chapter)}</h2>", *heat_map(chapter, own, weights)]
-        body += [f"<h2>Chapter {escape(chapter)}: what people fail</h2>", *failures(chapter, own)]
+    groups = by_part(chapters)
+    if len(chapters) > 1:
+        body += [*contents(groups), "<h2>All chapters</h2>", *overview(chapters, weights)]
+    for part, numbers in groups.items():
+        body.append(f"<h2>{escape(part.heading)}</h2>")
+        for chapter in numbers:
+            own = chapters[chapter]
+            body += [f'<h3 id="chapter-{chapter}">Chapter {chapter}</h3>', *heat_map(chapter, own, weights)]
+            body += [f"<h3>Chapter {chapter}: what people fail</h3>", *failures(chapter, own)]
     body += ["<h2>Problems and tricks</h2>", *problems(results)]
     body += ["<h2>Time used</h2>", *times(results)]
     return "\n".join(
@@ -80,6 +86,46 @@ def legend() -> str:
     """Which colour and sign means what."""
     signs = (f'<span class="{css}">{sign}</span> {state}' for state, (css, sign) in CELLS.items())
     return f'<p class="legend">{" ".join(signs)}</p>'
+
+
+def contents(groups: Mapping[CoursePart, Sequence[str]]) -> Iterator[str]:
+    """Links to the chapters, a line for each part."""
+    yield '<nav aria-label="chapters"><ul>'
+    for part, numbers in groups.items():
+        links = " ".join(f'<a href="#chapter-{number}">{number}</a>' for number in numbers)
+        yield f"<li>{escape(part.heading)}: {links}</li>"
+    yield "</ul></nav>"
+
+
+# --- overview -------------------------------------------------------------------------------------------------------
+
+
+def overview(chapters: Mapping[str, Sequence[Result]], weights: Weights) -> Iterator[str]:
+    """A row for each learner: the points in all, and the share of each chapter's points; nothing where none came."""
+    own: dict[str, dict[str, Points]] = {}
+    for chapter, results in chapters.items():
+        for result in results:
+            own.setdefault(result.learner, {})[chapter] = points(result, weights)
+    yield '<div class="scroll" tabindex="0"><table class="map" id="map-all"><thead><tr>'
+    for head in ("learner", "points", *chapters):
+        yield f'<th scope="col"><button>{escape(head)}</button></th>'
+    yield "</tr></thead><tbody>"
+    for learner in sorted(own):
+        got, of = (sum(numbers) for numbers in zip(*own[learner].values(), strict=True))
+        yield f'<tr><th scope="row">{escape(learner)}</th>'
+        yield f'<td class="points" data-value="{number(got)}">{number(got)} of {number(of)}</td>'
+        for chapter in chapters:
+            yield share(own[learner].get(chapter))
+        yield "</tr>"
+    yield "</tbody></table></div>"
+
+
+def share(reached: Points | None) -> str:
+    """A cell of the overview; what is worth nothing is all reached."""
+    if reached is None:
+        return '<td class="points" data-value="-1"></td>'
+    percent = 100 * reached.got / reached.of if reached.of else 100.0
+    return f'<td class="points" data-value="{percent:.1f}">{percent:.0f}%</td>'
 
 
 # --- heat map -------------------------------------------------------------------------------------------------------

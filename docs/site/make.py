@@ -27,9 +27,10 @@ from pages import glossary_page, glossary_terms, moved_links, page
 
 import course_utils
 from course_utils.build import build_chapter
+from course_utils.exercises import by_part
 from course_utils.links import Release, read_release
 from course_utils.lint import in_parts, read_lesson
-from course_utils.overview import words
+from course_utils.overview import REAL, words
 from course_utils.plots import template
 from course_utils.pretrained import shipped_models, shipped_steps
 
@@ -172,7 +173,11 @@ def write_landing(source: Source, chosen: list[Path], groups: dict[str, list[str
         TOCTREE.format(options=f":hidden:\n:caption: {caption}", entries="\n".join(entries))
         for caption, entries in groups.items()
     ]
-    chapters = "\n".join(f"- {summary(lesson)}" for lesson in chosen)
+    by_number = {lesson.stem[:2]: lesson for lesson in chosen}
+    chapters = "\n\n".join(
+        "\n".join([f"### {part.heading}\n", *(f"- {summary(by_number[number])}" for number in numbers)])
+        for part, numbers in by_part(by_number).items()
+    )
     first = f"chapters/{chosen[0].stem}"
     moments = words(len(shipped_steps(birth.MODEL)) + 1)  # and the finished model
     parts = {"PICTURE": picture, "MOMENTS": moments, "CHAPTERS": chapters}
@@ -183,7 +188,7 @@ def write_landing(source: Source, chosen: list[Path], groups: dict[str, list[str
 
 
 def summary(lesson: Path) -> str:
-    """A link to a chapter, and how much there is to write."""
+    """A link to a chapter, how much there is to write, and whether it has a part on a real language model."""
     cells = read_lesson(lesson)
     exercises = [
         (cell, parts[0]) for cell, parts in zip(cells, in_parts(cells), strict=True) if "exercise" in cell.tags
@@ -193,6 +198,8 @@ def summary(lesson: Path) -> str:
     hours = f"{sum(int(cell.options['minutes']) for cell, _ in exercises) / 60:.0f} hours"
     which = {0: ",", len(exercises): ", all optional,"}.get(optional, f" ({optional} of them optional),")
     how_much = f"{len(exercises)} exercises{which} about {hours} of writing, and the reading"
+    if any(part.title == REAL for parts in in_parts(cells) for part in parts):
+        how_much += "; it ends on a real language model"
     return f"[{title}](chapters/{lesson.stem}.ipynb): {how_much}"
 
 
@@ -225,8 +232,8 @@ def main() -> int:
         if path.name != "index.md":
             source.write(path.name, path.read_text(encoding="utf-8"))
     source.write("glossary.md", glossary_page(GLOSSARY.read_text(encoding="utf-8")))
-    groups = {
-        "Chapters": [f"chapters/{lesson.stem}" for lesson in chosen],
+    names = {lesson.stem[:2]: f"chapters/{lesson.stem}" for lesson in chosen}
+    groups = {part.heading: [names[number] for number in numbers] for part, numbers in by_part(names).items()} | {
         "Beside the chapters": ["glossary", *write_models(source), *write_teaching(source)],
         "For authors": [*write_api(source), *write_licences(source)],
     }

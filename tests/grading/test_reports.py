@@ -20,7 +20,7 @@ from course_utils.grading.feedback import escaped, feedback, fenced
 from course_utils.grading.gradebook import gradebook, harmless
 from course_utils.grading.gradescope import gradescope
 from course_utils.grading.junit import junit
-from course_utils.grading.page import CELLS, commonest, failures, page
+from course_utils.grading.page import CELLS, commonest, failures, overview, page
 from course_utils.grading.reports import write_reports
 from course_utils.grading.results import STATES, Result, Settings, from_json
 from course_utils.grading.text import clean, clean_name, clean_result, file_name
@@ -256,6 +256,32 @@ def test_the_page_leads_nowhere_but_to_the_feedback() -> None:
     ]
     assert addresses == [f"feedback/learner-00{n}.md" for n in range(3)]
     assert "url(" not in text and "@import" not in text and "http://" not in text and "https://" not in text
+
+
+def test_many_chapters_are_found_part_by_part() -> None:
+    results = [*a_class(3), *a_class(2, "04"), *a_class(2, "12"), all_of("12", "learner-002", "wrong")]
+    seen = Seen(page(results, WEIGHTS))
+    headings = re.findall(r"<h[23][^>]*>([^<]*)</h", page(results, WEIGHTS))
+    fails = ": what people fail"
+    assert headings[:7] == [
+        *("All chapters", "I · From text to circuits", "Chapter 02", f"Chapter 02{fails}", "Chapter 04"),
+        *(f"Chapter 04{fails}", "IV · Whole algorithms"),
+    ]
+    links = [attrs["href"] for tag, attrs in seen.tags if tag == "a" and (attrs["href"] or "").startswith("#")]
+    assert links == ["#chapter-02", "#chapter-04", "#chapter-12"]
+    assert {f"chapter-{number}" for number in ("02", "04", "12")} <= {attrs.get("id") for _, attrs in seen.tags}
+
+
+def test_the_overview_has_the_points_of_all_chapters() -> None:
+    own = {"02": [all_of("02", "ada"), all_of("02", "bob", "wrong")], "12": [all_of("12", "ada", "wrong")]}
+    text = "".join(overview(own, WEIGHTS))
+    rows = [re.findall(r'data-value="([^"]*)">([^<]*)', row) for row in text.split('<th scope="row">')[1:]]
+    full = {chapter: points(results[0], WEIGHTS).of for chapter, results in own.items()}
+    got, of = number(full["02"]), number(full["02"] + full["12"])
+    assert rows == [
+        [(got, f"{got} of {of}"), ("100.0", "100%"), ("0.0", "0%")],
+        [("0", f"0 of {got}"), ("0.0", "0%"), ("-1", "")],
+    ]
 
 
 def test_the_exercises_that_people_fail_stand_first_with_their_commonest_mistake() -> None:

@@ -68,6 +68,7 @@ def test_check_and_status(course: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert outcome(capsys, "status") == (
         0,
         "chapter                   correct    wrong  not written  core path\n"
+        "II · What is represented?\n"
         f"07 toy                   There is no notebook of chapter 07 in {course}/work: "
         "`course lab` puts it there, `--notebook PATH` names another.\n",
     )
@@ -85,7 +86,7 @@ def test_check_and_status(course: Path, capsys: pytest.CaptureFixture[str]) -> N
     write(path, 'raise NotImplementedError("double")', "return x")
     code, text = outcome(capsys, "check", "07")
     assert code == 1 and text.startswith("double: 2 of 3 values are wrong.\n  first at [pos=1]: expected 2, got 1\n")
-    assert outcome(capsys, "status")[1].splitlines()[1].split() == "07 toy 0/2 1 1 0/2".split()
+    assert outcome(capsys, "status")[1].splitlines()[2].split() == "07 toy 0/2 1 1 0/2".split()
     write(path, "return x", "return 2 * x")
     write(path, 'raise NotImplementedError("Shift.forward")', "return double(x + self.by)")
     assert outcome(capsys, "check", "07_toy") == (
@@ -94,7 +95,7 @@ def test_check_and_status(course: Path, capsys: pytest.CaptureFixture[str]) -> N
     )
     untouched = str(course / "chapters/07_toy.ipynb")
     assert outcome(capsys, "check", "07", "--notebook", untouched)[0] == 1
-    assert outcome(capsys, "status", "--notebook", untouched)[1].splitlines()[1].split() == "07 toy 0/2 0 2 0/2".split()
+    assert outcome(capsys, "status", "--notebook", untouched)[1].splitlines()[2].split() == "07 toy 0/2 0 2 0/2".split()
     write(path, "return 2 * x", "return 2 * ")
     code, text = outcome(capsys, "check", "07")
     assert code == 1 and re.match(
@@ -110,9 +111,9 @@ def test_status_counts_the_core_path_by_itself(course: Path, capsys: pytest.Capt
     path = course / "work/07_toy.ipynb"
     write(path, 'raise NotImplementedError("Shift.forward")', "return 2 * (x + self.by)")
     capsys.readouterr()
-    assert outcome(capsys, "status")[1].splitlines()[1].split() == "07 toy 1/2 0 1 0/1".split()
+    assert outcome(capsys, "status")[1].splitlines()[2].split() == "07 toy 1/2 0 1 0/1".split()
     write(path, 'raise NotImplementedError("double")', "return 2 * x")
-    assert outcome(capsys, "status")[1].splitlines()[1].split() == "07 toy 2/2 0 0 1/1".split()
+    assert outcome(capsys, "status")[1].splitlines()[2].split() == "07 toy 2/2 0 0 1/1".split()
 
 
 def test_a_copy_is_not_taken_for_the_chapter(course: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -123,7 +124,7 @@ def test_a_copy_is_not_taken_for_the_chapter(course: Path, capsys: pytest.Captur
     write(copy, 'raise NotImplementedError("double")', "return x")
     lines = outcome(capsys, "check", "07")[1].splitlines()
     assert lines[:2] == ["Read: 07_toy.ipynb, not 07_toy-Copy1.ipynb.", "double: not written yet."]
-    assert outcome(capsys, "status")[1].splitlines()[1:] == [
+    assert outcome(capsys, "status")[1].splitlines()[2:] == [
         "07 toy                        0/2        0            2        0/2",
         "   read: 07_toy.ipynb, not 07_toy-Copy1.ipynb",
     ]
@@ -141,13 +142,13 @@ def test_status_sums_up_guesses(
     monkeypatch.chdir(course)
     capsys.readouterr()
     counted = ["07 toy                        0/2        0            2        0/2", "   guesses: 4, 1 right, 1 close"]
-    assert outcome(capsys, "status")[1].splitlines()[1:] == counted
-    assert outcome(capsys, "status", "--notebook", "work/07_toy.ipynb")[1].splitlines()[1:] == counted
+    assert outcome(capsys, "status")[1].splitlines()[2:] == counted
+    assert outcome(capsys, "status", "--notebook", "work/07_toy.ipynb")[1].splitlines()[2:] == counted
     kept = course / "work" / FILE
     kept.write_text("{")
     code, text = outcome(capsys, "status")
     assert code == 0 and text.splitlines()[0] == f"{kept} cannot be read: delete it, and your guesses begin anew."
-    assert text.splitlines()[2:] == counted[:1] and kept.read_text() == "{"
+    assert text.splitlines()[3:] == counted[:1] and kept.read_text() == "{"
 
 
 def test_what_was_left_out_is_said(course: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from course_utils.build import BuildError, build, render
+from course_utils.build import BuildError, build, build_chapter, render
 from course_utils.cells import names
-from course_utils.exercises import course_exercises
+from course_utils.exercises import PARTS, by_part, course_exercises, part_of
 from course_utils.overview import BEGIN, FILES, REAL, hours, read_chapter, words
 from course_utils.solution import solution
 from tests.conftest import ROOT
@@ -56,8 +56,9 @@ def test_passages_are_written_from_the_lessons(course: Path) -> None:
     assert course / "README.md" in build(course)
     text = (course / "README.md").read_text()
     everything = "2 exercises, 2 h"
-    assert f"| [07 A small chapter](chapters/07_toy.ipynb) | twice: more | {everything} | {everything} |  |" in text
-    assert f"| **together** | | **{everything}** | **{everything}** | |\n\n<!-- end -->" in text
+    assert f"| [07 A small chapter](chapters/07_toy.ipynb) | twice: more |  | {everything} | {everything} |  |" in text
+    assert f"\n| **II · What is represented?** | | | **{everything}** | **{everything}** | |\n| [07 " in text
+    assert f"| **together** | | | **{everything}** | **{everything}** | |\n\n<!-- end -->" in text
     assert "first (<!-- generated: hours 07 -->about two hours<!-- end -->)." in text
     assert (
         "| 09:00–10:00 | 07 | `double` | `Shift` | 25 |\n| day 2, 09:00–10:00 | 07 | `Shift` | `Shift` | 15 |" in text
@@ -76,18 +77,34 @@ def test_the_table_says_which_chapters_have_a_part_on_a_real_model(course: Path)
     assert "h | SmolLM2 |" in (course / "README.md").read_text()
 
 
+def test_the_table_says_what_a_chapter_builds_on(course: Path) -> None:
+    edit(course / "chapters/src/07_toy.md", "import torch\n", "import torch\nfrom solutions.ch02_one import One\n")
+    edit(course / "chapters/src/07_toy.md", "print(x.sum())", "print(x.sum(), One)")
+    (course / "solutions/ch02_one.py").write_text("class One: ...\n")
+    lesson = course / "chapters/src/07_toy.md"
+    assert read_chapter(lesson, build_chapter(lesson, course)[1]).needs == ("02",)
+
+
+def test_every_chapter_belongs_to_one_part() -> None:
+    assert [number for part in PARTS for number in part.chapters] == list(range(15))
+    assert part_of("09").numeral == "II"
+    assert list(by_part(course_exercises())) == list(PARTS) or len(course_exercises()) < 15
+    with pytest.raises(LookupError, match="no part .* chapter 15"):
+        part_of("15")
+
+
 def test_what_is_optional_is_left_out_of_the_core_path(course: Path) -> None:
     edit(course / "chapters/src/07_toy.md", "## Shifting\n", "## Shifting\n\n<!-- optional -->\n")
     build(course)
     text = (course / "README.md").read_text()
-    assert "| twice: more | 1 exercise, 1 h | 2 exercises, 2 h |" in text
+    assert "| twice: more |  | 1 exercise, 1 h | 2 exercises, 2 h |" in text
     assert "| `double` | `Shift` | 25 (15 optional) |" in text
     assert "| `Shift` | `Shift` | 15 (15 optional) |" in text
     assert build(course) == [], "writing again changes nothing"
     edit(course / "chapters/src/07_toy.md", "\n\n<!-- optional -->", "")
     edit(course / "chapters/src/07_toy.md", f"\n{HEAD}", f"\n<!-- optional -->\n\n{HEAD}")
     build(course)
-    assert "| twice: more | optional | 2 exercises, 2 h |" in (course / "README.md").read_text()
+    assert "| twice: more |  | optional | 2 exercises, 2 h |" in (course / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
