@@ -3,6 +3,7 @@
 A passage stands between two comments, which no reader sees:
 
     <!-- generated: chapters -->      the README's table
+    <!-- generated: choice -->        the chapters beyond the first part, of which a teacher picks some
     <!-- generated: minutes -->       a timetable by hand, whose last column is the sum of what the lessons state
     <!-- generated: hours 00 -->      the time for one chapter, in words
     <!-- end -->
@@ -18,7 +19,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from course_utils.exercises import by_part
+from course_utils.exercises import PARTS, by_part, part_of
 from course_utils.lint import Part, front_matter, in_parts, read_lesson
 
 FILES = ("README.md", "docs/teaching.md")
@@ -120,6 +121,8 @@ def with_passages(text: str, chapters: list[Chapter]) -> str:
         begin, kind, number, old, end = match.groups()
         if kind == "chapters":
             new = f"\n\n{table(chapters)}\n\n"
+        elif kind == "choice":
+            new = f"\n\n{choice(chapters)}\n\n"
         elif kind == "minutes":
             new = TIMETABLE_ROW.sub(lambda row: f"{row[1]} {minutes(by_number, *row.group(2, 3, 4))} |", old)
         elif kind == "hours" and number in by_number:
@@ -156,6 +159,18 @@ def sums(chapters: list[Chapter]) -> str:
     core = f"{exercises(n for c in chapters for n in c.core)}, {round(sum(c.core_total for c in chapters) / 60)} h"
     everything = f"{exercises(n for c in chapters for n in c.minutes)}, {sum(c.total for c in chapters)} h"
     return f"**{core if any(c.core for c in chapters) else 'optional'}** | **{everything}**"
+
+
+def choice(chapters: list[Chapter]) -> str:
+    """The chapters beyond the first part as Markdown: what each builds on, and how long it takes."""
+    rows = ["| part | chapter | builds on | minutes | with reading | real model |", "|---|---|---|---|---|---|"]
+    for c in sorted(chapters, key=lambda chapter: chapter.name):
+        part = part_of(c.number)
+        if part is not PARTS[0]:
+            title, real = f"[{c.title}](../chapters/{c.name})", "SmolLM2" if c.real else ""
+            needs, time = ", ".join(c.needs), sum(c.minutes.values())
+            rows.append(f"| {part.numeral} | {title} | {needs} | {time} | {c.total} h | {real} |")
+    return "\n".join(rows)
 
 
 def core_path(chapter: Chapter) -> str:

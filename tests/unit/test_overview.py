@@ -85,6 +85,14 @@ def test_the_table_says_what_a_chapter_builds_on(course: Path) -> None:
     assert read_chapter(lesson, build_chapter(lesson, course)[1]).needs == ("02",)
 
 
+def test_the_chapters_to_choose_from(course: Path) -> None:
+    guide = course / "docs/teaching.md"
+    guide.parent.mkdir()
+    guide.write_text(f"{BEGIN}choice -->\n<!-- end -->\n")
+    build(course)
+    assert "\n| II | [07 A small chapter](../chapters/07_toy.ipynb) |  | 25 | 2 h |  |\n" in guide.read_text()
+
+
 def test_every_chapter_belongs_to_one_part() -> None:
     assert [number for part in PARTS for number in part.chapters] == list(range(15))
     assert part_of("09").numeral == "II"
@@ -137,7 +145,7 @@ def test_what_disagrees_is_named(course: Path, file: str, old: str, new: str, wo
 
 def test_the_course_s_own_guides_have_passages() -> None:
     kinds = {name: (ROOT / name).read_text(encoding="utf-8").count(BEGIN) for name in FILES}
-    assert kinds == {"README.md": 1, "docs/teaching.md": 3}
+    assert kinds == {"README.md": 1, "docs/teaching.md": 6}
 
 
 def test_the_core_path_takes_about_twenty_hours() -> None:
