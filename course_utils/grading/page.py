@@ -1,8 +1,8 @@
 """The teacher's page: one HTML file, complete in itself, that asks nobody for anything.
 
-It shows how far everybody got in each chapter; part by part, a heat map of exercises by learners for each chapter, what most people fail and the commonest
-mistake there; then problems and tricks, and the time it took. Every text is escaped; besides, the page's own policy lets no script run
-but ours (by its digest) and no address be asked.
+It shows how far everybody got in each chapter; part by part, a heat map of exercises by learners for each chapter,
+what most people fail and the commonest mistake there; then problems and tricks, and the time it took. Every text is
+escaped; besides, the page's own policy lets no script run but ours (by its digest) and no address be asked.
 """
 
 import base64

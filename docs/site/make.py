@@ -39,6 +39,7 @@ ROOT = HERE.parents[1]
 BUILD = ROOT / "build" / "site"
 HTML = BUILD / "html"
 GLOSSARY = ROOT / "docs" / "glossary.md"
+GUIDES = ("teaching", "research")  # of docs/
 SITE = ROOT / "site"  # a copy of HTML, beside which myst-nb leaves notes of its own
 # Whose scripts, fonts and styles are part of the site; their licences travel with it.
 SHIPPED = ("plotly", "circuitsvis", "sphinx-mathjax-offline", "furo", "sphinx-basic-ng", "sphinx", "pygments")
@@ -133,17 +134,16 @@ def write_api(source: Source) -> list[str]:
     return ["api/index"]
 
 
-def write_teaching(source: Source) -> list[str]:
-    """The teachers' guide, where there is one, with its pictures."""
-    guide = ROOT / "docs" / "teaching.md"
-    if not guide.is_file():
-        return []
+def write_guides(source: Source) -> list[str]:
+    """The pages of docs/ for teachers and researchers, with their pictures."""
     release = read_release(ROOT)
-    text = moved_links(guide.read_text(encoding="utf-8"), "docs", f"{release.repository}/blob/{release.tag}/")
-    for picture in re.findall(r"!\[[^\]]*\]\(([^):]+)\)", text):
-        source.copy(ROOT / picture, picture)
-    source.write("teaching.md", text)
-    return ["teaching"]
+    for name in GUIDES:
+        guide = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
+        text = moved_links(guide, "docs", f"{release.repository}/blob/{release.tag}/")
+        for picture in re.findall(r"!\[[^\]]*\]\(([^):]+)\)", text):
+            source.copy(ROOT / picture, picture)
+        source.write(f"{name}.md", text)
+    return list(GUIDES)
 
 
 def write_licences(source: Source) -> list[str]:
@@ -234,7 +234,7 @@ def main() -> int:
     source.write("glossary.md", glossary_page(GLOSSARY.read_text(encoding="utf-8")))
     names = {lesson.stem[:2]: f"chapters/{lesson.stem}" for lesson in chosen}
     groups = {part.heading: [names[number] for number in numbers] for part, numbers in by_part(names).items()} | {
-        "Beside the chapters": ["glossary", *write_models(source), *write_teaching(source)],
+        "Beside the chapters": ["glossary", *write_models(source), *write_guides(source)],
         "For authors": [*write_api(source), *write_licences(source)],
     }
     write_landing(source, chosen, groups)

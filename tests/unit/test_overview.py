@@ -97,7 +97,7 @@ def test_every_chapter_belongs_to_one_part() -> None:
     assert [number for part in PARTS for number in part.chapters] == list(range(15))
     assert part_of("09").numeral == "II"
     assert list(by_part(course_exercises())) == list(PARTS) or len(course_exercises()) < 15
-    with pytest.raises(LookupError, match="no part .* chapter 15"):
+    with pytest.raises(LookupError, match=r"no part .* chapter 15"):
         part_of("15")
 
 

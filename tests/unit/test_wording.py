@@ -70,7 +70,12 @@ def test_a_lesson_is_refused_with_file_line_and_the_better_word(small_course: Pa
     assert 'An arrow."' in (small_course / "chapters/07_toy.ipynb").read_text()
 
 
-GUIDES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *(f"docs/{name}" for name in ("running.md", "teaching.md"))]
+GUIDES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    *(f"docs/{name}" for name in ("running.md", "teaching.md", "research.md")),
+]
 
 
 @pytest.mark.parametrize("name", [*GUIDES, "docs/glossary.md", "docs/site/written/index.md"])
