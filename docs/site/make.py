@@ -147,16 +147,15 @@ def write_guides(source: Source) -> list[str]:
 
 
 def write_licences(source: Source) -> list[str]:
-    """Whose work is part of the site, in which version, under which licence: their own texts, folded."""
-    parts = [
-        "# Licences",
-        "The course is under the MIT licence. Its pages carry scripts, styles and fonts of these packages:",
-    ]
+    """Whose work is part of what, from docs/licences.md, and the licences of what the site carries: their own texts."""
+    release = read_release(ROOT)
+    page = (ROOT / "docs" / "licences.md").read_text(encoding="utf-8")
+    parts = [moved_links(page, "docs", f"{release.repository}/blob/{release.tag}/").strip()]
     for name in SHIPPED:
         package = distribution(name)
         licence = package.metadata["License-Expression"] or package.metadata["License"] or "see its text"
         files = [path for path in package.files or [] if "licen" in path.name.lower() and "dist-info" in str(path)]
-        parts.append(f"## {package.metadata['Name']} {package.version}\n\n{licence.splitlines()[0]}")
+        parts.append(f"### {package.metadata['Name']} {package.version}\n\n{licence.splitlines()[0]}")
         for path in files:
             text = path.locate().read_text(encoding="utf-8").replace("```", "'''")
             parts.append(f"<details><summary>{path.name}</summary>\n\n```text\n{text.strip()}\n```\n\n</details>")
