@@ -2,7 +2,7 @@
 
     chapters/src/NN_slug.md  +  solutions/chNN_slug.py  ->  chapters/NN_slug.ipynb    what a learner opens
                                                         ->  solutions/NN_slug.ipynb   with the solutions in place
-                                                        ->  passages of README.md and docs/teaching.md (overview.py)
+                                                        ->  passages of README.md and other guides (overview.py)
 
 An exercise cell of a lesson imports its solution. That line becomes the signature, docstring and
 `raise NotImplementedError` for the learner, and the full source in the solution notebook. Source is cut at the lines
@@ -378,7 +378,7 @@ def render(root: Path) -> dict[Path, str]:
                 problems.append(f"{folder}/{path.name}: generated from no lesson; delete it or restore its source")
     for path in guides if not problems else []:
         try:
-            files[path] = with_passages(path.read_text(encoding="utf-8"), chapters)
+            files[path] = with_passages(path.read_text(encoding="utf-8"), chapters, root)
         except ValueError as error:
             problems.append(f"{path.relative_to(root).as_posix()}: {error}")
     if problems:

@@ -1,4 +1,4 @@
-"""How much there is to do in each chapter, and the passages of README and guide that say so, for `course build`.
+"""How much there is to do in each chapter, and the passages of README and guides that say so, for `course build`.
 
 A passage stands between two comments, which no reader sees:
 
@@ -6,6 +6,8 @@ A passage stands between two comments, which no reader sees:
     <!-- generated: choice -->        the chapters beyond the first part, of which a teacher picks some
     <!-- generated: minutes -->       a timetable by hand, whose last column is the sum of what the lessons state
     <!-- generated: hours 00 -->      the time for one chapter, in words
+    <!-- generated: lines -->         how long the files of each chapter are, so that growth is seen
+    <!-- generated: models -->        the models that ship, by licence
     <!-- end -->
 
 A lesson's front matter has what no exercise tells: `about`, what the learner writes, and `reading`, the minutes for all
@@ -14,15 +16,16 @@ the rest. What its head says of the time has to agree. The core path is what is 
 """
 
 import json
+import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from course_utils.exercises import PARTS, by_part, part_of
 from course_utils.lint import Part, front_matter, in_parts, read_lesson
 
-FILES = ("README.md", "docs/teaching.md")
+FILES = ("README.md", "CONTRIBUTING.md", "docs/licences.md", "docs/teaching.md")
 BEGIN = "<!-- generated: "
 PASSAGE = re.compile(rf"({BEGIN}(\w+)(?: (\d\d))? -->)(.*?)(<!-- end -->)", re.DOTALL)
 TIMETABLE_ROW = re.compile(
@@ -113,16 +116,20 @@ def head(chapter: Chapter) -> str:
     )
 
 
-def with_passages(text: str, chapters: list[Chapter]) -> str:
+def with_passages(text: str, chapters: list[Chapter], root: Path) -> str:
     """The text with its passages written anew. Raises ValueError for one that cannot be."""
+    tables: dict[str, Callable[[], str]] = {
+        "chapters": lambda: table(chapters),
+        "choice": lambda: choice(chapters),
+        "lines": lambda: lines_table([chapter.number for chapter in chapters], root),
+        "models": lambda: models_table(root),
+    }
     by_number = {chapter.number: chapter for chapter in chapters}
 
     def written(match: re.Match[str]) -> str:
         begin, kind, number, old, end = match.groups()
-        if kind == "chapters":
-            new = f"\n\n{table(chapters)}\n\n"
-        elif kind == "choice":
-            new = f"\n\n{choice(chapters)}\n\n"
+        if kind in tables:
+            new = f"\n\n{tables[kind]()}\n\n"
         elif kind == "minutes":
             new = TIMETABLE_ROW.sub(lambda row: f"{row[1]} {minutes(by_number, *row.group(2, 3, 4))} |", old)
         elif kind == "hours" and number in by_number:
@@ -131,7 +138,7 @@ def with_passages(text: str, chapters: list[Chapter]) -> str:
             raise ValueError(f"there is nothing to write for `{begin}`")
         return begin + new + end
 
-    if text.count(BEGIN) != len(PASSAGE.findall(text)):
+    if len(re.findall(rf"{BEGIN}\w", text)) != len(PASSAGE.findall(text)):
         raise ValueError(f"every `{BEGIN}... -->` needs its `<!-- end -->`")
     return PASSAGE.sub(written, text)
 
@@ -170,6 +177,42 @@ def choice(chapters: list[Chapter]) -> str:
             title, real = f"[{c.title}](../chapters/{c.name})", "SmolLM2" if c.real else ""
             needs, time = ", ".join(c.needs), sum(c.minutes.values())
             rows.append(f"| {part.numeral} | {title} | {needs} | {time} | {c.total} h | {real} |")
+    return "\n".join(rows)
+
+
+def lines_table(numbers: Iterable[str], root: Path) -> str:
+    """How many lines the files of each chapter have, as Markdown; rounded, so that most changes leave it as it is."""
+    kinds = {
+        "lesson": "chapters/src/{}_*.md",
+        "solution": "solutions/ch{}_*.py",
+        "checks": "course_utils/checks/ch{}/*.py",
+        "tests": "tests/ch{}/*.py",
+    }
+    rows = [f"| | {' | '.join(kinds)} | together |", f"|---{'|---:' * (len(kinds) + 1)}|"]
+    sums = [0] * len(kinds)
+    for number in sorted(numbers):
+        own = [rounded(sum(map(n_lines, root.glob(place.format(number))))) for place in kinds.values()]
+        sums = [total + n for total, n in zip(sums, own, strict=True)]
+        rows.append(f"| {number} | {' | '.join(f'{n:,}' for n in [*own, sum(own)])} |")
+    return "\n".join([*rows, f"| **together** | {' | '.join(f'{n:,}' for n in [*sums, sum(sums)])} |"])
+
+
+def n_lines(path: Path) -> int:
+    """How many lines a file has, the empty ones included."""
+    return len(path.read_text(encoding="utf-8").splitlines())
+
+
+def rounded(lines: int) -> int:
+    """To the next fifty."""
+    return 50 * math.ceil(lines / 50)
+
+
+def models_table(root: Path) -> str:
+    """The models that ship as Markdown, a row for each, with the licence that its card states."""
+    rows = ["| model | licence |", "|---|---|"]
+    for card in sorted((root / "course_utils" / "models").glob("*/card.md")):
+        [licence] = re.findall(r"^licence: (.+)$", card.read_text(encoding="utf-8"), re.MULTILINE)
+        rows.append(f"| `{card.parent.name}` | {licence} |")
     return "\n".join(rows)
 
 

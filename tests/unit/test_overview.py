@@ -7,7 +7,7 @@ import pytest
 from course_utils.build import BuildError, build, build_chapter, render
 from course_utils.cells import names
 from course_utils.exercises import PARTS, by_part, course_exercises, part_of
-from course_utils.overview import BEGIN, FILES, REAL, hours, read_chapter, words
+from course_utils.overview import BEGIN, FILES, PASSAGE, REAL, hours, read_chapter, words
 from course_utils.solution import solution
 from tests.conftest import ROOT
 
@@ -93,6 +93,26 @@ def test_the_chapters_to_choose_from(course: Path) -> None:
     assert "\n| II | [07 A small chapter](../chapters/07_toy.ipynb) |  | 25 | 2 h |  |\n" in guide.read_text()
 
 
+def test_lines_and_models_are_counted_where_they_lie(course: Path) -> None:
+    guide = course / "CONTRIBUTING.md"
+    guide.write_text(f"{BEGIN}lines -->\n<!-- end -->\n\n{BEGIN}models -->\n<!-- end -->\n")
+    (course / "tests/ch07").mkdir(parents=True)
+    for name, lines in {"test_one.py": 60, "test_two.py": 41}.items():
+        (course / "tests/ch07" / name).write_text("\n" * lines)
+    (course / "course_utils/models/toy").mkdir(parents=True)
+    (course / "course_utils/models/toy/card.md").write_text(
+        "---\nname: toy\nlicence: MIT\n---\n\nIts licence: see above.\n"
+    )
+    build(course)
+    text = guide.read_text()
+    row = next(line for line in text.splitlines() if line.startswith("| 07 |"))
+    lesson, solution, checks, tests, together = (int(cell) for cell in row.split("|")[2:-1])
+    assert (tests, checks) == (150, 0) and 0 < lesson <= 150 and 0 < solution <= 100
+    assert together == lesson + solution + tests
+    assert f"| **together** | {lesson} | {solution} | 0 | {tests} | {together} |" in text
+    assert "\n| `toy` | MIT |\n" in text
+
+
 def test_every_chapter_belongs_to_one_part() -> None:
     assert [number for part in PARTS for number in part.chapters] == list(range(15))
     assert part_of("09").numeral == "II"
@@ -132,7 +152,7 @@ def test_what_is_optional_is_left_out_of_the_core_path(course: Path) -> None:
         ),
         ("README", "`Shift` | `Shift` |", "`Shift` | `double` |", "README.md: in chapter 07 double comes before Shift"),
         ("README", "hours 07", "hours 08", "README.md: there is nothing to write for .*hours 08 -->"),
-        ("README", "generated: chapters", "generated: models", "README.md: there is nothing to write"),
+        ("README", "generated: chapters", "generated: names", "README.md: there is nothing to write"),
         ("README", "soon<!-- end -->", "soon", r"README\.md: .*needs its"),
     ],
 )
@@ -144,8 +164,9 @@ def test_what_disagrees_is_named(course: Path, file: str, old: str, new: str, wo
 
 
 def test_the_course_s_own_guides_have_passages() -> None:
-    kinds = {name: (ROOT / name).read_text(encoding="utf-8").count(BEGIN) for name in FILES}
-    assert kinds == {"README.md": 1, "docs/teaching.md": 6}
+    texts = {name: (ROOT / name).read_text(encoding="utf-8") for name in FILES}
+    kinds = {name: len(PASSAGE.findall(text)) for name, text in texts.items()}
+    assert kinds == {"README.md": 1, "CONTRIBUTING.md": 1, "docs/licences.md": 1, "docs/teaching.md": 6}
 
 
 def test_the_core_path_takes_about_twenty_hours() -> None:
