@@ -10,6 +10,9 @@ import functools
 import http.server
 import json
 import os
+import re
+import shutil
+import textwrap
 import threading
 import tomllib
 from collections.abc import Iterator
@@ -98,6 +101,23 @@ def test_run_all_on_the_untouched_notebook(name: str, colab: Path, index: str, t
 def test_solutions_run_to_their_end(name: str, colab: Path, index: str, tmp_path: Path) -> None:
     run_all(nbformat.read(ROOT / "solutions" / name, as_version=4), tmp_path / "content", index)
     assert installed(colab) == {"circuits_from_scratch"}
+
+
+def test_ones_own_transformer_comes_along_from_drive(colab: Path, index: str, tmp_path: Path) -> None:
+    """The lines that docs/running.md gives for this, with a folder as the Drive."""
+    guide = (ROOT / "docs/running.md").read_text(encoding="utf-8")
+    [lines] = re.findall(r"^  ```python\n(.*?)^  ```$", guide, re.MULTILINE | re.DOTALL)
+    (colab / "google/colab/drive.py").write_text("def mount(folder): ...\n")
+    copy = tmp_path / "drive/MyDrive/Colab Notebooks/Copy of 02_transformer.ipynb"
+    copy.parent.mkdir(parents=True)
+    shutil.copy(ROOT / "solutions/02_transformer.ipynb", copy)
+    notebook = nbformat.read(ROOT / "chapters/03_training.ipynb", as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    last = next(n for n, cell in enumerate(code) if "mine(" in cell.source)
+    bringing = nbformat.v4.new_code_cell(textwrap.dedent(lines).replace("/content/drive", str(tmp_path / "drive")))
+    notebook.cells = [*code[:last], bringing, code[last]]
+    run_all(notebook, tmp_path / "content", index)
+    assert "Transformer: yours, from chapter 02" in notebook.cells[-1].outputs[0].text
 
 
 def test_without_network_the_first_cell_says_what_to_do(colab: Path, tmp_path: Path) -> None:
