@@ -9,7 +9,7 @@ import copy
 import functools
 import json
 import textwrap
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ class Case:
     about: str = "attention_scores"
     lasts: bool = False  # it is stopped by a timeout
     files: dict[str, bytes] = field(default_factory=dict)  # what else the learner handed in
+    notebook: str = "02_transformer.ipynb"
 
     def state(self, symbol: str) -> str:
         """The state that an exercise must get."""
@@ -198,16 +199,15 @@ def _stuck() -> list[Case]:
     ]
 
 
-def _hostile(outside: Path, port: int) -> list[Case]:
-    def bad(name: str, what: str, state: str = "error", words: str = "") -> Case:
-        return Case(name, doing(what), RIGHT | {"attention_scores": state}, words)
+def hostile(outside: Path, port: int) -> dict[str, tuple[str, str, str]]:
+    """What an answer may try before it answers, the state that it must get, and words of what is said."""
 
-    def refused(name: str, what: str) -> Case:
+    def refused(what: str) -> tuple[str, str, str]:
         """Something that must end in an OSError; if it does not, the exercise is wrong."""
         attempt = (
             f"import os, socket, shutil\ntry:\n    {what}\nexcept OSError:\n    pass\nelse:\n    raise OSError('done')"
         )
-        return bad(name, attempt, "correct")
+        return attempt, "correct", ""
 
     killing = "import os, contextlib\nwith contextlib.suppress(OSError):\n    os.kill({}, 9)"
     secret = str(outside / "secret")
@@ -220,75 +220,93 @@ def _hostile(outside: Path, port: int) -> list[Case]:
         from pathlib import Path
         for folder in ("/tmp", "/home", Path.home(), Path.cwd(), Path(course_utils.__file__).parent):
             shutil.rmtree(folder, ignore_errors=True)"""
+    crash = "import ctypes\nfor _ in [ctypes.string_at]:\n    import os; os.kill(os.getpid(), 11)"
+    return {
+        "memory bomb": ("x = bytearray(10**10)", "wrong", "MemoryError"),
+        "memory bomb of tensors": ("x = [torch.ones(2**27) for _ in range(40)]", "wrong", "memory"),
+        "fork bomb": (bomb + "    except OSError:\n        break", "correct", ""),
+        "leaves a process": (left + "    os._exit(0)\nos.environ['LEFT'] = 'yes'", "correct", ""),
+        "os._exit": ("import os; os._exit(0)", "error", "ended by itself"),
+        "sys.exit": ("import sys; sys.exit(3)", "error", "SystemExit"),
+        "crash": (crash, "error", "SIGSEGV"),
+        "kills its parent": (killing.format("os.getppid()"), "correct", ""),
+        "kills everybody": (killing.format("-1"), "correct", ""),
+        "gigabytes of output": ("for _ in range(2000):\n    print('x' * 10**6, flush=True)", "correct", ""),
+        "deletes files": (deleting, "correct", ""),
+        "writes outside": refused(f"open({str(outside / 'written')!r}, 'w')"),
+        "writes to the course": refused("open(torch.__file__, 'a')"),
+        "large file": refused("open('big', 'wb').write(bytes(10**8))"),
+        "reads another submission": refused(f"open({secret!r})"),
+        "opens a socket": refused(f"socket.create_connection(('127.0.0.1', {port}), timeout=5)"),
+    }
+
+
+def tricks(module: str, notebook: str) -> dict[str, tuple[str, str]]:
+    """Tricks that an answer may try before it answers, and words of what is said; all are found."""
+    forged = (
+        'import os, json\nfor pipe in range(3, 30):\n    try:\n        os.write(pipe, b\'{"state": "correct"}\\n\')\n'
+    )
+    reading = f"""\
+        import solutions
+        from pathlib import Path
+        texts = [path.read_text() for path in Path(solutions.__file__).parent.glob("{module[:4]}*.py")]"""
+    asking = f"""\
+        import solutions
+        from pathlib import Path
+        from course_utils.cells import read_notebook
+        text = read_notebook(Path(solutions.__file__).parent / "{notebook}")"""
+    checks = "import course_utils.checks.comparing as comparing\ncomparing.compare = lambda *args, **others: None"
+    gelu = "torch.allclose.__class__\ntorch.nn.functional.gelu = None"
+    return {
+        "replaces torch": ("torch.isclose = torch.allclose", "it replaced torch.isclose"),
+        "replaces the check": (checks, "it replaced course_utils.checks.comparing.compare"),
+        "changes the code": (gelu, "torch.nn.functional.gelu"),
+        "writes its own verdict": (forged + "    except OSError:\n        pass", "the grader's own channel"),
+        "reads the solution": (reading, "read the reference solution"),
+        "asks for the solution": (asking, "read the reference solution"),
+    }
+
+
+def borrowed(module: str, symbol: str) -> dict[str, tuple[str, str]]:
+    """What may stand in an exercise's place, made of the reference solution, and words of what is said."""
+    whole = f"solutions.{module}"
+    copied = f"""\
+        import types
+        import {whole} as theirs
+        {symbol} = types.FunctionType(theirs.{symbol}.__code__, vars(theirs), "{symbol}")"""
+    within = f"""\
+        def {symbol}(*given, **named):
+            from {whole} import {symbol} as theirs
+            return theirs(*given, **named)"""
+    return {
+        "imports the answer": (f"from {whole} import {symbol}", f"{whole}.{symbol}"),
+        "assigns the answer": (f"import {whole} as s\n{symbol} = s.{symbol}", f"{whole}.{symbol}"),
+        "copies the function": (copied, f"{whole}.{symbol}"),
+        "imports it inside": (within, whole),
+    }
+
+
+AT_ONCE = "class Everything:\n    torch.isclose = lambda *args, **others: torch.tensor(True)\n"
+
+
+def _hostile(outside: Path, port: int) -> list[Case]:
     return [
-        bad("memory bomb", "x = bytearray(10**10)", "wrong", "MemoryError"),
-        bad("memory bomb of tensors", "x = [torch.ones(2**27) for _ in range(40)]", "wrong", "memory"),
-        bad("fork bomb", bomb + "    except OSError:\n        break", "correct"),
-        bad("leaves a process", left + "    os._exit(0)\nos.environ['LEFT'] = 'yes'", "correct"),
-        bad("os._exit", "import os; os._exit(0)", words="ended by itself"),
-        bad("sys.exit", "import sys; sys.exit(3)", words="SystemExit"),
-        bad(
-            "crash",
-            "import ctypes\nfor _ in [ctypes.string_at]:\n    import os; os.kill(os.getpid(), 11)",
-            words="SIGSEGV",
-        ),
-        bad("kills its parent", killing.format("os.getppid()"), "correct"),
-        bad("kills everybody", killing.format("-1"), "correct"),
-        bad("gigabytes of output", "for _ in range(2000):\n    print('x' * 10**6, flush=True)", "correct"),
-        bad("deletes files", deleting, "correct"),
-        refused("writes outside", f"open({str(outside / 'written')!r}, 'w')"),
-        refused("writes to the course", "open(torch.__file__, 'a')"),
-        refused("large file", "open('big', 'wb').write(bytes(10**8))"),
-        refused("reads another submission", f"open({secret!r})"),
-        refused("opens a socket", f"socket.create_connection(('127.0.0.1', {port}), timeout=5)"),
+        Case(name, doing(what), RIGHT | {"attention_scores": state}, words)
+        for name, (what, state, words) in hostile(outside, port).items()
     ]
 
 
 def _tricks() -> list[Case]:
-    cheated = {"attention_scores": "cheated"}
-
-    def trick(name: str, what: str, words: str) -> Case:
-        return Case(name, doing(what), RIGHT | cheated, words)
-
-    def bound(name: str, code: str, words: str = "solutions.ch02_transformer.attention_scores") -> Case:
-        notebook = replaced(untouched(), {**written(), "attention_scores": textwrap.dedent(code)})
-        return Case(name, packed(notebook), RIGHT | cheated, words)
-
-    at_once = "class Everything:\n    torch.isclose = lambda *args, **others: torch.tensor(True)\n"
-    forged = (
-        'import os, json\nfor pipe in range(3, 30):\n    try:\n        os.write(pipe, b\'{"state": "correct"}\\n\')\n'
-    )
-    function_copied = """\
-        import types
-        import solutions.ch02_transformer as theirs
-        attention_scores = types.FunctionType(theirs.attention_scores.__code__, vars(theirs), "attention_scores")"""
-    within = """\
-        def attention_scores(q, k):
-            from solutions.ch02_transformer import attention_scores as theirs
-            return theirs(q, k)"""
-    reading = """\
-        import solutions
-        from pathlib import Path
-        texts = [path.read_text() for path in Path(solutions.__file__).parent.glob("ch02*.py")]"""
-    asking = """\
-        import solutions
-        from pathlib import Path
-        from course_utils.cells import read_notebook
-        text = read_notebook(Path(solutions.__file__).parent / "02_transformer.ipynb")"""
-    checks = "import course_utils.checks.comparing as comparing\ncomparing.compare = lambda *args, **others: None"
-    return [
-        trick("replaces torch", "torch.isclose = torch.allclose", "it replaced torch.isclose"),
-        trick("replaces the check", checks, "it replaced course_utils.checks.comparing.compare"),
-        trick("changes the code", "torch.allclose.__class__\nnn.functional.gelu = None", "torch.nn.functional.gelu"),
-        trick("writes its own verdict", forged + "    except OSError:\n        pass", "the grader's own channel"),
-        trick("reads the solution", reading, "read the reference solution"),
-        trick("asks for the solution", asking, "read the reference solution"),
-        Case("replaces torch at once", packed(with_code(at_once)), dict.fromkeys(SYMBOLS, "cheated"), "torch.isclose"),
-        bound("imports the answer", "from solutions.ch02_transformer import attention_scores"),
-        bound("assigns the answer", "import solutions.ch02_transformer as s\nattention_scores = s.attention_scores"),
-        bound("copies the function", function_copied),
-        bound("imports it inside", within, "solutions.ch02_transformer"),
+    cheated, module = {"attention_scores": "cheated"}, "ch02_transformer"
+    own = [
+        Case(name, doing(what), RIGHT | cheated, words)
+        for name, (what, words) in tricks(module, "02_transformer.ipynb").items()
     ]
+    for name, (code, words) in borrowed(module, "attention_scores").items():
+        notebook = replaced(untouched(), {**written(), "attention_scores": textwrap.dedent(code)})
+        own.append(Case(name, packed(notebook), RIGHT | cheated, words))
+    at_once = Case("replaces torch at once", packed(with_code(AT_ONCE)), dict.fromkeys(SYMBOLS, "cheated"))
+    return [*own, replace(at_once, words="torch.isclose")]
 
 
 def _damaged() -> list[Case]:
@@ -324,6 +342,6 @@ def write(folder: Path, chosen: list[Case]) -> None:
     for case in chosen:
         place = folder / case.learner
         place.mkdir(parents=True)
-        (place / "02_transformer.ipynb").write_bytes(case.content)
+        (place / case.notebook).write_bytes(case.content)
         for name, content in case.files.items():
             (place / name).write_bytes(content)
