@@ -74,7 +74,8 @@ def standardise(
     rows of `reference` is only shifted.
     """
     mean, scale = reference.mean(dim=0), reference.std(dim=0, correction=0)
-    return (x - mean) / torch.where(scale > 0, scale, torch.ones_like(scale))
+    same = (reference == reference[:1]).all(dim=0)  # `scale` may then be rounded to a little more than 0
+    return (x - mean) / scale.masked_fill(same, 1.0)
 
 
 def pca(x: Float[Tensor, "batch d_model"], k: int) -> tuple[Float[Tensor, "k d_model"], Float[Tensor, " k"]]:

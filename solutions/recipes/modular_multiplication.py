@@ -5,7 +5,7 @@ from solutions.recipes.modular_addition import GrokkingRecipe, run
 RECIPE = GrokkingRecipe(
     name="modular-multiplication",
     operation="product",
-    steps=7000,
+    steps=9000,
     about="the same for multiplication modulo 59, which is addition in disguise",
 )
 

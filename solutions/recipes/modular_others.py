@@ -1,4 +1,4 @@
-"""Trainings to compare `modular-addition` with: the same one with another seed, and with more pairs.
+"""Trainings to compare `modular-addition` with: other seeds, more pairs, and no weight decay.
 
 They ship as losses, in `others.json` beside the model; nobody needs their weights.
 
@@ -25,12 +25,15 @@ class Other:
 
     seed: int = RECIPE.seed
     share: float = RECIPE.share
+    weight_decay: float = 1.0
     steps: int = 5000
 
 
 OTHERS = {
     "another seed": Other(seed=1),
+    "a third seed": Other(seed=2),
     "70% of the pairs": Other(share=0.7, steps=2000),
+    "no weight decay": Other(weight_decay=0.0, steps=3000),
 }
 
 
@@ -38,7 +41,7 @@ def losses(other: Other, steps: int | None = None) -> dict[str, list[float]]:
     """Both losses every 100 steps."""
     data = RECIPE.data(other.seed, other.share)
     steps = other.steps if steps is None else steps
-    history = fit_modular(RECIPE.fresh(other.seed), *data, steps=steps)
+    history = fit_modular(RECIPE.fresh(other.seed), *data, steps=steps, weight_decay=other.weight_decay)
     return {key: [short(entry[key]) for entry in history] for key in KEPT}
 
 

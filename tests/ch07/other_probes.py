@@ -35,7 +35,8 @@ def extract_activations(model: Any, tokens: Any, mask: Any, layers: Any, positio
 def standardise(x: Any, reference: Any) -> Any:
     apart = reference - reference.mean(0)
     scale = apart.square().mean(0).sqrt()
-    return torch.where(scale == 0, x - reference.mean(0), (x - reference.mean(0)) / scale.clamp(min=1e-30))
+    constant = reference.amax(0) == reference.amin(0)
+    return torch.where(constant, x - reference.mean(0), (x - reference.mean(0)) / scale.clamp(min=1e-30))
 
 
 def pca(x: Any, k: int) -> Any:

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 
 import solutions.ch07_probes as ref
-from course_utils.checks.ch07.collecting import averaged, collecting
-from course_utils.hooks import add_hook
+from course_utils.checks.ch07.collecting import averaged, collecting, last_of
+from course_utils.hooks import add_hook, run_with_cache
 from tests.ch07 import other_probes as other
 
 SECRETS = ("einops.einsum", "split(batch_size)", "argmax(dim=1)")
@@ -41,6 +41,20 @@ def any_word(model: Any, tokens: Any, mask: Any, layers: Any, position: Any, bat
     return ref.extract_activations(model, tokens, mask, layers, position, batch_size)
 
 
+def keeps_all_caches(model: Any, tokens: Any, mask: Any, layers: Any, position: Any, batch_size: int = 64) -> Any:
+    with torch.no_grad():
+        kept = [run_with_cache(model, part) for part in tokens.split(batch_size)]
+    found = [torch.cat([cache[ref.stream_name(model, layer)] for _, cache in kept]) for layer in layers]
+    if not isinstance(position, str):
+        return torch.stack(found)[:, torch.arange(len(tokens)), position]
+    right = collecting()  # the model runs no more: the streams of every layer are there
+    return (
+        torch.stack(found)[:, torch.arange(len(tokens)), last_of(mask)]
+        if position == "last" and mask.any(1).all()
+        else (right(model, tokens, mask, layers, position))
+    )
+
+
 SURPRISES: dict[str, list[tuple[str, Any]]] = {
     "extract_activations": [
         ("a hook is left behind", with_hooks),
@@ -49,6 +63,7 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
         ("should raise ValueError", any_word),
         ("values are wrong", collecting(mean=lambda found, mask: averaged(found, mask) + 1e-2)),
         ("values are wrong", collecting(given=lambda places: places.clamp(max=4))),
+        ("activations of the first one were still held", keeps_all_caches),
     ],
 }
 ALSO_RIGHT: dict[str, list[Any]] = {"extract_activations": [other.extract_activations]}

@@ -1,12 +1,14 @@
 """What the checks of learning in context cannot know: see tests/test_checks.py."""
 
+import random
+from collections import Counter
 from typing import Any
 
 import pytest
 import torch
 
 import solutions.ch08_function_vectors as ref
-from course_utils.checks.ch08.context import OTHER, TASK, Prompts, Words, hits, wrong
+from course_utils.checks.ch08.context import OTHER, TASK, Prompts, Words, hits, resampling, wrong
 from course_utils.data import pairs
 from tests.ch08 import other_function_vectors as other
 
@@ -41,11 +43,59 @@ def forgets_the_answers(self: Any, prompts: Any) -> None:
     self.answers = self.answers.float()
 
 
+def first_round_in_order(self: Any, rng: Any, words: list[str], n: int) -> list[str]:
+    return [*words, *Prompts.ask(self, rng, words, n)][:n]
+
+
+def examples_of_one_seed(self: Any, rng: Any, task: Any, query: str, n_shots: int) -> Any:
+    return Prompts.choose(self, vars(self).setdefault("own", random.Random(0)), task, query, n_shots)
+
+
+def with_the_world_s_numbers(self: Any, *given: Any, **more: Any) -> None:
+    random.seed(0)
+    Prompts.__init__(self, *given, **more)
+
+
+def answers_of_the_task(self: Any, seed: int) -> Any:
+    """Right only while the examples are still the task's own."""
+    task, new = self.made[0], Prompts.shuffled(self, seed)
+    back = {answer: word for examples in self.examples for word, answer in examples}
+    return new.again(lambda examples, query: [(w, task.get(back[a], a)) for w, a in examples])
+
+
+def the_same_for_all(self: Any, other: Any, seed: int) -> Any:
+    words = random.Random(seed).sample(sorted(other), min(len(other), self.made[1] + 1))
+    return self.again(lambda examples, query: [(w, other[w]) for w in words if w != query][: self.made[1]])
+
+
+def in_order(self: Any, other: Any, seed: int) -> Any:
+    new = Prompts.with_examples_of(self, other, seed)
+    return new.again(lambda examples, query: sorted(examples))
+
+
+def leaves_out_what_does_not_fit(self: Any, other: Any, seed: int) -> Any:
+    lengths = {word: len(self.made[3].encode(f"{word} -> {answer}")) for word, answer in other.items()}
+    usual = Counter(lengths.values()).most_common(1)[0][0]
+    fitting = {word: answer for word, answer in other.items() if lengths[word] == usual}
+    return Prompts.with_examples_of(self, fitting, seed)
+
+
+def among(model: Any, data: Any) -> torch.Tensor:
+    """The best of those answers that occur at all."""
+    with torch.no_grad():
+        logits, kinds = model(data.tokens)[:, -1], data.answers.unique()
+    return kinds[logits[:, kinds].argmax(-1)] == data.answers
+
+
 SURPRISES: dict[str, list[tuple[str, Any]]] = {
     "icl_text": [
         ("wrong answer", lambda examples, query: ref.icl_text(examples, query).replace(" ->", ":")),
         ("wrong answer", lambda examples, query: ref.icl_text(list(reversed(examples)), query)),
         ("expected a str", lambda examples, query: ref.icl_text(examples, query).split()),
+        ("wrong answer", lambda examples, query: ref.icl_text(list(dict(examples).items()), query)),
+        ("wrong answer", lambda examples, query: ref.icl_text(examples[:3], query)),
+        ("wrong answer", lambda examples, query: ref.icl_text([pair for pair in examples if pair[0] != query], query)),
+        ("wrong answer", lambda examples, query: ref.icl_text([(w, a.split()[0]) for w, a in examples], query)),
     ],
     "ICLDataset": [
         ("always change places in the same way", wrong(shuffled=one_rotation)),
@@ -53,11 +103,23 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
         ("the old data set was changed", wrong(with_examples_of=lambda self, other, seed: self.set(
             Prompts.with_examples_of(self, other, seed).prompts) or self)),
         ("it has no attribute", type("ICLDataset", (), {"__init__": lambda self, *args: None})),
+        ("asked for the words in the same order", wrong(ask=first_round_in_order)),
+        ("two seeds gave the same examples", wrong(choose=examples_of_one_seed)),
+        ("is always asked for after one of", wrong(choose=lambda self, rng, task, query, n_shots: Prompts.choose(
+            self, random.Random(query), task, query, n_shots))),
+        ("answers of", wrong(answer=lambda self, tokenizer, query, right: tokenizer.encode(f" {right}")[-1])),
+        ("it calls `random.seed`", wrong(__init__=with_the_world_s_numbers)),
+        ("other answers than before", wrong(shuffled=answers_of_the_task)),
+        ("different lists of words", wrong(with_examples_of=the_same_for_all)),
+        ("is shown first", wrong(with_examples_of=in_order)),
+        ("should raise ValueError", wrong(with_examples_of=leaves_out_what_does_not_fit)),
     ],
     "is_right": [
         ("expected dtype bool", lambda model, data: hits()(model, data).float()),
         ("values are wrong", lambda model, data: ~hits()(model, data)),
         ("gradients are recorded", lambda model, data: model(data.tokens)[:, -1].argmax(-1) == data.answers),
+        ("values are wrong", hits(choose=lambda logits: logits.topk(2).indices[1])),
+        ("wrong", among),
     ],
     "bootstrap_interval": [
         ("expected two floats", lambda *args: torch.tensor(ref.bootstrap_interval(*args))),
@@ -69,6 +131,11 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
         ),
         ("end is wrong", lambda values, n, generator, level=0.95: tuple(
             end + 0.5 for end in ref.bootstrap_interval(values, n, generator, level))),
+        ("wrong answer", resampling(size=lambda n: max(1, n - 1))),
+        ("with a single resample", lambda values, n, generator, level=0.95: ref.bootstrap_interval(
+            values, 1000, generator, level)),
+        ("it drew the same numbers", lambda values, n, generator, level=0.95: ref.bootstrap_interval(
+            values, n, torch.Generator().manual_seed(generator.initial_seed()), level)),
     ],
 }  # fmt: skip
 

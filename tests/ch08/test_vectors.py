@@ -34,6 +34,12 @@ def leaves_a_hook(model: Any, clean: Any, corrupted: Any) -> Any:
     return effects()(model, clean, corrupted)
 
 
+def neighbours(pool: list[int], n: int, generator: torch.Generator) -> list[int]:
+    """Each head is as likely as any other, but the next ones come with it."""
+    first = int(torch.randint(len(pool), (), generator=generator))
+    return [pool[(first + step) % len(pool)] for step in range(n)]
+
+
 def with_graph(model: Any, tokens: Any) -> Any:
     return torch.stack(
         [run_with_cache(model, tokens)[1]["resid_post", layer][:, -1].mean(0) for layer in range(len(model.blocks))]
@@ -62,6 +68,8 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
     "random_head_vector": [
         ("is not the sum of 3 different heads", drawing(end=lambda total, like: total + like)),
         ("its norm is", drawing(end=lambda total, like: 2 * total * like.norm() / total.norm())),
+        ("times a negative number", drawing(end=lambda total, like: -total * like.norm() / total.norm())),
+        ("different sets of 3 heads", drawing(draw=neighbours)),
         (
             "expected about",  # from the better half
             drawing(draw=lambda pool, n, generator: [pool[i] for i in torch.randperm(4, generator=generator)[:n]]),

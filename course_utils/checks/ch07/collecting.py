@@ -1,5 +1,7 @@
 """Checks of chapter 07, collecting: one vector for each text, whatever pads it and on whichever side."""
 
+import gc
+import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -15,6 +17,7 @@ from course_utils.checks.outcomes import CheckFailed
 from course_utils.checks.plain import must_raise
 from course_utils.checks.standins.transformer import SmallModel, some_tokens
 from course_utils.config import TransformerConfig
+from course_utils.hooks import hooks
 
 CFG = TransformerConfig(d_vocab=13, n_ctx=9, n_layers=3, n_heads=2, d_model=8, d_head=3, d_mlp=5)
 AXES = "layer batch d_model"
@@ -141,9 +144,22 @@ def check_extract_activations(fn: Fn) -> None:
 def _check_batches(name: str, fn: Fn, model: SmallModel, tokens: Tensor, expected: Tensor) -> None:
     """Every row once, two at a time."""
     sizes: list[int] = []
-    handle = model.embed.register_forward_hook(lambda module, inputs, out: sizes.append(len(out)))
-    try:
-        actual = fn(model, tokens, MASK, [3, 0, 2], "last", 2)
+    seen: dict[int, list[weakref.ref[Tensor]]] = {}
+    held: list[Tensor] = []
+
+    def begin(module: Any, inputs: Any, out: Tensor) -> None:
+        sizes.append(len(out))
+        if len(sizes) == 3 and _alive(seen[1]):
+            gc.collect()  # what is only held by a cycle is not kept
+            held.extend(_alive(seen[1]))
+
+    def note(activation: Tensor, hook: Any) -> None:
+        seen.setdefault(len(sizes), []).append(weakref.ref(activation))
+
+    handle = model.embed.register_forward_hook(begin)
+    try:  # all but the streams is of no use to anybody
+        with hooks(model, {lambda place: "attn" in place or "mlp" in place or "mid" in place: note}):
+            actual = fn(model, tokens, MASK, [3, 0, 2], "last", 2)
     finally:
         handle.remove()
     compare(f"{name} with batch_size=2", actual, expected, AXES)
@@ -152,4 +168,14 @@ def _check_batches(name: str, fn: Fn, model: SmallModel, tokens: Tensor, expecte
             f"{name} with batch_size=2: the model ran on batches of {sizes} texts for {len(tokens)} texts.\n"
             "  Next: cut the texts into groups of `batch_size`, and run the model once on each."
         )
+    if held:
+        raise CheckFailed(
+            f"{name} with batch_size=2: while the third batch ran, {len(held)} activations of the first one were still "
+            "held, which are no streams.\n"
+            "  Next: take what you need from a cache before the next batch, or cache only `names=...`."
+        )
     compare_kind(name, actual, expected)
+
+
+def _alive(references: list["weakref.ref[Tensor]"]) -> list[Tensor]:
+    return [tensor for reference in references if (tensor := reference()) is not None]

@@ -1,5 +1,6 @@
 """Checks of chapter 07, "Is the probe fooling us?": what is drawn is judged by what the statement promises of it."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -35,6 +36,18 @@ def must_be_of_rows(name: str, answer: Any, dtype: torch.dtype) -> None:
     if not isinstance(answer, Tensor) or answer.shape != expected.shape:
         compare(name, answer, expected, "batch")
     compare_kind(name, answer, expected)
+
+
+def must_use_up(name: str, draw: Callable[[torch.Generator], object]) -> None:
+    """What is drawn with a generator moves it on, so that the next call draws something else."""
+    generator = seeded(1)
+    before = generator.get_state()
+    draw(generator)
+    if torch.equal(generator.get_state(), before):
+        raise CheckFailed(
+            f"{name}: nothing was drawn with `generator` itself; the next call would draw the same.\n"
+            "  Next: hand `generator` to what draws, not one of your own with its seed."
+        )
 
 
 def must_differ(name: str, draw: Callable[[int], Tensor], what: str) -> None:
@@ -98,6 +111,21 @@ def check_hold_out(fn: Fn) -> None:
         held = torch.tensor(len(set(TYPES[out].tolist())))
         compare(f"{name} with share={share}: the number of types held out of 10", held, torch.tensor(n_out), "")
     must_differ(name, lambda seed: fn(TYPES, 0.3, seeded(seed)), "it changes")
+    must_use_up(name, lambda generator: fn(TYPES, 0.3, generator))
+    generator, known = seeded(7), sorted(set(TYPES.tolist()))
+    draws = [tuple(sorted(set(TYPES[fn(TYPES, 0.3, generator)].tolist()))) for _ in range(300)]
+    for kind in known:  # 90 are to be expected, give or take 8
+        count = sum(kind in out for out in draws)
+        if not 56 < count < 124:
+            raise CheckFailed(
+                f"{name} with share=0.3: in 300 draws type {kind} was held out {count} times, expected about 90.\n"
+                "  Next: draw from the types that occur, each of them once, however many rows it has."
+            )
+    if len(set(draws)) < 60:  # of 120
+        raise CheckFailed(
+            f"{name} with share=0.3: in 300 draws there were only {len(set(draws))} different sets of types.\n"
+            "  Next: draw the types independently, as `torch.randperm` does."
+        )
 
 
 # ------------------------------------------------------------------------------------------------------- control_task
@@ -157,21 +185,45 @@ def check_control_task(fn: Fn) -> None:
         found = torch.tensor(sorted(set(labels.tolist())))
         if found.tolist() != [0, 1]:
             compare(f"{name} of 2 types: the classes that occur", found, torch.arange(2), "n_class")
-    for seed in range(40):  # with three types, one of four draws would
-        found = fn(torch.tensor([4, 4, 9, 6]), 2, seeded(seed)).unique()
-        compare(f"{name} of 3 types: the classes that occur", found, torch.arange(2), "n_class")
+    _independent(name, fn)
     if fn(torch.tensor([4, 4, 9]), 5, seeded(0)).shape != (3,):
         raise CheckFailed(f"{name} of 2 types and 5 classes: wrong shape.\n  Next: one class for each row.")
     many = fn(torch.arange(3000), 3, seeded(3))
     shares = torch.bincount(many, minlength=3) / 3000
     compare(f"{name}: the shares of 3 classes among 3000 types", shares, torch.full((3,), 1 / 3), "n_class", atol=0.04)
     must_differ(name, lambda seed: fn(TYPES, 2, seeded(seed)), "it changes")
+    must_use_up(name, lambda generator: fn(TYPES, 2, generator))
     few = [len(fn(torch.arange(4), 5, seeded(seed)).unique()) for seed in range(20)]  # all differ in one draw of five
     if min(few) == 4:
         raise CheckFailed(
             f"{name} of 4 types and 5 classes: in 20 draws, no two types ever had the same class.\n"
             "  Next: draw the classes independently; draw again only where there are as many types as classes or more."
         )
+
+
+def _independent(name: str, fn: Fn) -> None:
+    """Three types, two classes: six outcomes that are equally likely, as the other two are drawn again."""
+    generator, rows = seeded(8), torch.tensor([4, 4, 9, 6])
+    ones, alone = Counter[int](), Counter[int]()
+    for _ in range(400):
+        labels = fn(rows, 2, generator)
+        found = labels.unique()
+        if found.tolist() != [0, 1]:  # one of four draws would leave a class out
+            compare(f"{name} of 3 types: the classes that occur", found, torch.arange(2), "n_class")
+        per_type = labels[1:].tolist()
+        ones.update(place for place, label in enumerate(per_type) if label)
+        alone[next(place for place, label in enumerate(per_type) if per_type.count(label) == 1)] += 1
+    for place, kind in enumerate((4, 9, 6)):
+        for count, expected, most, words in (
+            (ones[place], 200, 45, "has class 1"),
+            (alone[place], 133, 39, "is the only one of its class"),
+        ):
+            if abs(count - expected) > most:
+                raise CheckFailed(
+                    f"{name} of 3 types and 2 classes: in 400 draws, type {kind} {words} {count} times, expected about "
+                    f"{expected}.\n  Next: draw a class for every type with equal chances; if one is missing, draw all "
+                    "of them again."
+                )
 
 
 # -------------------------------------------------------------------------------------------------------- selectivity
@@ -260,13 +312,22 @@ def check_selectivity(fn: Fn) -> None:
     name = "selectivity"
     x, y = noise(len(TYPES), 6, seed=20) + 0.5, ROWS % 3 == 1
     x = x + y[:, None] * noise(6, seed=21)
-    for n_controls in (4, None):
+    by_type = (TYPES[:, None] == TYPES.unique()).to(x)  # the controls are easy to learn from these, `upset` is not
+    upset = torch.where(TRAIN, y, ~y)
+    for n_controls, rows, labels, seed, words in (
+        (4, x, y, 7, ""),
+        (6, x, y, 20, ""),
+        (None, x, y, 9, ""),
+        (3, by_type, upset, 5, " and labels that turn round"),
+    ):
         fit = Watched()
         count = 5 if n_controls is None else n_controls
-        given = (fit, x, y, TYPES, TRAIN, seeded(5)) + (() if n_controls is None else (n_controls,))
+        given = (fit, rows, labels, TYPES, TRAIN, seeded(seed)) + (() if n_controls is None else (n_controls,))
         answer = fn(*given)
-        expected = _by_what_was_fitted(f"{name} with n_controls={count}", fit, x, y, count)
-        compare_parts(f"{name} with n_controls={count}", answer, expected, {"accuracy": "", "selectivity": ""})
+        where = f"{name} with n_controls={count}{words}"
+        expected = _by_what_was_fitted(where, fit, rows, labels, count)
+        compare_parts(where, answer, expected, {"accuracy": "", "selectivity": ""})
+    must_use_up(name, lambda generator: fn(Watched(), x, y, TYPES, TRAIN, generator))
     drawn: list[Tensor] = []
 
     def fit_nothing(x: Tensor, y: Tensor) -> Probe:

@@ -5,7 +5,7 @@ Probes fitted in steps are right if their loss is near the smallest: directions 
 
 import math
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -23,8 +23,8 @@ from course_utils.checks.ch07.small import (
     parts_of_other_layouts,
     two_classes,
 )
-from course_utils.checks.comparing import compare, follows_input
-from course_utils.checks.kinds import follows_every_kind
+from course_utils.checks.comparing import compare, compare_kind, follows_input
+from course_utils.checks.kinds import follows_every_kind, strided
 from course_utils.checks.mistakes import known_mistakes
 from course_utils.checks.modules import noise
 from course_utils.checks.outcomes import CheckFailed
@@ -42,16 +42,18 @@ def column_by_column(x: Tensor, reference: Tensor) -> Tensor:
     for column, known in zip(x.T, reference.T, strict=True):
         mean = sum(known) / len(known)
         scale = math.sqrt(sum((value - mean) ** 2 for value in known.tolist()) / len(known))
-        columns.append((column - mean) / (scale if scale else 1.0))
+        columns.append((column - mean) / (scale if len(set(known.tolist())) > 1 else 1.0))
     return torch.stack(columns, 1)
 
 
 def standardising(
     mean: Callable[[Tensor, Tensor], Tensor] = lambda x, reference: reference.mean(0),
     scale: Callable[[Tensor, Tensor], Tensor] = lambda x, reference: reference.std(0, correction=0),
-    guard: Callable[[Tensor], Tensor] = lambda scale: scale.masked_fill(scale == 0, 1.0),
+    guard: Callable[[Tensor, Tensor], Tensor] = lambda scale, constant: scale.masked_fill(constant, 1.0),
 ) -> Fn:
-    return lambda x, reference: (x - mean(x, reference)) / guard(scale(x, reference))
+    return lambda x, reference: (
+        (x - mean(x, reference)) / guard(scale(x, reference), reference.amax(0) == reference.amin(0))
+    )
 
 
 @known_mistakes(
@@ -59,7 +61,7 @@ def standardising(
         "`x` is shifted and scaled by its own rows; the reference's rows say by how much.": standardising(
             lambda x, reference: x.mean(0), lambda x, reference: x.std(0, correction=0)
         ),
-        "the rows are only shifted.": standardising(guard=torch.ones_like),
+        "the rows are only shifted.": standardising(guard=lambda scale, constant: torch.ones_like(scale)),
         "the rows are only scaled.": standardising(mean=lambda x, reference: torch.zeros_like(x[0])),
         "the squares are divided by the number of rows minus 1; divide by the number of rows.": standardising(
             scale=lambda x, reference: reference.std(0)
@@ -70,18 +72,32 @@ def standardising(
         "one mean and one deviation are used for all coordinates; each has its own.": standardising(
             lambda x, reference: reference.mean(), lambda x, reference: reference.std(correction=0)
         ),
-        "a coordinate that never changes gives 0/0; divide it by 1.": standardising(guard=lambda scale: scale),
+        "a coordinate that never changes gives 0/0; divide it by 1.": standardising(
+            guard=lambda scale, constant: scale.masked_fill(constant, 0.0)
+        ),
+        "a coordinate that never changes is found by its deviation, which may be rounded to 1e-8 instead of 0.": (
+            standardising(guard=lambda scale, constant: scale.masked_fill(scale == 0, 1.0))
+        ),
     }
 )
 def check_standardise(fn: Fn) -> None:
-    """Other rows than the reference's, the same rows, and a coordinate that never changes."""
+    """Other rows than the reference's, the same rows, coordinates that hardly change, and such that never do."""
     x, reference = noise(3, D_MODEL, seed=1), two_classes(2)[0] * torch.tensor([1.0, 5.0, 0.2, 3.0])
     axes = "batch d_model"
     compare("standardise", fn(x, reference), column_by_column(x, reference), axes)
     compare("standardise(x, x)", fn(reference, reference), column_by_column(reference, reference), axes)
-    flat = reference.clone()
-    flat[:, 2] = 1.5
-    compare("standardise with a coordinate that is 1.5 in every row", fn(x, flat), column_by_column(x, flat), axes)
+    ordered = reference.clone()
+    ordered[:, 0], ordered[:, 1] = ordered[:, 0].sort().values, ordered[:, 1].sort(descending=True).values
+    compare("standardise", fn(x, ordered), column_by_column(x, ordered), axes)
+    small = reference * 1e-5
+    compare("standardise of rows around 1e-5", fn(1e-5 * x, small), column_by_column(1e-5 * x, small), axes, rtol=1e-3)
+    for value in (1.5, 0.1):  # the mean of eleven times 0.1 is not 0.1 to the last digit
+        flat = reference.clone()
+        flat[:, 2] = value
+        words = f"standardise with a coordinate that is {value} in every row"
+        compare(words, fn(x, flat), column_by_column(x, flat), axes)
+    alone = x[:, 2:3], torch.full((N_BATCH, 1), 0.1)
+    compare("standardise with one coordinate, 0.1 in every row", fn(*alone), column_by_column(*alone), axes)
     follows_input("standardise", fn, (x, reference), axes)
     follows_every_kind("standardise", fn, (x, reference), axes)
 
@@ -144,7 +160,8 @@ def principal(
 def check_pca(fn: Fn) -> None:
     """More rows than coordinates, and fewer; components, then shares."""
     axes = {"components": "k d_model", "shares": "k"}
-    for x, k in ((two_classes(3)[0] + 3.0, 2), (two_classes(3)[0], D_MODEL), (noise(5, 7, seed=4) - 2.0, 3)):
+    cases = (two_classes(3)[0] + 3.0, 2), *((two_classes(seed)[0], D_MODEL) for seed in (3, 4, 5, 6))
+    for x, k in (*cases, (noise(5, 7, seed=4) - 2.0, 3)):
         compare_parts(f"pca of {len(x)} rows, k={k}", fn(x, k), by_covariance(x, k), axes)
     parts_of_every_kind("pca", fn, (x, k), axes)
 
@@ -367,6 +384,10 @@ def check_logistic_probe(fn: Fn) -> None:
         answer, right = fn(x, y, l2), logistic()(x, y, l2)
         compare_parts(f"{name} with l2={l2}", answer, right, PROBE, rtol=1e-2, atol=1e-2)
         near_the_smallest(f"{name} with l2={l2}", *(logistic_loss(x, y, l2, *probe) for probe in (answer, right)))
+    rows = x + 50.0
+    smallest = logistic_loss(rows.double() - 50.0, y, 0.5, *logistic()(rows.double() - 50.0, y, 0.5))
+    found = logistic_loss(rows, y, 0.5, *parts(name, fn(rows, y, 0.5), *PROBE))  # the bias is not regularised
+    near_the_smallest(f"{name} with l2=0.5 on rows around 50", found, smallest)
     apart = 6.0 * x + 30.0 * y[:, None]
     far = 3.0 * two_classes(17, n_batch=13)[0]
     far[0] *= 30.0  # full steps of Newton's method then jump too far
@@ -420,6 +441,26 @@ def softmax_loss(x: Tensor, y: Tensor, l2: float, W: Tensor, b: Tensor) -> float
     return total / len(x) + l2 / 2 * float(W.double().square().sum())
 
 
+FAR = 10.0
+
+
+def overlapping() -> tuple[Tensor, Tensor]:
+    """Rows of three classes."""
+    return two_classes(10, n_batch=14)[0], torch.tensor([0, 1, 2, 0, 1, 0, 0, 2, 1, 0, 0, 2, 0, 0])
+
+
+@cache
+def softmax_minima() -> tuple[Probe, Tensor, float]:
+    """The best probe with l2=0.3; with two classes and l2=3, from one direction to the other; for far rows, the loss.
+
+    Where the rows are makes no difference, as biases are not regularised; but they are rounded there.
+    """
+    x, y = overlapping()
+    rows, wide = (x + FAR).double() - FAR, x.double()
+    W, _ = softmax()(wide, y.clamp(max=1), 2, 3.0)
+    return softmax()(x, y, 3, 0.3), W[:, 1] - W[:, 0], softmax_loss(rows, y, 10.0, *softmax()(rows, y, 3, 10.0))
+
+
 def one_against_the_rest(x: Tensor, y: Tensor, n_classes: int, l2: float) -> Probe:
     """A logistic regression for each class."""
     probes = [logistic()(x, y == k, l2) for k in range(n_classes)]
@@ -443,21 +484,23 @@ def one_against_the_rest(x: Tensor, y: Tensor, n_classes: int, l2: float) -> Pro
 def check_softmax_probe(fn: Fn) -> None:
     """Three classes that overlap; rows that are far from 0, which takes float64 and care with the steps."""
     name, axes = "softmax_probe", {"directions": "d_model n_class", "biases": "n_class"}
-    x, y = two_classes(10, n_batch=14)[0], torch.tensor([0, 1, 2, 0, 1, 0, 0, 2, 1, 0, 0, 2, 0, 0])
-    answer, right = fn(x, y, 3, 0.1), softmax()(x, y, 3, 0.1)
-    compare_parts(f"{name} with l2=0.1", answer, right, axes, rtol=1e-2, atol=1e-2)
-    near_the_smallest(f"{name} with l2=0.1", *(softmax_loss(x, y, 0.1, *probe) for probe in (answer, right)))
-    rows = x + 20.0
-    answer, right = parts(name, fn(rows, y, 3, 3.0), *axes), softmax()(rows.double() - 20.0, y, 3, 3.0)
-    smallest = softmax_loss(rows.double() - 20.0, y, 3.0, *right)  # the same, as biases are not regularised
-    near_the_smallest(f"{name} with l2=3.0 on rows around 20", softmax_loss(rows, y, 3.0, *answer), smallest)
-    parts_of_other_layouts(name, fn, (x, y, 3, 1.0), axes)
-    W, b = parts(name, fn(x, y.clamp(max=1), 3, 1.0), *axes)
+    x, y = overlapping()
+    right, two, far = softmax_minima()
+    answer = fn(x, y, 3, 0.3)
+    compare_parts(f"{name} with l2=0.3", answer, right, axes, rtol=1e-2, atol=1e-2)
+    near_the_smallest(f"{name} with l2=0.3", *(softmax_loss(x, y, 0.3, *probe) for probe in (answer, right)))
+    rows = x + FAR
+    found = softmax_loss(rows, y, 10.0, *parts(name, fn(rows, y, 3, 10.0), *axes))
+    near_the_smallest(f"{name} with l2=10 on rows around {FAR:.0f}", found, far)
+    W, b = parts(name, fn(strided(x.double()), y.clamp(max=1), 3, 3.0), *axes)
     if W.shape != (D_MODEL, 3) or b.shape != (3,):
         raise CheckFailed(
             f"{name} with a class that has no rows: its shapes are {tuple(W.shape)} and {tuple(b.shape)}.\n"
             "  Next: take the number of classes from `n_classes`, not from the labels that occur."
         )
+    where = f"{name} in float64, on inputs that are not contiguous, with a class that has no rows: "
+    compare(where + "from one direction to the other", W[:, 1] - W[:, 0], two, "d_model", atol=1e-2)
+    compare_kind(where + "the biases", b, two)
 
 
 def ridge(
@@ -545,7 +588,7 @@ def pair_by_pair(
 )
 def check_auroc(fn: Fn) -> None:
     """Scores with ties and without, of any size, and all the same; rows of one kind alone."""
-    scores = torch.tensor([0.3, -1.0, 2.0, 0.3, 0.7, 2.0, 0.3, -4.0])
+    scores = torch.tensor([0.3, -1.0, 2.0, 0.3, 0.301, 2.0, 0.3, -4.0])  # two of them are near, and no tie
     labels = torch.tensor([True, False, True, False, False, False, True, False])
     compare("auroc with ties", fn(scores, labels), pair_by_pair()(scores, labels), "")
     apart = noise(9, seed=15) * 100 + 500, torch.arange(9) % 2 == 0

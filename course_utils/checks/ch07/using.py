@@ -274,7 +274,7 @@ def erasing(
     }
 )
 def check_erase(fn: Fn) -> None:
-    """Two classes, three, rows that fill only a plane, and classes with equal means; then the means; long rows."""
+    """Two classes, three, unlike coordinates, rows that fill only a plane, equal means; then the means; long rows."""
     name = "erase"
     x, two = two_classes(47, n_batch=13)
     three = torch.tensor([5, 1, 1, 8, 5, 1, 8, 8, 1, 5, 5, 1, 1])
@@ -283,6 +283,7 @@ def check_erase(fn: Fn) -> None:
     for rows, y, words in (
         (x, two.long(), "two classes"),
         (x, three, "three classes"),
+        (x * torch.tensor([1.0, 0.01, 3.0, 0.1]), two.long(), "coordinates of different sizes"),
         (plane, two.long(), "rows in a subspace"),
         (*balanced, "classes with equal means"),
     ):

@@ -1,10 +1,14 @@
 """Checks of chapter 08, learning in context: the text of a prompt, data sets of prompts, and how right a model is."""
 
+import itertools
+import random
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from random import Random
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -45,12 +49,13 @@ def text_of(
     }
 )
 def check_icl_text(fn: Fn) -> None:
-    """No examples, one, three; lists and tuples."""
+    """No examples, one, three; lists and tuples; more of them, with a word twice, and of several words."""
     name = "icl_text"
     cases: list[tuple[Pairs, str]] = [
         ([("hot", "cold"), ("wet", "dry"), ("old", "new")], "big"),
         ([], "big"),
         ((("big", "BIG"),), "hot"),
+        ([("hot", "cold"), ("ice cream", "warm soup"), ("hot", "icy"), ("big", "small"), ("wet", "dry")], "big"),
     ]
     for examples, query in cases:
         with untouched(name, examples=examples):
@@ -61,12 +66,19 @@ def check_icl_text(fn: Fn) -> None:
 # ------------------------------------------------------------------------------------------------ data sets of prompts
 
 TASK = {"ash": "ASH", "bay": "BAY", "cow": "COW", "den": "DEN", "elm": "ELM", "fig": "FIG", "gum": "GUM"}
-ASKED = {"hen": "HEN", "ivy": "IVY", "ash": "ASH"}
+ASKED = {
+    "hen": "HEN-run",
+    "ivy": "IVY-leaf",
+    "ash": "GREY-dust",
+}  # answers of two tokens; one that the task has otherwise
 OTHER = {"ash": "ashes", "bay": "bays", "cow": "cows", "hen": "hens", "jay": "jays", "kid": "kids"}
 
 
 class Words:
-    """A tokenizer for which every word is a token, the comma too; a word without a space before it is another token."""
+    """A tokenizer for which every word is a token, the comma too, and so is each part of a word with a hyphen.
+
+    A word without a space before it is another token.
+    """
 
     bos_token_id = 3
 
@@ -75,7 +87,8 @@ class Words:
 
     def encode(self, text: str, **kwargs: Any) -> list[int]:
         spaced = text.replace(",", " ,").split(" ")
-        pieces = [("" if place == 0 else "_") + word for place, word in enumerate(spaced) if word or place]
+        words = [("" if place == 0 else "_") + word for place, word in enumerate(spaced) if word or place]
+        pieces = [piece for word in words for piece in re.split(r"(?<=\w)(?=-\w)", word)]
         for piece in pieces:
             if piece not in self.pieces:
                 self.pieces.append(piece)
@@ -248,8 +261,9 @@ def check_ICLDataset(cls: Any) -> None:  # noqa: N802 (the exercise's name)
             raise CheckFailed(f"{name}: one seed gave two data sets.\n  Next: draw from `random.Random(seed)` only.")
         if list(other.texts) == list(data.texts):
             raise CheckFailed(f"{name}: two seeds gave the same prompts.\n  Next: use `seed`.")
-    _shuffles(name, cls)
+    _follows_the_seed(name, cls)
     _others(name, cls)
+    _shuffles(name, cls)
     for seed in range(6):  # the longer text comes first or second
         _refuses_uneven(name, cls, seed)
     tokenizer = Words()
@@ -259,17 +273,44 @@ def check_ICLDataset(cls: Any) -> None:  # noqa: N802 (the exercise's name)
     _kept(name, "shuffled(0) with two examples", two, two.shuffled(0), None, tokenizer)
 
 
+def _follows_the_seed(name: str, cls: Any) -> None:
+    """The order of the questions and the examples both, and nothing but the seed."""
+    first, second = (cls(TASK, 0, len(TASK), Words(), seed) for seed in (4, 5))
+    if list(first.queries) == list(second.queries):
+        raise CheckFailed(
+            f"{name}: two seeds asked for the words in the same order, {list(first.queries)}.\n"
+            "  Next: draw the order of every round, the first one too, from `random.Random(seed)`."
+        )
+    asked = {word: ASKED[word] for word in ("hen", "ivy")}  # words of no example
+    first, second = (cls(TASK, 3, 4, Words(), seed, asked) for seed in (4, 5))
+    if [list(shown) for shown in first.examples] == [list(shown) for shown in second.examples]:
+        raise CheckFailed(
+            f"{name}: two seeds gave the same examples.\n  Next: draw them from the same `random.Random(seed)`."
+        )
+    with patch.object(random, "seed") as seed_of_all:
+        cls(TASK, 0, 3, Words(), 4)
+    if seed_of_all.called:
+        raise CheckFailed(
+            f"{name}: it calls `random.seed`, which changes the random numbers of everything else.\n"
+            "  Next: draw from a `random.Random(seed)` of your own."
+        )
+
+
 def _refuses_uneven(name: str, cls: Any, seed: int) -> None:
-    """Two questions, one of them a token longer."""
-    call = f"{name}(...) with texts of six and of seven tokens"
-    pair = {"log": "LOG", "log jam": "JAM"}
-    make = partial(cls, TASK, 1, 2, Words(), seed, pair)
+    """Three questions of one word, one of them a token longer; then examples of different lengths."""
+    call = f"{name}(...) with texts of seven and of eight tokens"
+    words = {"log": "LOG", "dam": "DAM", "log-jam": "JAM"}
+    make = partial(cls, TASK, 1, 3, Words(), seed, words)
     must_raise(name, ValueError, call, make, "compare the lengths of all rows.")
     try:
         make()
     except ValueError as error:
-        quoted = sum(f"{word} ->" in str(error) for word in pair)
-        _demand(name, quoted == 2, "message", f"the ValueError does not show two texts: {str(error)!r}", call)
+        quoted = [f"{word} ->" in str(error) for word in words]
+        two = sum(quoted) >= 2 and quoted[-1]
+        _demand(name, two, "message", f"the ValueError does not show two texts: {str(error)!r}", call)
+    data = cls(TASK, 1, 30, Words(), seed, ASKED)
+    call = "with_examples_of(other, 0) with examples of different lengths"
+    must_raise(name, ValueError, call, partial(data.with_examples_of, words, 0), "compare the lengths there, too.")
 
 
 def _fits(
@@ -328,6 +369,14 @@ def _even(name: str, call: str, data: Any, task: Mapping[str, str], asked: Mappi
         twice = len(set(words)) < len(words)
         _demand(name, not twice, "turn", f"in round {number} {list(words)} are asked for, one of them twice", call)
     _demand(name, len(set(rounds)) > 1, "order", f"the words are always asked for in the order {rounds[0]}", call)
+    shown: dict[str, set[Any]] = {query: set() for query in asked}
+    for query, examples in zip(data.queries, data.examples, strict=True):
+        shown[query].add(tuple(word for word, _ in examples))
+    for query, lists in shown.items():
+        enough = not n_shots or len(lists) > n / len(asked) / 3
+        _demand(
+            name, enough, f"lists {min(lists)}", f"{query!r} is always asked for after one of {len(lists)} lists", call
+        )
     for what, counted, pool, expected in (
         ("shown", Counter(word for examples in data.examples for word, _ in examples), task, n * n_shots / len(task)),
         ("shown first", Counter(examples[0][0] for examples in data.examples if examples), task, n / len(task)),
@@ -347,10 +396,18 @@ def _even(name: str, call: str, data: Any, task: Mapping[str, str], asked: Mappi
 
 def _shuffles(name: str, cls: Any) -> None:
     tokenizer = Words()
-    data = cls(TASK, 3, 60, tokenizer, 1, ASKED)
+    own = cls(TASK, 3, 60, tokenizer, 1, ASKED)
+    for data, call in (
+        (own, "data.shuffled(7)"),
+        (own.with_examples_of(OTHER, 2), "data.with_examples_of(other, 2).shuffled(7)"),
+    ):
+        _shuffles_answers(name, call, data, tokenizer)
+    _seeds(name, "data.shuffled", own.shuffled)
+
+
+def _shuffles_answers(name: str, call: str, data: Any, tokenizer: Any) -> None:
     before = [list(examples) for examples in data.examples], list(data.texts), data.tokens.clone()
     new = data.shuffled(7)
-    call = "data.shuffled(7)"
     _kept(name, call, data, new, before, tokenizer)
     places: Counter[Any] = Counter()
     for number, (examples, old) in enumerate(zip(new.examples, before[0], strict=True)):
@@ -366,7 +423,6 @@ def _shuffles(name: str, cls: Any) -> None:
     for here, there in places:
         _demand(name, places[here, there] > 8, "one way", f"answer {there} goes to place {here} hardly ever", call)
     _demand(name, len(places) == 6, "one way", "the answers always change places in the same way", call)
-    _seeds(name, "data.shuffled", data.shuffled)
 
 
 def _others(name: str, cls: Any) -> None:
@@ -384,6 +440,24 @@ def _others(name: str, cls: Any) -> None:
             _demand(
                 name, OTHER.get(pair[0]) == pair[1], "pair", f"prompt {number} shows {pair}, no pair of other", call
             )
+    lists = [[word for word, _ in examples] for examples in new.examples]
+    distinct = len(set(map(tuple, lists)))
+    _demand(name, distinct > 12, "lists", f"60 prompts show {distinct} different lists of words", call)
+    for what, counted in (
+        ("shown", Counter(itertools.chain(*lists))),
+        ("shown first", Counter(words[0] for words in lists)),
+    ):
+        for word in OTHER:
+            enough = counted[word] > 60 * (3 if what == "shown" else 1) / len(OTHER) / 4
+            _demand(name, enough, what, f"in 60 prompts {word!r} is {what} {counted[word]} times", call)
+    for n_shots in (0, 1):
+        few = cls(TASK, n_shots, 5, tokenizer, 1, ASKED).with_examples_of(OTHER, 7)
+        agree(
+            name,
+            f"how many pairs {call} shows, of a data set with {n_shots}",
+            [len(e) for e in few.examples],
+            5 * [n_shots],
+        )
     _seeds(name, "data.with_examples_of", partial(data.with_examples_of, OTHER))
 
 
@@ -424,13 +498,14 @@ def hits(pos: int = -1, choose: Callable[[Tensor], Tensor] = lambda logits: logi
 
 
 def _mixed(n_batch: int, n_pos: int, seed: int) -> tuple[Any, Any]:
-    """Answers that are the first choice at the last position, at the first, the last choice, and any."""
+    """Answers that are the second choice at the end, the first choice there, that at the first place, the last, any."""
     model, data = small_model(2), dataset(n_batch, n_pos, seed)
     with torch.no_grad():
         logits = model(data.tokens)
-    data.answers[::4] = logits[::4, -1].argmax(-1)
-    data.answers[1::4] = logits[1::4, 0].argmax(-1)
-    data.answers[2::4] = logits[2::4, -1].argmin(-1)
+    data.answers[::5] = logits[::5, -1].topk(2).indices[:, 1]
+    data.answers[1::5] = logits[1::5, -1].argmax(-1)
+    data.answers[2::5] = logits[2::5, 0].argmax(-1)
+    data.answers[3::5] = logits[3::5, -1].argmin(-1)
     return model, data
 
 
@@ -525,9 +600,19 @@ def check_bootstrap_interval(fn: Fn) -> None:
                     advice="  Next: draw as many prompts as there are, with replacement; take quantiles of the means.",
                 )
     agree(name, f"{name} of one value", _pair(name, name, fn(torch.ones(1), 20, torch.Generator())), (1.0, 1.0))
+    # Of two values, half of all means are in the middle; with fewer or more draws none or other ones are.
+    two = fn(torch.tensor([0.0, 1.0]), 200, torch.Generator().manual_seed(1), 0.3)
+    agree(name, f"{name} of the values 0 and 1, level=0.3", _pair(name, name, two), (0.5, 0.5))
+    one = _pair(name, name, fn(VALUES.clone(), 1, torch.Generator().manual_seed(2)))
+    agree(name, f"the upper end of {name} with a single resample, against its lower end", one[1], one[0])
     same = [fn(VALUES.clone(), 50, torch.Generator().manual_seed(seed)) for seed in (3, 3, 4)]
     if same[0] != same[1] or same[0] == same[2]:
         raise CheckFailed(f"{name}: its answer does not follow the generator.\n  Next: hand `generator` to what draws.")
+    generator = torch.Generator().manual_seed(3)
+    if fn(VALUES.clone(), 50, generator) == fn(VALUES.clone(), 50, generator):
+        raise CheckFailed(
+            f"{name}: called twice, it drew the same numbers.\n  Next: hand `generator` itself to what draws."
+        )
     default = fn(VALUES.clone(), 300, torch.Generator().manual_seed(3))
     agree(name, f"{name} without a level", default, fn(VALUES.clone(), 300, torch.Generator().manual_seed(3), 0.95))
 

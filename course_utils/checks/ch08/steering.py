@@ -1,6 +1,7 @@
 """Checks of chapter 08, using vectors: added in a context, read, made of contrasts, and taken out of the weights."""
 
 import copy
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -87,7 +88,7 @@ def resets_all(model: Any, layer: int, vector: Tensor, scale: float = 1.0, posit
     }
 )
 def check_add_vector(fn: Fn) -> None:
-    """Layers, positions, slices and scales; hooks before, within and after; an exception within."""
+    """Layers, positions, slices and scales; run after run; hooks before, within and after; an exception within."""
     name, axes = "add_vector", "batch pos d_vocab"
     model, vector = small_model(), noise(D_MODEL, seed=8) * 3
     cases: list[tuple[int, dict[str, Any]]] = [
@@ -96,22 +97,30 @@ def check_add_vector(fn: Fn) -> None:
         (1, {"position": 2, "scale": 0.5}),
         (2, {"position": slice(1, 4)}),
         (0, {"position": slice(None)}),
+        (2, {"position": 0}),
+        (1, {"scale": 0.0}),
+        (0, {"position": -2}),
     ]
-    for layer, options in cases:
-        for n_batch in (4, 1):
-            tokens = tokens_of(n_batch, 5, layer)
-            call = f"{name}(model, {layer}, vector{''.join(f', {key}={value}' for key, value in options.items())})"
-            scale, position = options.get("scale", 1.0), options.get("position", -1)
+    for (layer, options), n_batch in zip(cases, itertools.cycle((4, 1, 3)), strict=False):
+        tokens = tokens_of(n_batch, 5, layer)
+        call = f"{name}(model, {layer}, vector{''.join(f', {key}={value}' for key, value in options.items())})"
+        scale, position = options.get("scale", 1.0), options.get("position", -1)
 
-            def then(
-                here: int, resid: Tensor, layer: int = layer, scale: float = scale, position: Any = position
-            ) -> Tensor:
-                return put(resid.clone(), vector, scale, position) if here == layer else resid
+        def then(
+            here: int, resid: Tensor, layer: int = layer, scale: float = scale, position: Any = position
+        ) -> Tensor:
+            return put(resid.clone(), vector, scale, position) if here == layer else resid
 
-            right = logits_with(model, tokens, then)
-            with unchanged(name, vector=vector), nothing_left_behind(name, model):
-                actual = _inside(name, call, model, tokens, partial(fn, model, layer, vector, **options))
-            compare(call, actual, right, axes)
+        right = logits_with(model, tokens, then)
+        with unchanged(name, vector=vector), nothing_left_behind(name, model):
+            actual = _inside(name, call, model, tokens, partial(fn, model, layer, vector, **options))
+        compare(call, actual, right, axes)
+    several = [tokens_of(2, n_pos, 9) for n_pos in (5, 3)]
+    expected = [logits_with(model, tokens, _at(1, vector)) for tokens in several]
+    with opened(name, fn(model, 1, vector)), torch.no_grad():
+        for tokens, right in zip(several, expected, strict=True):
+            compare(f"{name}: one of several runs while the context lasts", model(tokens), right, axes)
+    _leaves_gradients_alone(name, lambda: fn(model, 1, vector))
     _leaves_the_stream_alone(name, model, lambda: fn(model, 1, vector))
     _stops(name, model, lambda: fn(model, 1, vector))
     double = copy.deepcopy(model).double()
@@ -151,6 +160,18 @@ def _leaves_the_stream_alone(name: str, model: Any, manager: Callable[[], Any]) 
             f"{name}: it writes into the stream that the model computed, which a cache may hold.\n"
             "  Next: clone the activation in your hook, change the clone, and return it."
         )
+
+
+def _leaves_gradients_alone(name: str, manager: Callable[[], Any]) -> None:
+    """Whether they are recorded is for the code in the `with` block to say."""
+    for recorded in (True, False):
+        with torch.set_grad_enabled(recorded), opened(name, manager()):
+            now = torch.is_grad_enabled()
+        if now != recorded:
+            raise CheckFailed(
+                f"{name}: while the context lasts, gradients are {'' if now else 'not '}recorded.\n"
+                "  Next: no `torch.no_grad()` or `torch.enable_grad()` around the `yield`."
+            )
 
 
 def _stops(name: str, model: Any, manager: Callable[[], Any]) -> None:
@@ -199,15 +220,16 @@ def by_hand(model: Any, vector: Tensor, with_b: bool = True, centre: bool = True
     }
 )
 def check_vector_logits(fn: Fn) -> None:
-    """With a LayerNorm, an RMSNorm, and none; a vector with a graph."""
+    """With a LayerNorm, an RMSNorm, and none; vectors short enough to show the norm's eps; one with a graph."""
     name = "vector_logits"
-    for changes in ({}, ROTARY, {"normalization": "none"}):
-        model, vector = small_model(1, **changes), noise(D_MODEL, seed=3) + 0.7
+    for changes, length in (({}, 1.0), (ROTARY, 1.0), ({"normalization": "none"}, 1.0), ({}, 0.01), (ROTARY, 0.01)):
+        model, vector = small_model(1, **changes), length * (noise(D_MODEL, seed=3) + 0.7)
         with unchanged(name, vector=vector), nothing_left_behind(name, model):
             actual = fn(model, vector)
         words = f"{name} with normalization {model.cfg.normalization!r}"
         compare(words, actual, read()(model, vector).detach(), "d_vocab")
     model = small_model(1)
+    vector = 100 * vector
     follows_input(name, lambda *inputs: fn(*inputs).detach(), (model, vector), "d_vocab")
     carries_gradient(name, fn, (model, vector))
 
@@ -320,13 +342,14 @@ def added_in_front(
     }
 )
 def check_activation_addition(fn: Fn) -> None:
-    """Layers, scales and lengths; rows shorter than the texts; hooks before, within and after."""
+    """Layers, scales and lengths; rows shorter than the texts; run after run; hooks before, within and after."""
     name, axes = "activation_addition", "batch pos d_vocab"
     model = small_model()
     for layer, n_text, n_batch, n_pos, scale in (
         (0, 3, 4, 6, 1.0),
         (1, 2, 1, 7, -3.0),
         (2, 5, 2, 3, 2.0),
+        (0, 3, 2, 4, 0.0),
         (1, 4, 3, 4, 1.0),
     ):
         plus, minus = tokens_of(1, n_text, 5)[0], tokens_of(1, n_text, 6)[0]
@@ -343,6 +366,8 @@ def check_activation_addition(fn: Fn) -> None:
         compare(call, actual, right, axes)
     with opened(name, fn(model, 1, plus, minus)), torch.no_grad():
         compare(f"{name} without a scale", model(tokens), right, axes)
+        compare(f"{name}: a second run while the context lasts", model(tokens), right, axes)
+    _leaves_gradients_alone(name, lambda: fn(model, 1, plus, minus))
     _leaves_the_stream_alone(name, model, lambda: fn(model, 1, plus, minus))
     _stops(name, model, lambda: fn(model, 1, plus, minus))
 
@@ -497,12 +522,31 @@ def check_ablate_direction(fn: Fn) -> None:
         words = f"{name}: logits with {model.cfg.positions} positions" + (", no MLPs" if model.cfg.attn_only else "")
         compare(words, actual, right, axes, rtol=1e-3, atol=1e-4)
         _keeps_the_rest(name, edited, before)
+        _is_a_copy_that_was_edited(name, edited, model, direction)
     tied = small_model(1, **ROTARY, tied=True)
     must_raise(name, ValueError, f"{name} of a model with cfg.tied", partial(fn, tied, direction), "see the docstring.")
     double = small_model(1).double()
     with torch.no_grad():
         actual = fn(double, direction.double())(tokens)
     compare(f"{name} in float64", actual, ablated_logits(double, tokens, direction.double()), axes)
+
+
+def _is_a_copy_that_was_edited(name: str, edited: Any, model: Any, direction: Tensor) -> None:
+    """It shares nothing with the model, does by its weights what it does, and is in the same mode."""
+    own = dict(model.named_parameters())
+    for entry, parameter in edited.named_parameters():
+        if parameter.data_ptr() == own[entry].data_ptr():
+            raise CheckFailed(
+                f"{name}: `{entry}` of the copy is the model's own: training one would change the other.\n"
+                "  Next: copy the whole model, as copy.deepcopy does."
+            )
+        if entry.rpartition(".")[2] in WRITERS and (parameter @ direction).abs().max() > 1e-3 * direction.norm():
+            raise CheckFailed(
+                f"{name}: `{entry}` still has a part along the direction, although the logits are right.\n"
+                "  Next: edit the weights; hooks are lost when the model is saved."
+            )
+    if edited.training != model.training:
+        raise CheckFailed(f"{name}: the copy is in another mode than the model.\n  Next: leave `.training` as it is.")
 
 
 def _keeps_the_rest(name: str, edited: Any, before: dict[str, Tensor]) -> None:

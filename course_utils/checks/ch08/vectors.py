@@ -361,6 +361,7 @@ def check_random_head_vector(fn: Fn) -> None:
     best = set(scores.flatten().topk(n_drawn).indices.tolist())
     norm = float(summing()(head_outputs, scores, n_drawn).norm())
     seen: Counter[int] = Counter()
+    together: set[tuple[int, ...]] = set()
     generator = torch.Generator().manual_seed(2)
     for number in range(120):
         with unchanged(name, head_outputs=head_outputs, scores=scores):
@@ -386,6 +387,12 @@ def check_random_head_vector(fn: Fn) -> None:
             f"draw {number} is not the sum of {n_drawn} different heads: "
             f"in it are {dict(zip(drawn, parts.tolist(), strict=False))}",
         )
+        _told(
+            name,
+            bool((share[drawn] > 0).all()),
+            "negative",
+            f"draw {number} is the sum of {drawn}, times a negative number",
+        )
         length = float(actual.norm())
         own = float(head_outputs.flatten(0, 1)[drawn].sum(0).norm())
         kind = next(
@@ -395,6 +402,7 @@ def check_random_head_vector(fn: Fn) -> None:
             name, abs(length - norm) < 1e-3 * norm, kind, f"its norm is {length:.4g}, the function vector's {norm:.4g}"
         )
         seen.update(drawn)
+        together.add(tuple(drawn))
     for head in set(range(size)) - best:
         expected = 120 * n_drawn / (size - n_drawn)
         _told(
@@ -403,6 +411,10 @@ def check_random_head_vector(fn: Fn) -> None:
             "always" if max(seen.values()) == 120 else "even",
             f"in 120 draws head {head} came {seen[head]} times, expected about {expected:.0f}",
         )
+    different = len(together)  # of 84; about 64 are to be expected
+    _told(
+        name, different > 40, "together", f"in 120 draws there were only {different} different sets of {n_drawn} heads"
+    )
     first, again = (fn(head_outputs, scores, n_drawn, torch.Generator().manual_seed(5)) for _ in range(2))
     compare(f"{name} with the same seed", again, first, "d_model")
     others = scored(d_model=5)
