@@ -1,13 +1,12 @@
 """Chapter 11: activation oracles, models that read another model's activations and answer questions about them."""
 
-import math
+import copy
 import random
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import einops
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -227,3 +226,196 @@ def oracle_from(model: Any, ModelClass: Any, generator: torch.Generator, d_vocab
     oracle.load_state_dict(weights)
     oracle.cfg, oracle.tokenizer = cfg, model.tokenizer
     return oracle.to(W_E.device)
+
+
+# ------------------------------------------------------------------------------------------------- two ways to train
+
+
+class LoRALinear(nn.Module):
+    """A linear map that is frozen, plus a change of low rank that is trained: x W^T + b + (alpha / rank) x A^T B^T.
+
+    `linear` is kept as `self.linear`, and its parameters need no gradients any more. `A` [rank in_features] is drawn
+    from a normal distribution with deviation 1 / sqrt(in_features), from `generator`; `B` [out_features rank] begins
+    as zeros, so that at first nothing changes.
+    `merged()` returns a new `nn.Linear` that computes the same without any adapter; `self.linear` stays as it is.
+    Source: Hu et al. 2021, section 4.1.
+    """
+
+    def __init__(self, linear: nn.Linear, rank: int, alpha: float, generator: torch.Generator) -> None:
+        super().__init__()
+        self.linear, self.scale = linear.requires_grad_(False), alpha / rank
+        A = torch.randn(rank, linear.in_features, generator=generator) / linear.in_features**0.5
+        self.A = nn.Parameter(A.to(linear.weight))
+        self.B = nn.Parameter(linear.weight.new_zeros(linear.out_features, rank))
+
+    def forward(self, x: Float[Tensor, "*batch in_features"]) -> Float[Tensor, "*batch out_features"]:
+        """Add what the adapter says to what the frozen map says."""
+        return self.linear(x) + self.scale * (x @ self.A.T @ self.B.T)
+
+    def merged(self) -> nn.Linear:
+        """One linear map that does both."""
+        plain = copy.deepcopy(self.linear)
+        with torch.no_grad():
+            plain.weight += self.scale * self.B @ self.A
+        return plain
+
+
+class LowRank(nn.Module):
+    """A parametrization of a matrix [row col]: W + (alpha / rank) A B, with B zeros at first."""
+
+    def __init__(self, W: Float[Tensor, "row col"], rank: int, alpha: float, generator: torch.Generator) -> None:
+        super().__init__()
+        n_rows, n_cols = W.shape
+        self.scale = alpha / rank
+        self.A = nn.Parameter((torch.randn(n_rows, rank, generator=generator) / n_rows**0.5).to(W))
+        self.B = nn.Parameter(W.new_zeros(rank, n_cols))
+
+    def forward(self, W: Float[Tensor, "row col"]) -> Float[Tensor, "row col"]:
+        """The matrix that the model computes with."""
+        return W + self.scale * self.A @ self.B
+
+
+class NewTokens(nn.Module):
+    """A parametrization that trains only what belongs to new tokens: the entries from `n_old` on along an axis."""
+
+    def __init__(self, W: Float[Tensor, "..."], n_old: int, axis: int) -> None:
+        super().__init__()
+        self.n_old, self.axis = n_old, axis
+        self.new = nn.Parameter(W.detach().narrow(axis, n_old, W.shape[axis] - n_old).clone())
+
+    def forward(self, W: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """The old entries as they are, and the new ones."""
+        return torch.cat([W.narrow(self.axis, 0, self.n_old), self.new], dim=self.axis)
+
+
+def add_adapters(model: Any, rank: int, alpha: float, generator: torch.Generator) -> list[nn.Parameter]:
+    """Freeze a model and put a `LowRank` on `W_in` and `W_out` of each of its MLPs; return the adapters' parameters.
+
+    `parametrize.register_parametrization` puts it there: nothing is replaced, so it works for anybody's `Transformer`.
+    The parameters come layer by layer, `W_in` first, A before B, and draws from `generator` in this order. Before any
+    training the model computes what it did before.
+    """
+    model.requires_grad_(False)
+    added: list[nn.Parameter] = []
+    for block in model.blocks:
+        for name in ("W_in", "W_out"):
+            adapter = LowRank(getattr(block.mlp, name), rank, alpha, generator)
+            parametrize.register_parametrization(block.mlp, name, adapter)
+            added += [adapter.A, adapter.B]
+    return added
+
+
+def train_new_tokens(oracle: Any, n_old: int) -> list[nn.Parameter]:
+    """Let the new tokens' embeddings, unembeddings and their biases be trained, and return these parameters."""
+    added: list[nn.Parameter] = []
+    for part, name, axis in ((oracle.embed, "W_E", 0), (oracle.unembed, "W_U", 1), (oracle.unembed, "b_U", 0)):
+        tokens = NewTokens(getattr(part, name), n_old, axis)
+        parametrize.register_parametrization(part, name, tokens)
+        added.append(tokens.new)
+    return added
+
+
+# ------------------------------------------------------------------------------------------------ can it be believed?
+
+
+def accuracy_by_type(
+    types: Sequence[str], predicted: Int[Tensor, " n"], answers: Int[Tensor, " n"]
+) -> dict[str, tuple[float, float, int]]:
+    """For each type of question: (share right, share of its most frequent answer, how many there are).
+
+    The second is what somebody gets who knows the type, sees nothing, and always gives the same answer.
+    """
+    table = {}
+    for kind in dict.fromkeys(types):
+        rows = [row for row, its in enumerate(types) if its == kind]
+        right = predicted[rows] == answers[rows]
+        most = answers[rows].unique(return_counts=True)[1].max()
+        table[kind] = (float(right.double().mean()), int(most) / len(rows), len(rows))
+    return table
+
+
+def reliability(
+    probabilities: Float[Tensor, "n d_vocab"], answers: Int[Tensor, " n"], n_bins: int
+) -> tuple[Float[Tensor, " bin"], Float[Tensor, " bin"], Int[Tensor, " bin"]]:
+    """Compare how sure a model is with how often it is right: (mean confidence, share right, how many) of each bin.
+
+    An example's answer is its most likely token, its confidence that token's probability. Bins are equally wide: bin b
+    holds confidences from b / n_bins up to, but not including, (b + 1) / n_bins; the last one also 1. An empty bin has
+    0 in all three.
+    Source: Guo et al. 2017, section 2.
+    """
+    confidence, predicted = probabilities.max(dim=-1)
+    right = (predicted == answers).to(confidence)
+    bins = (confidence * n_bins).long().clamp(max=n_bins - 1)
+    members = nn.functional.one_hot(bins, n_bins).to(confidence)
+    counts = members.sum(dim=0)
+    share = members / counts.clamp(min=1)
+    return confidence @ share, right @ share, counts.long()
+
+
+def expected_calibration_error(
+    probabilities: Float[Tensor, "n d_vocab"], answers: Int[Tensor, " n"], n_bins: int
+) -> Float[Tensor, ""]:
+    """Return how far confidence and accuracy are apart, on average: the mean over examples of their bin's distance.
+
+    Bins are those of `reliability`, and an empty one has no say. 0 is perfect.
+    Source: Guo et al. 2017, section 2.
+    """
+    confidence, right, counts = reliability(probabilities, answers, n_bins)
+    return (confidence - right).abs() @ counts.to(confidence) / len(answers)
+
+
+def contradiction_rate(first: Int[Tensor, " n"], second: Int[Tensor, " n"], yes: int, no: int) -> Float[Tensor, ""]:
+    """Two questions of which exactly one must be answered "yes": how often do their answers contradict each other?
+
+    `first` and `second` are the answers about the same windows. Only rows in which both are `yes` or `no` count; it is
+    the share of them in which both are the same. Raises ValueError if there are no such rows.
+    """
+    both = ((first == yes) | (first == no)) & ((second == yes) | (second == no))
+    if not both.any():
+        raise ValueError("contradiction_rate: no row in which both questions are answered with yes or no.")
+    return (first == second)[both].float().mean()
+
+
+# ------------------------------------------------------------------------------------------------- what does it use?
+
+
+def mirror(
+    x: Float[Tensor, "batch d"], direction: Float[Tensor, " d"], bias: Float[Tensor, ""]
+) -> Float[Tensor, "batch d"]:
+    """Carry each vector along a probe's direction to the other side of its boundary, equally far from it.
+
+    The probe's score is `x @ direction + bias`; the mirrored vector has minus that score. Nothing changes at right
+    angles to the direction, whatever the direction's length.
+    """
+    scores = x @ direction + bias
+    return x - 2 * scores[:, None] * direction / (direction @ direction)
+
+
+@torch.no_grad()
+def patchscope(
+    model: Any,
+    source: Int[Tensor, "batch pos"],
+    source_at: Int[Tensor, " batch"],
+    source_layer: int,
+    target: Int[Tensor, "batch target_pos"],
+    target_at: Int[Tensor, " batch"],
+    target_layer: int,
+) -> Float[Tensor, "batch target_pos d_vocab"]:
+    """Let a model put one of its own activations into words: logits on `target` with a vector of `source` in it.
+
+    The vector is the stream on `source` at `source_layer` and the position `source_at`. In the run on `target` it
+    takes the place of the stream at `target_layer` and `target_at`; nothing else is changed there, and all that comes
+    later is computed from it. Layers are numbered as in chapter 07. No hook stays behind.
+    Source: Ghandeharioun et al. 2024, section 3.
+    """
+    rows = torch.arange(len(source), device=source.device)
+    name = stream_name(model, source_layer)
+    _, cache = run_with_cache(model, source, names=name)
+
+    def put(stream: Tensor, hook: HookPoint) -> Tensor:
+        changed = stream.clone()
+        changed[rows, target_at] = cache[name][rows, source_at]
+        return changed
+
+    return run_with_hooks(model, target, hooks={stream_name(model, target_layer): put})
