@@ -12,6 +12,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from course_utils.data import tales
 from course_utils.data.grammar import Derivation
 
@@ -263,3 +266,10 @@ def asked_when_shuffled(rng: random.Random, tokenizer: Any, types: Sequence[str]
     """Every type of question, to be answered with `UNKNOWN`: for activations that belong to no text."""
     name = word_id(tokenizer, rng.choice(list(tales.NAMES)))
     return tuple(Question(type, UNKNOWN, name if type == "mentioned" else None) for type in types)
+
+
+def token_rows(cuts: Sequence[Cut]) -> tuple[Tensor, Tensor]:
+    """The tokens of whole stories, padded on the right with `<|endoftext|>`, and where they are cut."""
+    longest = max(len(cut.tokens) for cut in cuts)
+    rows = [[*cut.tokens, *[cut.tokens[0]] * (longest - len(cut.tokens))] for cut in cuts]
+    return torch.tensor(rows), torch.tensor([cut.end for cut in cuts])

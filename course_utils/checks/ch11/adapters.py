@@ -183,7 +183,7 @@ def _merged(name: str, words: str, adapter: Any, x: Tensor, expected: Tensor, ax
 
 
 def _draws(name: str, cls: Any) -> None:
-    wide = made(cls, name, a_linear(500, 3, True, torch.float32), 8, 1.0).A
+    wide = made(cls, name, a_linear(500, 3, True, torch.float32), 8, 1.0).A.detach()
     demand(bool(wide.any()), name, "A zero", "A is zeros.", "draw it; only B begins as zeros.")
     deviation = float(wide.std()) * 500**0.5
     demand(
@@ -193,7 +193,7 @@ def _draws(name: str, cls: Any) -> None:
         f"A has a deviation of {deviation:.3g} / sqrt(in_features).",
         "draw it with a deviation of 1 / sqrt(in_features).",
     )
-    drawn = [made(cls, name, a_linear(6, 5, True, torch.float32), 2, 1.0, seed).A for seed in (3, 3, 4)]
+    drawn = [made(cls, name, a_linear(6, 5, True, torch.float32), 2, 1.0, seed).A.detach() for seed in (3, 3, 4)]
     demand(
         torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2]),
         name,

@@ -35,7 +35,7 @@ N = 2400
 
 
 def some_questions() -> list[tuple[Question, ...]]:
-    """What 37 windows answer: few moods, nearly all of them good; a token each but for the last; some held-out types."""
+    """What 37 windows answer: few moods, nearly all of them good; each but one has a token; held-out types."""
     found: list[tuple[Question, ...]] = []
     for window in range(37):
         questions = [Question("this", 20 if window % 9 == 4 else 11)]
