@@ -34,7 +34,7 @@ def not_a_number(stream: Any, vectors: Any, places: Any) -> Any:
 SURPRISES: dict[str, list[tuple[str, Any]]] = {
     "inject": [
         ("it changed `stream`", in_place),
-        ("is wrong", not_a_number),
+        ("values are wrong", not_a_number),
         ("values are wrong", injecting(lambda there, vector: there - length(there) * unit(vector))),
         ("no gradient gets through", lambda *arguments: other.inject(*arguments).detach()),
     ],

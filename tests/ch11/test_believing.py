@@ -16,10 +16,11 @@ STILL_RIGHT: set[str] = set()
 SURPRISES: dict[str, list[tuple[str, Any]]] = {
     "accuracy_by_type": [
         ("should not be there", lambda t, p, a: other.accuracy_by_type(t, p, a) | {"all": (0.5, 0.5, len(t))}),
-        ("at 'who'", lambda t, p, a: {k: (v[1], v[0], v[2]) for k, v in other.accuracy_by_type(t, p, a).items()}),
+        ("expected (0.0, 1.0, 1), got (1.0, 0.0, 1)", lambda t, p, a: {
+            k: (v[1], v[0], v[2]) for k, v in other.accuracy_by_type(t, p, a).items()}),
         ("the types of what belongs", lambda t, p, a: {
             k: (torch.tensor(v[0]), *v[1:]) for k, v in other.accuracy_by_type(t, p, a).items()}),
-        ("at 'who'", counting(right=lambda p, a: float(p[0] == a[0]))),
+        ("at 'mood'", counting(right=lambda p, a: float(p[0] == a[0]))),
     ],
     "reliability": [
         ("values are wrong", binning(which=lambda p, n: n - 1 - min(int(p * n), n - 1))),

@@ -40,7 +40,7 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
         ("is wrong", losing(lambda is_answer: is_answer & (is_answer.cumsum(1) == 1))),
         ("wrong shape", lambda *arguments: other.oracle_loss(*arguments)[None]),
         ("is wrong", losing(score=lambda p: -(p + 1e-6).log())),
-        ("is wrong", lambda *arguments: other.oracle_loss(*arguments) / 3),
+        ("is wrong", lambda *arguments: other.oracle_loss(*arguments) / 2),
     ],
 }  # fmt: skip
 

@@ -205,6 +205,14 @@ def _where_from(name: str, windows: Tensor, actual: Tensor) -> None:
         "there are vectors that stand nowhere in `windows`.",
         "only move vectors.",
     )
+    own = [{tuple(vector) for vector in row} for row in windows.tolist()]
+    demand(
+        not all(tuple(vector) in own[row] for row, its in enumerate(actual.tolist()) for vector in its),
+        name,
+        "only own rows",
+        "every vector comes from its own row, from whatever slot.",
+        "slots keep their places; rows change.",
+    )
     demand(
         all(donor >= 0 for row in donors for donor in row),
         name,

@@ -9,7 +9,7 @@ from torch.nn.utils import parametrize
 
 from course_utils.checks.ch11.small import Fn, demand, small_model
 from course_utils.checks.comparing import compare
-from course_utils.checks.guarding import may_change
+from course_utils.checks.guarding import GLOBAL_RANDOM, may_change
 from course_utils.checks.mistakes import known_mistakes
 from course_utils.checks.modules import noise, with_methods
 from course_utils.checks.outcomes import CheckFailed
@@ -109,7 +109,7 @@ def merged_without_scale(self: Any) -> nn.Linear:
         "merged: the change comes without its scale.": wrong(merged=merged_without_scale),
     }
 )
-@may_change("linear")
+@may_change("linear", GLOBAL_RANDOM)
 def check_LoRALinear(cls: Any) -> None:  # noqa: N802 (the exercise's name)
     """At first, with random adapters, merged; with and without a bias, more axes, float64; draws and gradients."""
     name = "LoRALinear"
@@ -128,6 +128,8 @@ def check_LoRALinear(cls: Any) -> None:  # noqa: N802 (the exercise's name)
         expected = nn.functional.linear(x, was + change, linear.bias)
         compare(words, adapter(x), expected, axes)
         _merged(name, words, adapter, x, expected, axes, was)
+        if not adapter(x).requires_grad:
+            raise CheckFailed(f"{name}: no gradient gets through it.\n  Next: do not detach.")
         grads = torch.autograd.grad(adapter(x).square().sum(), [adapter.A, adapter.B])
         demand(all(g.any() for g in grads), name, "gradients", "A or B gets no gradient.", "do not detach.")
     _draws(name, cls)

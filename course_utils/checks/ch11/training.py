@@ -83,7 +83,7 @@ def drawing(
         pools: dict[str, list[tuple[int, Question]]] = {}
         for window, questions in enumerate(known):
             for question in questions:
-                if question.type in wordings or not left_out:
+                if wordings.get(question.type) or not left_out:
                     pools.setdefault(question.type, []).append((number(window, list(known)), question))
         which, rows, answers = [], [], []
         for _ in range(n):
@@ -136,7 +136,7 @@ def check_oracle_examples(fn: Fn) -> None:
         for wording in all_wordings(question.type)
     }
     asked = [words.get(tuple(row)) for row in rows.tolist()]
-    _rows(name, rows, asked, wordings)
+    _rows(name, rows, answers, asked, wordings)
     types, counted = Counter(), Counter()  # type: Counter[str], Counter[Any]
     for window, one, answer in zip(which.tolist(), asked, answers.tolist(), strict=True):
         assert one is not None
@@ -185,8 +185,17 @@ def _three(name: str, found: Any, n: int) -> tuple[Tensor, Tensor, Tensor]:
     return found
 
 
-def _rows(name: str, rows: Tensor, asked: list[Any], wordings: Mapping[str, Sequence[Wording]]) -> None:
-    for row, one in zip(rows.tolist(), asked, strict=True):
+def _rows(
+    name: str, rows: Tensor, answers: Tensor, asked: list[Any], wordings: Mapping[str, Sequence[Wording]]
+) -> None:
+    for row, answer, one in zip(rows.tolist(), answers.tolist(), asked, strict=True):
+        demand(
+            answer not in row,
+            name,
+            "answer in row",
+            f"the answer {answer} stands in the row {row}.",
+            "the row is what the oracle reads before it answers.",
+        )
         demand(
             one is not None,
             name,
