@@ -115,7 +115,7 @@ def oracle_examples(
     those that occur equally likely, and then a question with this answer. `oracle_row(wording, about)` is the row: it
     holds the question and nothing of the text. All draws come from `rng`.
     """
-    pools: dict[str, dict[int | None, list[tuple[int, Question]]]] = defaultdict(lambda: defaultdict(list))
+    pools: dict[str, dict[Any, list[tuple[int, Question]]]] = defaultdict(lambda: defaultdict(list))
     for window, questions in enumerate(known):
         for question in questions:
             if wordings.get(question.type):

@@ -10,9 +10,14 @@ from course_utils.hooks import add_hook
 from tests.ch11 import other_oracles as other
 
 SECRETS = ("torch.arange(1 - width", "order.roll(")
-ONLY_ON_GPU = "device="
+ONLY_ON_GPU = "device"
 # Changes after which the reference still does what its statement says.
-STILL_RIGHT: set[str] = set()
+STILL_RIGHT = {
+    "True -> False",  # both have the same number of parts
+    "zip(tokens.split(batch_size), places.split(batch_size), strict=True)"
+    " -> zip(tokens.split(batch_size), places.split(batch_size))",
+    "run_with_cache(model, rows, names=name) -> run_with_cache(model, rows)",  # the cache may hold more than is needed
+}
 
 
 def leaves_its_hook(model: Any, *arguments: Any) -> Any:

@@ -14,7 +14,10 @@ from tests.ch11 import other_oracles as other
 SECRETS = ("(direction @ direction)", "[rows, source_at]")
 ONLY_ON_GPU = "device="
 # Changes after which the reference still does what its statement says.
-STILL_RIGHT: set[str] = set()
+STILL_RIGHT = {
+    "stream.clone() -> stream",  # written in place: nobody else reads it
+    "run_with_cache(model, source, names=name) -> run_with_cache(model, source)",  # the cache may hold more
+}
 
 
 def leaves_its_hook(model: Any, *arguments: Any) -> Any:

@@ -101,8 +101,8 @@ def check_inject(fn: Fn) -> None:
 
 def rows_of_tokens() -> Tensor:
     """Placeholders at different places, and other tokens."""
-    tokens = torch.randint(D_VOCAB - 10, (4, 6), generator=torch.Generator().manual_seed(3))
-    tokens[tokens >= PLACEHOLDER] = 7
+    tokens = torch.randint(PLACEHOLDER - 9, D_VOCAB, (4, 6), generator=torch.Generator().manual_seed(3))
+    tokens[tokens == PLACEHOLDER] = 7
     return tokens.masked_fill(PLACES, PLACEHOLDER)
 
 
