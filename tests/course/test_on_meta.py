@@ -31,6 +31,7 @@ from solutions import (
     ch06_superposition,
     ch07_probes,
     ch08_function_vectors,
+    ch11_oracles,
 )
 
 CFG = TransformerConfig(d_vocab=1100, n_ctx=40, n_layers=2, n_heads=3, d_model=12, d_head=4, d_mlp=16)
@@ -110,6 +111,16 @@ WITHOUT = {  # what cannot be driven here, and why
     "excluded_loss": "how many pairs are for training depends on the values of the mask",
     "loss_with_frequencies": "how many waves are kept depends on values",
     "primitive_powers": "is given a number, so there is no device to follow",
+    "shuffle_windows": "is given a generator, and there are none on meta",
+    "shuffle_alike": "is given a generator of the CPU, and the order of the rows depends on values",
+    "inject": "how many places there are depends on the values of a mask",
+    "run_oracle": "needs inject",
+    "oracle_examples": "makes tensors out of lists, on the CPU",
+    "oracle_loss": "how many answers there are depends on the values of a mask",
+    "fit_oracle": "needs oracle_loss",
+    "answer_probabilities": "needs inject",
+    "accuracy_by_type": "counts hits, numbers",
+    "contradiction_rate": "which rows count depends on values",
     "icl_text": "works on texts",
     "ICLDataset": "is made of texts, on the CPU",
     "bootstrap_interval": "is given a generator, and there are none on meta",
@@ -266,6 +277,26 @@ def pairs_shown() -> Any:
     dataset = ch08_function_vectors.ICLDataset(task, 2, 2, shipped_tokenizer("tales"))
     dataset.tokens, dataset.answers = dataset.tokens.to("meta"), dataset.answers.to("meta")
     return dataset
+
+
+def adapted() -> list[Any]:
+    """A linear map with an adapter, and merged."""
+    adapter = ch11_oracles.LoRALinear(nn.Linear(5, 3, device="meta"), 2, 1.0, torch.Generator())
+    return [adapter, adapter(floats(4, 5)), adapter.merged()]
+
+
+def adapted_model() -> list[Any]:
+    """A model with adapters and new tokens, and what it says."""
+    own = made(ch02_transformer.Transformer)
+    added = ch11_oracles.add_adapters(own, 2, 1.0, torch.Generator())
+    return [*added, *ch11_oracles.train_new_tokens(own, 1000), own(TOKENS)]
+
+
+def new_oracle() -> Any:
+    """A copy with more tokens."""
+    own = made(ch02_transformer.Transformer)
+    own.tokenizer = None
+    return ch11_oracles.oracle_from(own, ch02_transformer.Transformer, torch.Generator(), 1200)
 
 
 def inside(context: Any) -> Tensor:
@@ -478,6 +509,18 @@ CALLS: dict[str, Callable[[], Any]] = {
     "activation_addition": lambda: inside(ch08_function_vectors.activation_addition(model(), 0, ids(3), ids(3), 2.0)),
     "without_direction": lambda: (floats(2, 5, 12), floats(12)),
     "ablate_direction": lambda: (model(), floats(12)),
+    # 11
+    "harvest_windows": lambda: (model(), TOKENS, ids(2), 1, 3),
+    "oracle_from": lambda: new_oracle(),
+    "LoRALinear": lambda: adapted(),
+    "LowRank": lambda: adapted_model(),
+    "NewTokens": lambda: adapted_model(),
+    "add_adapters": lambda: adapted_model(),
+    "train_new_tokens": lambda: adapted_model(),
+    "reliability": lambda: (floats(5, 7), ids(5), 4),
+    "expected_calibration_error": lambda: (floats(5, 7), ids(5), 4),
+    "mirror": lambda: (floats(5, 7), floats(7), floats()),
+    "patchscope": lambda: (model(), TOKENS, ids(2), 1, OTHER, ids(2), 2),
     # 12
     "elevation": lambda: (TOKENS,),
     "failures": lambda: (TOKENS,),
