@@ -153,6 +153,17 @@ def replay(
     return torch.stack(colours, dim=1), torch.stack(legal, dim=1), torch.stack(over, dim=1)
 
 
+def legal_games(games: Int[Tensor, "game move"], size: int = SIZE) -> Bool[Tensor, " game"]:
+    """Which games consist of legal moves only; as everywhere, PASS is legal if and only if no square is."""
+    boards = OthelloBoards(len(games), size, games.device)
+    fine = torch.ones(len(games), dtype=torch.bool, device=games.device)
+    for moves in games.unbind(dim=1):
+        legal = boards.legal()
+        fine &= legal.gather(1, moves[:, None]).squeeze(1)
+        boards._play(torch.where(fine, moves, legal.long().argmax(dim=1)))  # a spoiled game goes on somehow
+    return fine
+
+
 def count_games(depth: int, size: int) -> list[int]:
     """How many different games of 1, 2, ... `depth` moves there are from the start ("perft")."""
     boards = OthelloBoards(1, size)

@@ -1,0 +1,182 @@
+"""Chapter 14: Othello on 6 x 6: a model that only sees moves, and the board inside it."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import einops
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from course_utils.data.othello import BLACK, OthelloBoards, legal_games
+from course_utils.hooks import ActivationCache, HookPoint, run_with_hooks
+from solutions.ch03_training import AdamW
+
+# ----------------------------------------------------------------------------------------------------------- the game
+
+
+def flips(board: Int[Tensor, "size size"], move: int) -> Bool[Tensor, "size size"]:
+    """Which discs are turned if the player to move puts one on square number `move`.
+
+    The board is as that player sees it: 1 mine, -1 theirs, 0 empty. Squares are numbered row by row, row * size + col.
+    From the square, look along each of the eight directions: a run of their discs, one or more, is turned if the next
+    square behind it holds one of mine. If it is empty, or if the run reaches the edge, nothing is turned there. The
+    disc that is put down is not among the turned ones, and on a square that is taken no move is possible: nothing is
+    turned. The board stays as it is.
+    """
+    size = len(board)
+    turned = torch.zeros_like(board, dtype=torch.bool)
+    if board[move // size, move % size] != 0:
+        return turned
+    for down in (-1, 0, 1):
+        for right in (-1, 0, 1):
+            run: list[tuple[int, int]] = []
+            row, col = move // size + down, move % size + right
+            while 0 <= row < size and 0 <= col < size and board[row, col] == -1:
+                run.append((row, col))
+                row, col = row + down, col + right
+            if 0 <= row < size and 0 <= col < size and board[row, col] == 1:
+                for place in run:
+                    turned[place] = True
+    return turned
+
+
+def legal_moves(board: Int[Tensor, "size size"]) -> Bool[Tensor, "size size"]:
+    """On which squares the player to move may put a disc: empty ones from which something is turned.
+
+    The board is as that player sees it: 1 mine, -1 theirs, 0 empty.
+    """
+    legal = [flips(board, move).any() for move in range(board.numel())]
+    return torch.stack(legal).reshape(board.shape)
+
+
+def board_states(games: Int[Tensor, "game move"], size: int) -> Int[Tensor, "game pos size size"]:
+    """The board after each token of a game, in colours: 1 black, -1 white, 0 empty.
+
+    A row of tokens is BOS, then the moves: so position 0 is the start, and position p is the board after p moves. At
+    the start, with h = size / 2, black stands on (h - 1, h) and (h, h - 1), white on (h - 1, h - 1) and (h, h). Black
+    begins, and every move changes the player. A move is the number of a square, or size² for a pass, which puts no disc
+    down. All moves are legal.
+    """
+    half = size // 2
+    states = []
+    for game in games.tolist():
+        board = torch.zeros(size, size, dtype=games.dtype, device=games.device)
+        board[half - 1, half] = board[half, half - 1] = 1
+        board[half - 1, half - 1] = board[half, half] = -1
+        states.append(board)
+        for number, move in enumerate(game):
+            player = 1 if number % 2 == 0 else -1
+            board = board.clone()
+            if move != size**2:
+                board[flips(board * player, move)] = player
+                board[move // size, move % size] = player
+            states.append(board)
+    return torch.stack(states).reshape(len(games), -1, size, size)
+
+
+def relative_labels(states: Int[Tensor, "game pos row col"]) -> Int[Tensor, "game pos square"]:
+    """What is on each square, as the player to move next sees it: 0 empty, 1 mine, 2 theirs.
+
+    The boards are in colours (1 black, -1 white, 0 empty), one after each token, BOS first: so black is to move at even
+    positions. Squares are numbered row by row.
+    """
+    player = 1 - 2 * (torch.arange(states.shape[1], device=states.device) % 2)
+    seen = states.flatten(2) * player[:, None]
+    return torch.where(seen == -1, 2, seen)
+
+
+# ---------------------------------------------------------------------------------------------------------- the model
+
+
+def illegal_rate(
+    logits: Float[Tensor, "game pos d_vocab"], legal: Bool[Tensor, "game pos move"], over: Bool[Tensor, "game pos"]
+) -> Float[Tensor, " pos"]:
+    """How often the likeliest next token is not a legal move, by position: the share among the games not over there.
+
+    The columns of `legal` are the squares and PASS; the vocabulary has more tokens, and these are never legal. A
+    position where all games are over gives nan.
+    """
+    n_illegal = logits.shape[-1] - legal.shape[-1]
+    allowed = nn.functional.pad(legal, (0, n_illegal))
+    wrong = ~allowed.gather(-1, logits.argmax(dim=-1, keepdim=True))[..., 0] & ~over
+    return wrong.sum(dim=0).to(logits.dtype) / (~over).sum(dim=0)
+
+
+# --------------------------------------------------------------------------------------------------------- the probes
+
+
+def probe_loss(
+    W: Float[Tensor, "square d_model state"],
+    b: Float[Tensor, "square state"],
+    x: Float[Tensor, "batch d_model"],
+    labels: Int[Tensor, "batch square"],
+) -> Float[Tensor, ""]:
+    """The loss of one linear probe for each square: the mean cross-entropy over all vectors and squares, in nats.
+
+    The scores of a square's states are x @ W[square] + b[square], and their softmax is the probability of each state.
+    Gradients pass.
+    """
+    scores = einops.einsum(x, W, "batch d_model, square d_model state -> batch square state") + b
+    return nn.functional.cross_entropy(scores.flatten(0, 1), labels.flatten())
+
+
+def train_probe(
+    x: Float[Tensor, "batch d_model"],
+    labels: Int[Tensor, "batch square"],
+    steps: int,
+    lr: float,
+    generator: torch.Generator,
+    rows: int = 256,
+) -> tuple[Float[Tensor, "square d_model state"], Float[Tensor, "square state"]]:
+    """Train a probe with three states for each square: (W, b), as `probe_loss` reads them.
+
+    W and b begin at zero. Each step draws `rows` row numbers with `torch.randint` from `generator`, with repetition,
+    and takes one step of AdamW on the loss of these rows, with learning rate `lr` and the other options as they are by
+    default in chapter 03, which are also torch's: betas (0.9, 0.999), eps 1e-8, weight decay 0.01. It returns tensors
+    of the dtype and on the device of `x`, without a graph, and works under `torch.no_grad()` too.
+    """
+    W = nn.Parameter(x.new_zeros(labels.shape[1], x.shape[1], 3))
+    b = nn.Parameter(x.new_zeros(labels.shape[1], 3))
+    optimizer = AdamW([W, b], lr=lr)
+    for _ in range(steps):
+        chosen = torch.randint(len(x), (rows,), generator=generator)
+        with torch.enable_grad():
+            loss = probe_loss(W, b, x[chosen], labels[chosen])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return W.data, b.data
+
+
+def probe_accuracy(
+    W: Float[Tensor, "square d_model state"],
+    b: Float[Tensor, "square state"],
+    x: Float[Tensor, "batch d_model"],
+    labels: Int[Tensor, "batch square"],
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """How often a probe is right: (the share of all squares, the share of the squares that hold a disc).
+
+    A square's guess is the state with the highest score; label 0 is "empty". Both are shares over all vectors and
+    squares together, and the second one counts only squares whose label is not 0.
+    """
+    scores = einops.einsum(x, W, "batch d_model, square d_model state -> batch square state") + b
+    right = (scores.argmax(dim=-1) == labels).to(x.dtype)
+    return right.mean(), right[labels != 0].mean()
+
+
+def probe_directions(
+    W: Float[Tensor, "square d_model state"],
+) -> tuple[Float[Tensor, "square d_model"], Float[Tensor, "square d_model"]]:
+    """Two directions for each square, from a probe with the states empty, mine, theirs: (colour, emptiness).
+
+    colour = mine - theirs; emptiness = empty - the mean of mine and theirs. They have the lengths that come out.
+    Source: Nanda, Lee and Wattenberg 2023, section 3.
+    """
+    empty, mine, theirs = W.unbind(dim=-1)
+    return mine - theirs, empty - (mine + theirs) / 2
+
+
+def cosine_similarities(a: Float[Tensor, "row d_model"], b: Float[Tensor, "col d_model"]) -> Float[Tensor, "row col"]:
+    """The cosine of the angle between each vector of `a` and each of `b`."""
+    return nn.functional.normalize(a, dim=-1) @ nn.functional.normalize(b, dim=-1).T
