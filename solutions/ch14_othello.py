@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from course_utils.data.othello import BLACK, OthelloBoards, legal_games
+from course_utils.data.othello import OthelloBoards, legal_games
 from course_utils.hooks import ActivationCache, HookPoint, run_with_hooks
 from solutions.ch03_training import AdamW
 
@@ -180,3 +180,145 @@ def probe_directions(
 def cosine_similarities(a: Float[Tensor, "row d_model"], b: Float[Tensor, "col d_model"]) -> Float[Tensor, "row col"]:
     """The cosine of the angle between each vector of `a` and each of `b`."""
     return nn.functional.normalize(a, dim=-1) @ nn.functional.normalize(b, dim=-1).T
+
+
+def class_mean_difference(
+    x: Float[Tensor, "batch d_model"], labels: Int[Tensor, "batch square"]
+) -> Float[Tensor, "square d_model"]:
+    """For each square, the mean of the vectors where it is mine, minus the mean of those where it is theirs.
+
+    Label 0 is empty, 1 mine, 2 theirs. Each square is at least once mine and once theirs.
+    """
+    mine, theirs = (
+        einops.einsum((labels == state).to(x), x, "batch square, batch d_model -> square d_model")
+        / (labels == state).sum(dim=0)[:, None]
+        for state in (1, 2)
+    )
+    return mine - theirs
+
+
+# ---------------------------------------------------------------------------------------------------------- is it used
+
+
+@torch.no_grad()
+def intervene_on_square(
+    model: Any,
+    tokens: Int[Tensor, "game pos"],
+    positions: Int[Tensor, " game"],
+    layers: Sequence[int],
+    vectors: Float[Tensor, "layer game d_model"],
+) -> Float[Tensor, "game d_vocab"]:
+    """Run the model with a vector added after several layers: the logits of each game at its own position.
+
+    After each layer of `layers` (its `hook_resid_post`), at the position that `positions` names for the game, the
+    layer's and game's own vector is added to the stream: vectors[i] belongs to layers[i]. What comes later sees the
+    change, the next of the layers too. All other positions stay as they are. No hook is left behind, and no gradients
+    are recorded.
+    """
+    every = torch.arange(len(tokens), device=tokens.device)
+
+    def adding(vector: Tensor) -> Any:
+        def add(resid: Tensor, hook: HookPoint) -> Tensor:
+            changed = resid.clone()
+            changed[every, positions] += vector
+            return changed
+
+        return add
+
+    places = {f"blocks.{layer}.hook_resid_post": adding(vectors[i]) for i, layer in enumerate(layers)}
+    return run_with_hooks(model, tokens, hooks=places)[every, positions]
+
+
+def intervention_errors(
+    logits: Float[Tensor, "game d_vocab"], legal: Bool[Tensor, "game move"]
+) -> Int[Tensor, " game"]:
+    """How wrong a prediction is about the set of legal moves: false moves plus missing ones.
+
+    With k legal moves, the k tokens with the highest logits are what the model predicts. A predicted token that is not
+    legal is false, a legal move that is not predicted is missing; so the result is even. The columns of `legal` are the
+    squares and PASS; the vocabulary has more tokens, which are never legal.
+    Source: Li et al. 2023, section 4.2.
+    """
+    allowed = nn.functional.pad(legal, (0, logits.shape[-1] - legal.shape[-1]))
+    rank = logits.argsort(dim=-1, descending=True).argsort(dim=-1)
+    predicted = rank < legal.sum(dim=-1, keepdim=True)
+    return (predicted ^ allowed).sum(dim=-1)
+
+
+# ---------------------------------------------------------------------------------------------------- how is it computed
+
+
+def square_attribution(
+    cache: ActivationCache, direction: Float[Tensor, " d_model"], layer: int
+) -> tuple[list[str], Float[Tensor, "component game pos"]]:
+    """What each part of the model adds to a square's direction, as the LayerNorm sees it that reads the stream next.
+
+    The parts of the stream after layer number `layer` are "embed", "pos_embed", and for each layer up to and including
+    it "attn 0", "mlp 0", "attn 1", ... (`attn_out` and `mlp_out`). That LayerNorm takes from every vector its mean over
+    d_model, and divides by the root of the stream's variance plus 1e-5. So a part's contribution is the dot product of
+    `direction` with the part less its own mean, divided by the stream's root; they sum to the dot product of
+    `direction` with the normalised stream. The LayerNorm's weights are left out. Returns (labels, contributions).
+    """
+    labels, parts = ["embed", "pos_embed"], [cache["embed"], cache["pos_embed"]]
+    for number in range(layer + 1):
+        labels += [f"attn {number}", f"mlp {number}"]
+        parts += [cache["attn_out", number], cache["mlp_out", number]]
+    scale = (cache["resid_post", layer].var(dim=-1, correction=0) + 1e-5).sqrt()
+    stacked = torch.stack(parts)
+    return labels, (stacked - stacked.mean(dim=-1, keepdim=True)) @ direction / scale
+
+
+def attention_by_side(pattern: Float[Tensor, "game head query key"]) -> Float[Tensor, "side head query"]:
+    """How much each head attends to whose moves: the mean over games of the sum over keys, for three sides.
+
+    Side 0 is the moves of the player to move at the query, side 1 those of the other player, side 2 is BOS. BOS is at
+    position 0, and position p holds move number p, black's if p is odd; black is also to move at even positions.
+    """
+    query, key = (torch.arange(size, device=pattern.device) for size in pattern.shape[-2:])
+    same = (query[:, None] + key) % 2 == 0
+    sides = torch.stack([~same & (key > 0), same & (key > 0), (key == 0).expand_as(same)]).to(pattern)
+    return einops.einsum(pattern.mean(dim=0), sides, "head query key, side query key -> side head query")
+
+
+def neuron_board_pattern(
+    model: Any, layer: int, directions: Float[Tensor, "square d_model"]
+) -> Float[Tensor, "neuron square"]:
+    """What the neurons of a layer read, in terms of the board: the cosine of their input with each square's direction.
+
+    A neuron of the layer's MLP reads the stream through `ln2`: its input is its column of W_in times the LayerNorm's
+    weight w, coordinate by coordinate, less the mean over d_model, as the LayerNorm takes every vector's mean away. The
+    directions are taken as they are.
+    """
+    read = (model.blocks[layer].mlp.W_in * model.blocks[layer].ln2.w[:, None]).T
+    return cosine_similarities(read - read.mean(dim=-1, keepdim=True), directions)
+
+
+def share_in_space(
+    weights: Float[Tensor, "neuron d_model"], directions: Float[Tensor, "direction d_model"]
+) -> Float[Tensor, " neuron"]:
+    """Which share of each vector's squared length lies in the space that the directions span.
+
+    1 for a combination of the directions, 0 for a vector at right angles to all of them. The directions need be neither
+    of length 1 nor at right angles to each other; they are independent.
+    """
+    basis = torch.linalg.qr(directions.T).Q
+    return (weights @ basis).square().sum(dim=-1) / weights.square().sum(dim=-1)
+
+
+def one_move_apart(
+    games: Int[Tensor, "game move"], place: int, size: int
+) -> tuple[Int[Tensor, " pair"], Int[Tensor, "pair move"]]:
+    """Games that differ from these in one move only: (which game each belongs to, the other games).
+
+    In each game, move number `place` (from 0) is replaced by every other legal move, in the order of their numbers; all
+    other moves stay. Of the games that come of it those are returned whose moves are all legal, game by game.
+    """
+    boards = OthelloBoards(len(games), size, games.device)
+    for moves in games[:, :place].unbind(dim=1):
+        boards.play(moves)
+    others = boards.legal().scatter(1, games[:, place, None], False)
+    which, moves = others.nonzero(as_tuple=True)
+    changed = games[which]
+    changed[:, place] = moves
+    fine = legal_games(changed, size)
+    return which[fine], changed[fine]

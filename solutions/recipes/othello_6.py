@@ -22,7 +22,7 @@ from solutions.ch02_transformer import Transformer, init_weights
 from solutions.recipes.stories import save_atomically
 
 CFG = TransformerConfig(d_vocab=D_VOCAB, n_ctx=N_CTX, n_layers=4, n_heads=4, d_model=128, d_head=32, d_mlp=512)
-SEED, STEPS, BATCH = 0, 36_000, 32
+SEED, STEPS, BATCH = 0, 54_000, 32
 PEAK_LR, WARMUP, DECLINE = 1.5e-3, 200, 0.3  # the last 30% of the steps bring the learning rate down
 CHUNK = 128  # so many batches are drawn at once: small draws would take longer than training on them
 HELD_OUT_SEED, N_HELD_OUT = 1_000_003, 400
