@@ -95,12 +95,12 @@ def illegal_rate(
     """How often the likeliest next token is not a legal move, by position: the share among the games not over there.
 
     The columns of `legal` are the squares and PASS; the vocabulary has more tokens, and these are never legal. A
-    position where all games are over gives nan.
+    position where all games are over gives 0.
     """
     n_illegal = logits.shape[-1] - legal.shape[-1]
     allowed = nn.functional.pad(legal, (0, n_illegal))
     wrong = ~allowed.gather(-1, logits.argmax(dim=-1, keepdim=True))[..., 0] & ~over
-    return wrong.sum(dim=0).to(logits.dtype) / (~over).sum(dim=0)
+    return wrong.sum(dim=0).to(logits.dtype) / (~over).sum(dim=0).clamp(min=1)
 
 
 # --------------------------------------------------------------------------------------------------------- the probes
@@ -245,7 +245,7 @@ def intervention_errors(
     return (predicted ^ allowed).sum(dim=-1)
 
 
-# ---------------------------------------------------------------------------------------------------- how is it computed
+# --------------------------------------------------------------------------------------------------- how is it computed
 
 
 def square_attribution(
