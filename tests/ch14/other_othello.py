@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from course_utils.data.othello import OthelloBoards, replay
+from course_utils.data.othello import replay
 from course_utils.hooks import hooks
 
 Grid = list[list[int]]

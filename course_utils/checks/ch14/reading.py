@@ -230,7 +230,7 @@ def check_train_probe(fn: Fn) -> None:
     compare_two(f"{name} in float32, 256 rows", answer, right, words, axes, rtol=1e-3, atol=1e-4)
 
 
-# ------------------------------------------------------------------------------------------------------- how well, where
+# ------------------------------------------------------------------------------------------------------ how well, where
 
 
 def scoring(

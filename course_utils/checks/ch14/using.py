@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from course_utils.checks.ch14.reading import angles, two
 from course_utils.checks.comparing import compare, follows_input, unchanged
@@ -15,7 +14,7 @@ from course_utils.checks.modules import noise
 from course_utils.checks.outcomes import CheckFailed, Evidence, Stop
 from course_utils.checks.standins.transformer import SmallModel, some_tokens
 from course_utils.config import TransformerConfig
-from course_utils.data.othello import OthelloBoards, random_games
+from course_utils.data.othello import OthelloBoards, legal_games, random_games
 from course_utils.hooks import run_with_cache
 
 Fn = Callable[..., Any]
@@ -309,7 +308,10 @@ def inputs_of(
     return torch.stack([row - row.mean() if centre else row for row in rows])
 
 
-def reading(compare_to: Fn = angles(), layer_of: Callable[[int], int] = lambda layer: layer, **how: Any) -> Fn:
+right_angles = angles()
+
+
+def reading(compare_to: Fn = right_angles, layer_of: Callable[[int], int] = lambda layer: layer, **how: Any) -> Fn:
     """neuron_board_pattern, pair by pair."""
     return lambda model, layer, directions: compare_to(inputs_of(model, layer_of(layer), **how), directions).detach()
 
@@ -396,19 +398,19 @@ def check_share_in_space(fn: Fn) -> None:
 # ---------------------------------------------------------------------------------------------------------------- pairs
 
 
-def legal_after(moves: Sequence[int], size: int) -> list[int] | None:
-    """The legal moves after these, on a board of its own; None if one of them is not legal itself."""
+Keep = Callable[[Tensor, int, int], Tensor]  # changed games, the place, the size -> which of them stay
+
+
+def moves_after(game: Tensor, place: int, size: int) -> list[int]:
+    """The legal moves after the first ones of a game, on a board of its own."""
     boards = OthelloBoards(1, size)
-    for move in moves:
-        try:
-            boards.play(torch.tensor([move]))
-        except ValueError:
-            return None
+    for move in game[: max(0, place)]:
+        boards.play(move[None])
     return boards.legal()[0].nonzero().flatten().tolist()
 
 
 def searching(
-    keep: Callable[[list[int], int, int], bool] = lambda game, place, size: legal_after(game, size) is not None,
+    keep: Keep = lambda changed, place, size: legal_games(changed, size),
     own: bool = False,
     place_of: Callable[[int], int] = lambda place: place,
     order: Callable[[list[int]], list[int]] = lambda moves: moves,
@@ -418,15 +420,18 @@ def searching(
 
     def one_move_apart(games: Tensor, place: int, size: int) -> tuple[Tensor, Tensor]:
         which, pairs, at = [], [], place_of(place)
-        for number, game in enumerate(games.tolist()):
-            for move in order(legal_after(game[:at], size) or []):
-                changed = [*game[:at], move, *game[at + 1 :]]
-                if (own or move != game[at]) and keep(changed, at, size):
-                    which.append(count(number, len(which)))
+        for number, game in enumerate(games):
+            for move in order(moves_after(game, at, size)):
+                changed = game.clone()
+                changed[at] = move
+                if own or move != int(game[at]):
+                    which.append(number)
                     pairs.append(changed)
-        device, dtype = games.device, games.dtype
-        found = torch.tensor(pairs, dtype=dtype, device=device).reshape(-1, games.shape[1])
-        return torch.tensor(which, dtype=torch.long, device=device), found
+        found = torch.stack([*pairs, games[0]])[:-1]  # there may be none
+        fine = keep(found, at, size)
+        kept = torch.tensor(which, dtype=torch.long, device=games.device)[fine].tolist()
+        numbers = [count(game, pair) for pair, game in enumerate(kept)]
+        return torch.tensor(numbers, dtype=torch.long, device=games.device), found[fine]
 
     return one_move_apart
 
@@ -434,10 +439,10 @@ def searching(
 @known_mistakes(
     {
         "moves that come later are not looked at: some of them are not legal any more.": searching(
-            keep=lambda game, place, size: True
+            keep=lambda changed, place, size: torch.ones(len(changed), dtype=torch.bool)
         ),
         "only the next move is looked at; all that follow must be legal.": searching(
-            keep=lambda game, place, size: legal_after(game[: place + 2], size) is not None
+            keep=lambda changed, place, size: legal_games(changed[:, : place + 2], size)
         ),
         "the game itself is among its pairs.": searching(own=True),
         "it is the move after: they are numbered from 0.": searching(place_of=lambda place: place + 1),
