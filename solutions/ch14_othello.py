@@ -182,19 +182,16 @@ def cosine_similarities(a: Float[Tensor, "row d_model"], b: Float[Tensor, "col d
     return nn.functional.normalize(a, dim=-1) @ nn.functional.normalize(b, dim=-1).T
 
 
-def class_mean_difference(
+def state_means(
     x: Float[Tensor, "batch d_model"], labels: Int[Tensor, "batch square"]
-) -> Float[Tensor, "square d_model"]:
-    """For each square, the mean of the vectors where it is mine, minus the mean of those where it is theirs.
+) -> Float[Tensor, "state square d_model"]:
+    """For each state (0 empty, 1 mine, 2 theirs) and square, the mean of the vectors at which the square is in it.
 
-    Label 0 is empty, 1 mine, 2 theirs. Each square is at least once mine and once theirs.
+    A state that a square is never in has the mean 0.
     """
-    mine, theirs = (
-        einops.einsum((labels == state).to(x), x, "batch square, batch d_model -> square d_model")
-        / (labels == state).sum(dim=0)[:, None]
-        for state in (1, 2)
-    )
-    return mine - theirs
+    is_in = torch.stack([labels == state for state in range(3)]).to(x)
+    sums = einops.einsum(is_in, x, "state batch square, batch d_model -> state square d_model")
+    return sums / is_in.sum(dim=1).clamp(min=1)[..., None]
 
 
 # ---------------------------------------------------------------------------------------------------------- is it used
@@ -227,6 +224,51 @@ def intervene_on_square(
 
     places = {f"blocks.{layer}.hook_resid_post": adding(vectors[i]) for i, layer in enumerate(layers)}
     return run_with_hooks(model, tokens, hooks=places)[every, positions]
+
+
+def intervention_cases(
+    states: Int[Tensor, "game pos row col"],
+    n: int,
+    generator: torch.Generator,
+    new: int = -1,
+    least: int = 4,
+    most: int = 28,
+) -> dict[str, Tensor]:
+    """Squares to change, whose change matters: it alters the set of legal moves.
+
+    Draws `n` different ones from all games, all positions from `least` to below `most`, and all squares that hold a
+    disc, without the four in the middle. With `new` -1 the disc gets the other colour, with 0 the square gets empty.
+    Returns tensors of length n: "game", "pos", "square", its label "before" and "after" (0 empty, 1 mine, 2 theirs),
+    and "legal" and "legal_after", with a column for each move, PASS being the last.
+    """
+    size = states.shape[-1]
+    labels = relative_labels(states)
+    in_reach = torch.zeros_like(labels, dtype=torch.bool)
+    in_reach[:, least:most] = labels[:, least:most] > 0
+    half = size // 2
+    middle = [size * row + col for row in (half - 1, half) for col in (half - 1, half)]
+    in_reach[..., middle] = False
+    found = in_reach.nonzero()
+    found = found[torch.randperm(len(found), generator=generator, device=generator.device)[: 6 * n].to(found.device)]
+    game, pos, square = found.unbind(dim=1)
+    every = torch.arange(len(found), device=found.device)
+    boards = torch.where(labels == 2, -1, labels)[game, pos]
+    changed = boards.clone()
+    changed[every, square] *= new
+    legal, legal_after = (
+        OthelloBoards.from_boards(each.unflatten(1, (size, size))).legal() for each in (boards, changed)
+    )
+    matters = (legal != legal_after).any(dim=1).nonzero().flatten()[:n]
+    cases = {
+        "game": game,
+        "pos": pos,
+        "square": square,
+        "before": boards[every, square],
+        "after": changed[every, square],
+    }
+    cases |= {name: torch.where(cases[name] == -1, 2, cases[name]) for name in ("before", "after")}
+    cases |= {"legal": legal, "legal_after": legal_after}
+    return {name: values[matters] for name, values in cases.items()}
 
 
 def intervention_errors(

@@ -38,6 +38,18 @@ class OthelloBoards:
         self._squares = torch.arange(size**2, device=device)
         self._steps = _steps(size)
 
+    @classmethod
+    def from_boards(cls, boards: Int[Tensor, "game row col"]) -> "OthelloBoards":
+        """Games that stand as these boards do, seen by the player to move: 1 mine, -1 theirs, 0 empty.
+
+        Their `colours` take the player to move for black.
+        """
+        games = cls(len(boards), boards.shape[-1], boards.device)
+        place = torch.ones_like(games._squares) << games._squares
+        flat = boards.flatten(1)
+        games.mine, games.theirs = (((flat == player) * place).sum(dim=1) for player in (MINE, THEIRS))
+        return games
+
     def legal(self) -> Bool[Tensor, "game move"]:
         """Which moves the player to move has: one column for each square, and one for PASS."""
         squares = self._unpack(self._moves(self.mine, self.theirs))

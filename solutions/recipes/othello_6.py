@@ -18,7 +18,18 @@ from torch import Tensor, nn
 from course_utils.config import TransformerConfig
 from course_utils.data.othello import D_VOCAB, N_CTX, SIZE, random_games, replay, with_bos
 from course_utils.device import device as default_device
+from course_utils.hooks import run_with_cache
+from course_utils.pretrained import rounded_to, save_shipped
 from solutions.ch02_transformer import Transformer, init_weights
+from solutions.ch14_othello import (
+    intervene_on_square,
+    intervention_cases,
+    intervention_errors,
+    probe_accuracy,
+    relative_labels,
+    state_means,
+    train_probe,
+)
 from solutions.recipes.stories import save_atomically
 
 CFG = TransformerConfig(d_vocab=D_VOCAB, n_ctx=N_CTX, n_layers=4, n_heads=4, d_model=128, d_head=32, d_mlp=512)
@@ -26,6 +37,32 @@ SEED, STEPS, BATCH = 0, 54_000, 32
 PEAK_LR, WARMUP, DECLINE = 1.5e-3, 200, 0.3  # the last 30% of the steps bring the learning rate down
 CHUNK = 128  # so many batches are drawn at once: small draws would take longer than training on them
 HELD_OUT_SEED, N_HELD_OUT = 1_000_003, 400
+FROM, UP_TO = 4, 28  # the positions of probes and interventions: before, boards are alike; at the end, nearly full
+PROBED, EDITED = 2, (0, 1)  # after which layers
+PROSE = """
+# othello-6
+
+Four layers of four heads and MLPs of 512 neurons read the moves of a game of Othello on 6 x 6, one token each, and
+predict the next one. Every game is new and each of its moves is drawn from the legal ones, all equally likely. The
+model learns from the move that was played, not from the set of legal moves; it is told neither rules nor colours.
+
+- `held_out_loss`, `floor`: the mean cross-entropy of the next move on 400 fresh games in nats, and that of a player
+  who knows which moves are legal.
+- `illegal`, `illegal_probability`: how often the likeliest move is illegal, and the probability on illegal moves.
+- `probe_mine_theirs`, `probe_black_white`: how many squares a linear probe after layer 2 gets right, with and without
+  the player's own view; `_on_discs`: of the squares that hold a disc. Fitted on 1500 games, measured on 400 others,
+  at positions 4 to 27.
+- `errors_...`: false and missing moves among as many as there are legal ones, on 1000 cases in which one disc is given
+  the other colour: on the board as it is; then, against the edited board, of the model as it is (`none`), with the
+  difference of the class means added after layers 0 and 1 (`means`), and with random vectors as long (`random`).
+  `where_known`: only where the model has no error on the board as it is, which is the case in a share `share_known`.
+- Published for 8 x 8, of models with 25 million parameters (Li et al. 2023; Nanda et al. 2023): 0.01% illegal; linear
+  probes right on more than 99% of the squares for mine and theirs, and about 75% for black and white; 2.72 errors
+  against the edited board, and 0.10 after a linear intervention. This model is thirty times smaller, saw some tens of
+  millions of moves, and falls short of all of them.
+- The first 3000 steps were computed in float32, the others with products in bfloat16. `history.json` has the loss and
+  the illegal moves every 1000 steps.
+"""
 
 
 def learning_rate(step: int, steps: int) -> float:
@@ -136,6 +173,56 @@ def train(seed: int, steps: int, out: Path, device: str, every: int = 1000) -> t
     return model.cpu().eval(), history, seconds
 
 
+def streams(model: nn.Module, games: Tensor) -> Tensor:
+    """[layer game pos d_model]: what each block leaves, at the positions after each token but the last."""
+    names = [f"blocks.{layer}.hook_resid_post" for layer in range(CFG.n_layers)]
+    _, cache = run_with_cache(model, with_bos(games)[:, :-1], names=names)
+    return torch.stack([cache[name] for name in names])
+
+
+@torch.no_grad()
+def figures(model: nn.Module) -> dict[str, object]:
+    """What probes find after layer `PROBED`, and what interventions do, on held-out games: see the card."""
+    games = {name: random_games(n, SIZE, torch.Generator().manual_seed(HELD_OUT_SEED + i), N_CTX)
+             for i, (name, n) in enumerate((("fit", 1500), ("test", 400)), start=1)}  # fmt: skip
+    states = {name: replay(each)[0][:, :-1] for name, each in games.items()}
+    seen = {name: streams(model, each) for name, each in games.items()}
+    here = slice(FROM, UP_TO)
+    x = {name: each[:, :, here].flatten(1, 2) for name, each in seen.items()}
+    labels = {name: relative_labels(each) for name, each in states.items()}
+    colours = {name: (each % 3).flatten(2) for name, each in states.items()}
+    result: dict[str, object] = {}
+    for words, truth in (("mine_theirs", labels), ("black_white", colours)):
+        y = {name: each[:, here].flatten(0, 1) for name, each in truth.items()}
+        W, b = train_probe(x["fit"][PROBED], y["fit"], 800, 1e-2, torch.Generator().manual_seed(0))
+        right = probe_accuracy(W, b, x["test"][PROBED], y["test"])
+        for where, share in zip(("", "_on_discs"), right, strict=True):
+            result[f"probe_{words}{where}"] = round(float(share), 3)
+    cases = intervention_cases(states["test"], 1000, torch.Generator().manual_seed(0), -1, FROM, UP_TO)
+    tokens, every = with_bos(games["test"])[cases["game"], :-1], torch.arange(len(cases["game"]))
+    fitted = labels["fit"][:, here].flatten(0, 1)
+    means = torch.stack([state_means(x["fit"][layer], fitted) for layer in EDITED])
+    vectors = means[:, cases["after"], cases["square"]] - means[:, cases["before"], cases["square"]]
+    chance = torch.randn(vectors.shape, generator=torch.Generator().manual_seed(1))
+    chance *= vectors.norm(dim=-1, keepdim=True) / chance.norm(dim=-1, keepdim=True)
+    plain = model(tokens)[every, cases["pos"]]
+    known = intervention_errors(plain, cases["legal"]) == 0
+    after = {
+        "none": intervention_errors(plain, cases["legal_after"]),
+        "means": intervention_errors(
+            intervene_on_square(model, tokens, cases["pos"], EDITED, vectors), cases["legal_after"]
+        ),
+        "random": intervention_errors(
+            intervene_on_square(model, tokens, cases["pos"], EDITED, chance), cases["legal_after"]
+        ),
+    }
+    result["errors_on_its_own_board"] = round(float(intervention_errors(plain, cases["legal"]).double().mean()), 2)
+    for words, errors in after.items():
+        result[f"errors_edited_{words}"] = round(float(errors.double().mean()), 2)
+        result[f"errors_edited_{words}_where_known"] = round(float(errors[known].double().mean()), 2)
+    return result | {"share_known": round(float(known.double().mean()), 2)}
+
+
 def main(argv: list[str] | None = None) -> None:
     """Train the model, or go on with it, say what it can do, and keep its weights."""
     parser = argparse.ArgumentParser(description="Train othello-6; a run that was stopped goes on where it was.")
@@ -146,7 +233,26 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--ship", action="store_true", help="replace the model that ships with the course by this one")
     options = parser.parse_args(argv)
     model, history, seconds = train(options.seed, options.steps, options.out, options.device)
+    rounded_to(model)  # as it ships
+    front = {
+        "about": "four layers that read moves of random Othello games on 6 x 6, and were never shown a board",
+        "data": "random legal games of course_utils.data.othello, single moves only",
+        "recipe": "python -m solutions.recipes.othello_6",
+        "seed": options.seed,
+        "init_std": 0.02,
+        "steps": options.steps,
+        "tokens": options.steps * BATCH * N_CTX,
+        "cpu_seconds": round(seconds),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        **behaviour(model, held_out_games()),
+        **figures(model),
+        "licence": "MIT",
+    }
+    for key, value in front.items():
+        print(f"{key}: {value}")
     save_file(model.state_dict(), options.out / "model.safetensors")
+    if options.ship:
+        print("written to", save_shipped(model, None, "othello-6", front, PROSE, history))
 
 
 if __name__ == "__main__":

@@ -16,14 +16,24 @@ from course_utils.checks.ch14.using import (
     searching,
 )
 from course_utils.checks.standins.transformer import SmallModel, some_tokens
-from course_utils.data.othello import legal_games, random_games
+from course_utils.data.othello import legal_games, random_games, replay
 from course_utils.hooks import add_hook, run_with_cache
 from tests.ch14 import other_othello as other
 
 SECRETS = ("changed[every", "argsort", "einsum(", "linalg.qr", ".scatter(", "% 2 == 0")
 ONLY_ON_GPU = "device="
 # Changes after which the reference still does what its statement says.
-STILL_RIGHT: set[str] = set()
+STILL_RIGHT = {
+    "-1 -> 1",  # the last of two axes
+    "-2 -> 2",  # the last two of four axes
+    "resid.clone() -> resid",  # written in place: nobody else reads it
+    "logits.argsort(dim=-1, descending=True).argsort(dim=-1) -> logits.argsort(dim=-1, descending=True).argsort()",
+    "logits.argsort(dim=-1, descending=True) -> logits.argsort(descending=True)",  # the last axis is the default
+    "query[:, None] + key -> query[:, None] - key",  # as even as the sum
+    "(query[:, None] + key) % 2 == 0 -> (query[:, None] + key) % 2 <= 0",
+    "key == 0 -> key <= 0",  # no key is smaller
+    "key > 0 -> key != 0",
+}
 
 
 def leaves_its_hook(model: Any, *args: Any) -> Any:
@@ -110,11 +120,31 @@ def test_pairs_differ_in_one_move_and_are_legal() -> None:
     assert (pairs[:, 12] != games[which, 12]).all()
 
 
-def test_class_means_by_hand() -> None:
-    x = torch.randn(40, 5)
-    labels = torch.randint(3, (40, 4))
-    labels[:2] = torch.tensor([[1] * 4, [2] * 4])
-    found = ref.class_mean_difference(x, labels)
+def test_state_means_by_hand() -> None:
+    x, labels = torch.randn(40, 5), torch.randint(3, (40, 4))
+    labels[:, 3] = 1
+    found = ref.state_means(x, labels)
     for square in range(4):
-        mine, theirs = (x[labels[:, square] == state].mean(0) for state in (1, 2))
-        torch.testing.assert_close(found[square], mine - theirs)
+        for state in range(3):
+            chosen = x[labels[:, square] == state]
+            torch.testing.assert_close(found[state, square], chosen.mean(0) if len(chosen) else torch.zeros(5))
+
+
+def test_cases_change_the_legal_moves() -> None:
+    """Against the reference's own legal moves on the edited boards; the middle squares are left alone."""
+    games = random_games(20, 6, torch.Generator().manual_seed(0))
+    states, _, _ = replay(games)
+    for new in (-1, 0):
+        cases = ref.intervention_cases(states, 25, torch.Generator().manual_seed(1), new)
+        assert len(cases["game"]) == 25
+        assert not set(cases["square"].tolist()) & {14, 15, 20, 21}
+        assert not torch.equal(cases["legal"], cases["legal_after"])
+        labels = ref.relative_labels(states)
+        for number in range(25):
+            game, pos, square = (int(cases[name][number]) for name in ("game", "pos", "square"))
+            assert labels[game, pos, square] == cases["before"][number]
+            assert int(cases["after"][number]) == (3 - int(cases["before"][number]) if new else 0)
+            board = torch.where(labels[game, pos] == 2, -1, labels[game, pos])
+            board[square] *= new
+            assert torch.equal(ref.legal_moves(board.reshape(6, 6)).flatten(), cases["legal_after"][number, :-1])
+            assert 4 <= pos < 28

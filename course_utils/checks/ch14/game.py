@@ -100,6 +100,9 @@ def check_flips(fn: Fn) -> None:
     name = "flips"
     boards = [(some_board(6, seed), range(seed % 2, 36, 4)) for seed in range(3)]
     boards += [(some_board(8, 7), range(2, 64, 9)), (some_board(4, 8), range(16)), (played_board(6, 9, 1), range(36))]
+    frame = torch.zeros(6, 6, dtype=torch.long)  # runs along all four edges, and behind each edge what would fit
+    frame[0, 1:3], frame[0, 3], frame[1:3, 0], frame[3, 0] = -1, 1, -1, 1
+    boards.append((frame + frame.rot90(2), range(36)))
     for board, moves in boards:
         for move in moves:
             with unchanged(name, board=board):

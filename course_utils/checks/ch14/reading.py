@@ -86,6 +86,7 @@ def check_illegal_rate(fn: Fn) -> None:
         legal = noise(n_games, n_pos, n_moves, seed=seed + 10) > 0.2
         over = noise(n_games, n_pos, seed=seed + 20) > 0.4
         over[:, 1] = seed == 0
+        over[1:, 0], over[0, 0], logits[0, 0, -1] = True, False, 9.0  # one game alone
         with unchanged(name, logits=logits, legal=legal, over=over):
             actual = fn(logits, legal, over)
         compare(f"{name} of {n_games} games", actual, counting()(logits, legal, over), "pos")
