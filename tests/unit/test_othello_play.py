@@ -38,7 +38,9 @@ def test_what_it_says_is_what_model_and_probe_say() -> None:
     board, chances = known[",".join(map(str, GAME.tolist()))]
     with torch.no_grad():
         share = model()(with_bos(GAME[None]))[0, -1].softmax(-1)
-    assert [int(chances[2 * i : 2 * i + 2]) for i in range(37)] == (100 * share[:37]).round().clamp(max=99).int().tolist()
+    assert [int(chances[2 * i : 2 * i + 2]) for i in range(37)] == (100 * share[:37]).round().clamp(
+        max=99
+    ).int().tolist()
     assert len(board) == 36
     assert set(board) <= set("emt")
     assert set(known) == {"", "9", ",".join(map(str, GAME.tolist()))}
