@@ -110,6 +110,13 @@ WITHOUT = {  # what cannot be driven here, and why
     "sum_waves": "is given numbers, so there is no device to follow",
     "excluded_loss": "how many pairs are for training depends on the values of the mask",
     "loss_with_frequencies": "how many waves are kept depends on values",
+    "flips": "walks over the board's values",
+    "legal_moves": "needs flips",
+    "board_states": "needs flips",
+    "train_probe": "draws its batches on the CPU",
+    "probe_accuracy": "how many squares hold a disc depends on values",
+    "intervention_cases": "is given a generator, and there are none on meta",
+    "one_move_apart": "how many pairs there are depends on values",
     "primitive_powers": "is given a number, so there is no device to follow",
     "shuffle_windows": "is given a generator, and there are none on meta",
     "shuffle_alike": "is given a generator of the CPU, and the order of the rows depends on values",
@@ -134,6 +141,10 @@ def floats(*shape: int) -> Tensor:
 
 def ids(*shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.long, device="meta")
+
+
+def flags(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.bool, device="meta")
 
 
 def made(cls: Any, cfg: TransformerConfig = CFG) -> Any:
@@ -548,6 +559,19 @@ CALLS: dict[str, Callable[[], Any]] = {
     "restricted_loss": lambda: (floats(7, 7, 7), [1, 3], ids(7, 7)),
     "gini": lambda: (floats(5),),
     "gradient_symmetry": lambda: (lambda a, b: (a * b) @ floats(3, 7), floats(4, 3), floats(4, 3), ids(4)),
+    # 14
+    "relative_labels": lambda: (ids(2, 5, 3, 4),),
+    "illegal_rate": lambda: (floats(3, 5, 7), flags(3, 5, 6), flags(3, 5)),
+    "probe_loss": lambda: (floats(4, 12, 3), floats(4, 3), floats(8, 12), ids(8, 4)),
+    "probe_directions": lambda: (floats(4, 12, 3),),
+    "cosine_similarities": lambda: (floats(4, 12), floats(3, 12)),
+    "state_means": lambda: (floats(8, 12), ids(8, 4)),
+    "intervene_on_square": lambda: (model(), TOKENS, ids(2), [0, 1], floats(2, 2, 12)),
+    "intervention_errors": lambda: (floats(3, 7), flags(3, 6)),
+    "square_attribution": lambda: (seen(), floats(12), 1),
+    "attention_by_side": lambda: (floats(2, 3, 5, 5),),
+    "neuron_board_pattern": lambda: (model(), 1, floats(4, 12)),
+    "share_in_space": lambda: (floats(6, 12), floats(4, 12)),
 }  # fmt: skip
 
 

@@ -1,0 +1,1 @@
+"""Checks of chapter 14: Othello."""
