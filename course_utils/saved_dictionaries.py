@@ -78,8 +78,13 @@ def save(
     lines = [f"{key}: {value}" for key, value in {"name": name, **front, "sha256": sha256}.items()]
     _write(folder / "card.md", "\n".join(["---", *lines, "---", "", prose.strip()]))
     for what, content in {"config": dict(config), **(records or {})}.items():
-        _write(folder / f"{what}.json", json.dumps(content, indent=1))
+        _write(folder / f"{what}.json", json.dumps(content))
     return folder
+
+
+def add_record(name: str, what: str, content: object) -> None:
+    """Write a record beside a dictionary that is there already."""
+    _write(_folder(name) / f"{what}.json", json.dumps(content, indent=1))
 
 
 def _folder(name: str) -> Path:

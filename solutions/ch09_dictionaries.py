@@ -167,7 +167,7 @@ def fit_dictionary(
     sae: Any,
     batch: Callable[[], Float[Tensor, "token d_in"]],
     steps: int,
-    peak: float = 2e-3,
+    peak: float = 1e-3,
     sparsity: float = 0.0,
     warm_up: int = 50,
     window: int = 50,
@@ -239,9 +239,18 @@ class Dictionary(nn.Module):
 def load_dictionary(name: str) -> Dictionary:
     """A dictionary that ships with the course, in evaluation mode; `saved_dictionaries.shipped()` lists them."""
     config, weights = saved_dictionaries.read(name)
-    sae = SparseAutoencoder(config["d_in"], config["d_sae"], config["kind"], k=config["k"])
+    sae = SparseAutoencoder(config["d_in"], config["d_sae"], config["kind"], k=config["k"], generator=torch.Generator())
     sae.load_state_dict(weights)
     return Dictionary(sae.eval(), config["hook_name"], config["scale"])
+
+
+def shuffle_weights(model: Any, generator: torch.Generator) -> Any:
+    """Put the numbers of every parameter in a random order, in place: the same numbers, and nothing learned."""
+    with torch.no_grad():
+        for _, weight in sorted(model.named_parameters()):
+            order = torch.randperm(weight.numel(), generator=generator)
+            weight.copy_(weight.flatten()[order].view_as(weight))
+    return model
 
 
 # ---------------------------------------------------------------------------------------------------------- is it good?
@@ -609,7 +618,7 @@ def load_saelens(folder: Path) -> Dictionary:
         if cfg[key] != value:
             raise ValueError(f"load_saelens: {key} is {cfg[key]!r}, and ours know {value!r} only.")
     weights = load_file(folder / "sae_weights.safetensors")
-    sae = SparseAutoencoder(cfg["d_in"], cfg["d_sae"], kind, k=cfg.get("k", 1))
+    sae = SparseAutoencoder(cfg["d_in"], cfg["d_sae"], kind, k=cfg.get("k", 1), generator=torch.Generator())
     if kind == "gated":
         weights["b_enc"] = weights.pop("b_gate")
     if kind == "jumprelu":

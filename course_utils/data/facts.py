@@ -1,10 +1,16 @@
 """What the grammar knows about every token of a story: the truth that the latents of a dictionary are held against.
 
-`facts_of` says what is true of each token, given where the tokens stand in the text. `GROUPS` sorts the facts.
+`facts_of` says what is true of each token, given where the tokens stand in the text, and `fact_labels` does so for many
+stories, as a tensor. `GROUPS` sorts the facts.
 """
 
 import re
 from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
 
 from course_utils.data import tales
 from course_utils.data.grammar import Derivation, Mark
@@ -66,3 +72,14 @@ def facts_of(story: Derivation, spans: Sequence[Span]) -> list[set[str]]:
 
 def _marks(story: Derivation, label: str) -> list[Mark]:
     return [mark for mark in story.marks if mark.label == label]
+
+
+def fact_labels(stories: Sequence[Derivation], tokenizer: Any) -> Bool[Tensor, "token fact"]:
+    """Which of `FACTS` is true of each token of the stories, one story after the other, without begin tokens."""
+    spans = tokenizer([story.text for story in stories], return_offsets_mapping=True)["offset_mapping"]
+    true = [facts for story, own in zip(stories, spans, strict=True) for facts in facts_of(story, own)]
+    columns = {fact: column for column, fact in enumerate(FACTS)}
+    labels = torch.zeros(len(true), len(FACTS), dtype=torch.bool)
+    for row, facts in enumerate(true):
+        labels[row, [columns[fact] for fact in facts]] = True
+    return labels

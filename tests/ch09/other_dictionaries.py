@@ -80,7 +80,7 @@ def fit_dictionary(
     sae: Any,
     batch: Callable[[], Tensor],
     steps: int,
-    peak: float = 2e-3,
+    peak: float = 1e-3,
     sparsity: float = 0.0,
     warm_up: int = 50,
     window: int = 50,
@@ -101,7 +101,7 @@ def fit_dictionary(
         loss, pre, latents, reconstruction = ref.dictionary_pass(sae, x, sparsity * min(1.0, 5 * (s + 1) / steps))
         last[latents.gt(0).any(0)] = s
         dead = s - last > window
-        losses.append(float(loss))
+        losses.append(loss.item())
         deads.append(int(dead.sum()))
         if auxiliary:
             loss = loss + auxiliary * auxiliary_topk_loss(x, reconstruction, pre, dead, sae.W_dec, 32)
@@ -316,7 +316,7 @@ def load_saelens(folder: Path) -> Any:
     kinds = {"standard": "relu", "topk": "topk", "gated": "gated", "jumprelu": "jumprelu"}
     if cfg["architecture"] not in kinds or cfg["normalize_activations"] != "none" or not cfg["apply_b_dec_to_input"]:
         raise ValueError(str(cfg))
-    sae = SparseAutoencoder(cfg["d_in"], cfg["d_sae"], kinds[cfg["architecture"]], k=cfg.get("k", 1))
+    sae = SparseAutoencoder(cfg["d_in"], cfg["d_sae"], kinds[cfg["architecture"]], k=cfg.get("k", 1), generator=torch.Generator())
     with safe_open(folder / "sae_weights.safetensors", "pt") as file, torch.no_grad():
         for name in file.keys():  # noqa: SIM118 (no mapping)
             weight = file.get_tensor(name)

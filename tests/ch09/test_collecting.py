@@ -25,7 +25,7 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
     ],
     "ActivationBuffer": [
         ("values are wrong", buffer(scaled=lambda self, batch: -batch * self.scale)),
-        ("returned", buffer(next=lambda self, n: None)),
+        ("is to return", buffer(next=lambda self, n: None)),
     ],
 }
 

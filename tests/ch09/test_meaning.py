@@ -28,10 +28,12 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
         ("it keeps the chunks", keeps_everything),
         ("values are wrong", sorting(number=lambda chunk, row, before: before + row + 1)),
         ("expected a tuple", lambda chunks, k: ref.top_examples(chunks, k)[0]),
+        ("expected dtype", lambda chunks, k: ref.top_examples(chunks, k)[::-1]),
     ],
     "activation_histogram": [
         ("it keeps the chunks", counts_at_the_end),
         ("wrong", counting(lambda value, edges: 0)),
+        ("expected dtype", lambda chunks, edges: ref.activation_histogram(chunks, edges) / 11),
     ],
     "logit_effect": [
         ("values are wrong", lambda model, directions: -straight()(model, directions)),

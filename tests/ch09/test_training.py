@@ -13,7 +13,7 @@ STILL_RIGHT: set[str] = set()
 
 SURPRISES: dict[str, list[tuple[str, Any]]] = {
     "fit_dictionary": [
-        ("is wrong", loop(lambda step, steps, peak, warm_up: 2 * peak)),
+        ("wrong", loop(lambda step, steps, peak, warm_up: 2 * peak)),
         ("returned None", lambda *args, **kwargs: None),
         ("a list", lambda sae, batch, steps, *args, **kwargs: shorter(sae, batch, steps, *args, **kwargs)),
     ],

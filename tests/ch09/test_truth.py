@@ -24,11 +24,11 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
         ("expected", lambda fires, facts, n: [0, 0.0, 1.0]),
     ],
     "detection_score": [
-        ("wrong answer", scoring(lambda rows: 1 - balanced(rows), texts_of)),
+        ("wrong", scoring(lambda rows: 1 - balanced(rows), texts_of)),
         ("expected a number", lambda *args: torch.tensor(ref.detection_score(*args))),
     ],
     "fuzzing_score": [
-        ("wrong answer", scoring(lambda rows: balanced(rows) / 2, tokens_there)),
+        ("wrong", scoring(lambda rows: balanced(rows) / 2, tokens_there)),
         ("expected a number", lambda *args: torch.tensor(ref.fuzzing_score(*args))),
     ],
 }

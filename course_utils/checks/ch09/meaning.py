@@ -51,7 +51,6 @@ def sorting(
         "the smallest come first.": sorting(lambda values: -values),
         "it goes by the absolute value.": sorting(lambda values: values.abs()),
         "places are the numbers of the chunks.": sorting(number=lambda chunk, row, before: chunk),
-        "the order is (places, values); it is (values, places).": sorting(pack=lambda values, places: (places, values)),
         "the axes are swapped: ranks come first, then latents.": sorting(
             pack=lambda values, places: (values.T.contiguous(), places.T.contiguous())
         ),
@@ -130,11 +129,6 @@ def upper(value: float, edges: list[float]) -> int | None:
     return min(max(sum(value > edge for edge in edges) - 1, 0), len(edges) - 2)
 
 
-def shares(chunks: Iterable[Tensor], edges: Tensor) -> Tensor:
-    counts = counting()(chunks, edges)
-    return counts / counts.sum(1, keepdim=True)
-
-
 @known_mistakes(
     {
         "only tokens on which the latent fires count; all do.": counting(only=lambda value: value > 0),
@@ -142,7 +136,6 @@ def shares(chunks: Iterable[Tensor], edges: Tensor) -> Tensor:
         "what lies at the last edge or above is left out; it belongs to the last bin.": counting(not_above),
         "a value on an edge counts in the bin before; it belongs to the next.": counting(upper),
         "only the last chunk is counted.": counting(whole=False),
-        "they are shares; give the counts.": shares,
     }
 )
 def check_activation_histogram(fn: Fn) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from course_utils.checks.ch09.small import Fn
 from course_utils.checks.comparing import compare
+from course_utils.checks.guarding import may_change
 from course_utils.checks.mistakes import known_mistakes
 from course_utils.checks.modules import noise
 from course_utils.checks.outcomes import CheckFailed
@@ -71,7 +72,7 @@ def loop(
         sae: Any,
         batch: Callable[[], Tensor],
         steps: int,
-        peak: float = 2e-3,
+        peak: float = 1e-3,
         sparsity: float = 0.0,
         warm_up: int = 50,
         window: int = 50,
@@ -116,6 +117,7 @@ def loop(
     return fit_dictionary
 
 
+@may_change("sae")
 @known_mistakes(
     {
         "the learning rate does not rise at first.": loop(

@@ -311,7 +311,7 @@ def check_save_for_saelens(fn: Fn) -> None:
             files = [load_file(folder / WEIGHTS) for folder in folders]
         agree(name, f"{CONFIG} of a {kind}", cfgs[1], cfgs[0])
         agree(name, f"names in {WEIGHTS} of a {kind}", sorted(files[1]), sorted(files[0]))
-        for label, weight in files[0].items():
+        for label, weight in sorted(files[0].items(), reverse=True, key=lambda item: item[0] == "W_enc"):
             axes = {1: "d_in" if label == "b_dec" else "latent", 2: "d_in latent" if label == "W_enc" else "latent d_in"}
             compare(f"{name}: {label} of a {kind}", files[1][label], weight, axes[weight.dim()])
         x = noise(4, D_MODEL, seed=5)
@@ -395,7 +395,7 @@ def check_load_saelens(fn: Fn) -> None:
                 raise CheckFailed(f"{name}: expected a Dictionary.\n  Next: return Dictionary(sae, hook_name, 1.0).")
             agree(name, f"`hook_name` of a {kind}", loaded.hook_name, written.hook_name)
             agree(name, f"`scale` of a {kind}", float(loaded.scale), 1.0)
-            x = noise(5, D_MODEL, seed=number)
+            x = noise(15, D_MODEL, seed=number)
             latents = written.encode(x)
             compare(f"{name}: latents of a {kind}", loaded.encode(x), latents, "token latent")
             compare(f"{name}: reconstruction of a {kind}", loaded.decode(latents), written.decode(latents), "token d_in")
