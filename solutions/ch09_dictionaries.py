@@ -262,7 +262,8 @@ def firing_rates(chunks: Iterable[Float[Tensor, "token latent"]]) -> Float[Tenso
     The sum of the rates is the mean number of latents that fire on a token, known as L0. A latent with rate 0 is dead,
     one that fires on a tenth of all tokens or more is called dense. The chunks are read once, one at a time.
     """
-    fired, n_tokens = torch.zeros(()), 0
+    fired: Any = 0
+    n_tokens = 0
     for latents in chunks:
         fired = fired + (latents > 0).sum(dim=0).to(latents)
         n_tokens += len(latents)
@@ -468,7 +469,7 @@ def explain(fires: Bool[Tensor, " token"], facts: Bool[Tensor, "token fact"], n_
 def follow_rule(rule: Rule, facts: Bool[Tensor, "token fact"]) -> Float[Tensor, " token"]:
     """The share that a rule of `explain` gives for each token: how likely the latent is to fire there."""
     if not isinstance(rule, tuple):
-        return torch.full((len(facts),), rule)
+        return torch.full((len(facts),), rule, device=facts.device)
     fact, no, yes = rule
     return torch.where(facts[:, fact], follow_rule(yes, facts), follow_rule(no, facts))
 
