@@ -562,7 +562,8 @@ def save_for_saelens(dictionary: Any, folder: Path, model_name: str) -> None:
 
     `cfg.json` holds "architecture" (`ARCHITECTURES`), "d_in", "d_sae", "k" (for "topk" only), "dtype": "float32",
     "device": "cpu", "apply_b_dec_to_input": true, "normalize_activations": "none", "reshape_activations": "none", and
-    "metadata": {"model_name", "hook_name"}. The folder is made if it is not there.
+    "metadata" with "model_name", "hook_name" and "sae_lens_version": "6.0.0", since without a version SAELens takes the
+    file for an older one. The folder is made if it is not there.
     Source: SAELens 6, `SAE.load_from_disk`.
     """
     from safetensors.torch import save_file
@@ -590,7 +591,7 @@ def save_for_saelens(dictionary: Any, folder: Path, model_name: str) -> None:
         "apply_b_dec_to_input": True,
         "normalize_activations": "none",
         "reshape_activations": "none",
-        "metadata": {"model_name": model_name, "hook_name": dictionary.hook_name},
+        "metadata": {"model_name": model_name, "hook_name": dictionary.hook_name, "sae_lens_version": "6.0.0"},
     }
     if sae.kind == "topk":
         cfg["k"] = sae.k

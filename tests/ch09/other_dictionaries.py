@@ -301,6 +301,7 @@ def save_for_saelens(dictionary: Any, folder: Path, model_name: str) -> None:
     cfg["architecture"] = {"relu": "standard", "batch_topk": "jumprelu"}.get(sae.kind, sae.kind)
     cfg |= {"dtype": "float32", "device": "cpu", "apply_b_dec_to_input": True, "normalize_activations": "none"}
     cfg |= {"reshape_activations": "none", "metadata": {"model_name": model_name, "hook_name": dictionary.hook_name}}
+    cfg["metadata"]["sae_lens_version"] = "6.0.0"
     cfg |= {"k": sae.k} if cfg["architecture"] == "topk" else {}
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "cfg.json", "w") as file:

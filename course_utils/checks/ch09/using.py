@@ -249,7 +249,8 @@ def writing(weigh: Weigh = their_weights, state: Callable[[dict[str, Any]], dict
         d_in, d_sae = sae.W_enc.shape
         cfg = {"architecture": NAMES[sae.kind], "d_in": d_in, "d_sae": d_sae, "dtype": "float32", "device": "cpu"}
         cfg |= {"apply_b_dec_to_input": True, "normalize_activations": "none", "reshape_activations": "none"}
-        cfg |= {"metadata": {"model_name": model_name, "hook_name": dictionary.hook_name}}
+        named = {"model_name": model_name, "hook_name": dictionary.hook_name}
+        cfg |= {"metadata": named | {"sae_lens_version": "6.0.0"}}
         cfg |= {"k": sae.k} if sae.kind == "topk" else {}
         folder.mkdir(parents=True, exist_ok=True)
         (folder / CONFIG).write_text(json.dumps(state(cfg)))
@@ -288,8 +289,11 @@ def but(**changes: Callable[[Any, float], Tensor]) -> Weigh:
             state=lambda cfg: cfg | {"architecture": {"standard": "relu"}.get(cfg["architecture"], cfg["architecture"])}
         ),
         "`k` is missing for a topk.": writing(state=lambda cfg: {key: v for key, v in cfg.items() if key != "k"}),
+        "the version is missing in the metadata: SAELens takes the file for an old one, and drops the names.": writing(
+            state=lambda cfg: cfg | {"metadata": {k: v for k, v in cfg["metadata"].items() if k != "sae_lens_version"}}
+        ),
         "the hook point's name is missing in the metadata.": writing(
-            state=lambda cfg: cfg | {"metadata": {"model_name": cfg["metadata"]["model_name"]}}
+            state=lambda cfg: cfg | {"metadata": {k: v for k, v in cfg["metadata"].items() if k != "hook_name"}}
         ),
     }
 )
