@@ -32,6 +32,7 @@ from solutions import (
     ch07_probes,
     ch08_function_vectors,
     ch11_oracles,
+    ch09_dictionaries,
 )
 
 CFG = TransformerConfig(d_vocab=1100, n_ctx=40, n_layers=2, n_heads=3, d_model=12, d_head=4, d_mlp=16)
@@ -131,6 +132,23 @@ WITHOUT = {  # what cannot be driven here, and why
     "icl_text": "works on texts",
     "ICLDataset": "is made of texts, on the CPU",
     "bootstrap_interval": "is given a generator, and there are none on meta",
+    "encode_texts": "is given texts",
+    "token_activations": "how many tokens there are depends on the values of the mask",
+    "norm_scale": "gives a number",
+    "ActivationBuffer": "needs token_activations",
+    "fit_dictionary": "notes the loss of every step, a number",
+    "shuffle_weights": "is given a generator, and there are none on meta",
+    "load_dictionary": "reads a file",
+    "loss_recovered": "gives numbers",
+    "explain": "gives numbers",
+    "detection_score": "gives a number",
+    "balanced_accuracy": "gives a number",
+    "fuzzing_score": "gives a number",
+    "sparse_probe": "which rows are of a class depends on values",
+    "save_for_saelens": "writes values to a file",
+    "load_saelens": "reads a file",
+    "Pass": "only holds what it is given",
+    "Fit": "only holds what it is given",
     "random_head_vector": "is given a generator, and there are none on meta",
 }
 
@@ -315,6 +333,13 @@ def inside(context: Any) -> Tensor:
     with context:
         logits: Tensor = model()(TOKENS)
     return logits
+
+
+@cache
+def some_dictionary(hook_name: str = "blocks.0.hook_resid_post") -> Any:
+    """Of seven latents, moved."""
+    sae = ch06_superposition.SparseAutoencoder(12, 7, "topk", k=2).to("meta")
+    return ch09_dictionaries.Dictionary(sae, hook_name, 0.5)
 
 
 # What a function is given, as a tuple; or, where it takes more than a call, what came out.
@@ -532,6 +557,19 @@ CALLS: dict[str, Callable[[], Any]] = {
     "expected_calibration_error": lambda: (floats(5, 7), ids(5), 4),
     "mirror": lambda: (floats(5, 7), floats(7), floats()),
     "patchscope": lambda: (model(), TOKENS, ids(2), 1, OTHER, ids(2), 2),
+    # 09
+    "dictionary_pass": lambda: list(ch09_dictionaries.dictionary_pass(some_dictionary().sae, floats(4, 12), 0.1)),
+    "Dictionary": lambda: some_dictionary().decode(some_dictionary().encode(RESID)),
+    "firing_rates": lambda: ([floats(5, 7), floats(3, 7)],),
+    "explained_variance": lambda: (floats(8, 3), floats(8, 3)),
+    "splice": lambda: inside(ch09_dictionaries.splice(model(), some_dictionary(), with_error=True)),
+    "top_examples": lambda: ([floats(5, 7), floats(3, 7)], 4),
+    "activation_histogram": lambda: ([floats(5, 7), floats(3, 7)], floats(4)),
+    "logit_effect": lambda: (model(), floats(4, 12)),
+    "direct_feature_attribution": lambda: (model(), some_dictionary("blocks.0.hook_attn_out"), ids(5), 2, 3),
+    "best_f1": lambda: (floats(8, 7), ids(8, 3).bool(), (0.0, 0.5)),
+    "follow_rule": lambda: ((1, 0.25, (0, 0.5, 1.0)), ids(8, 3).bool()),
+    "steer_with_latent": lambda: inside(ch09_dictionaries.steer_with_latent(model(), some_dictionary(), [1, 2], 0.5)),
     # 12
     "elevation": lambda: (TOKENS,),
     "failures": lambda: (TOKENS,),

@@ -1,0 +1,62 @@
+"""Steps of training a dictionary, against SAELens where it is installed: activations per second on the same shapes.
+
+Both train a TopK autoencoder of 1024 latents on batches of 512 random activations of width 128, in float32 and with a
+loss that revives dead latents; the data cost nothing, so that only the training is measured.
+"""
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from solutions.ch06_superposition import SparseAutoencoder
+from solutions.ch09_dictionaries import fit_dictionary
+
+D_IN, D_SAE, K, BATCH, STEPS = 128, 1024, 6, 512, 30
+
+
+def batches() -> Callable[[], Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(8 * BATCH, D_IN, generator=generator)
+    return lambda: rows[torch.randint(len(rows), (BATCH,), generator=generator)]
+
+
+def test_ours(benchmark: Any) -> None:
+    def train() -> None:
+        sae = SparseAutoencoder(D_IN, D_SAE, "topk", k=K, generator=torch.Generator().manual_seed(0))
+        fit_dictionary(sae, batches(), STEPS, window=5, auxiliary=1 / 32)
+
+    benchmark.extra_info["activations"] = STEPS * BATCH
+    benchmark.pedantic(train, rounds=3, warmup_rounds=1)
+
+
+@pytest.mark.skipif(find_spec("sae_lens") is None, reason="SAELens is not installed (extra `peers`)")
+def test_saelens(benchmark: Any) -> None:
+    from sae_lens.saes.sae import TrainStepInput
+    from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
+
+    def train() -> None:
+        sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=D_IN, d_sae=D_SAE, k=K))
+        optimizer = torch.optim.Adam(sae.parameters(), lr=1e-3)
+        batch, silent = batches(), torch.zeros(D_SAE)
+        for step in range(STEPS):
+            found = sae.training_forward_pass(
+                TrainStepInput(
+                    sae_in=batch(),
+                    coefficients={},
+                    dead_neuron_mask=silent > 5,
+                    n_training_steps=step,
+                    is_logging_step=False,
+                )
+            )
+            fired = found.feature_acts.to_dense() if found.feature_acts.is_sparse else found.feature_acts
+            silent = torch.where((fired > 0).any(dim=0), 0.0, silent + 1)
+            optimizer.zero_grad()
+            found.loss.backward()
+            optimizer.step()
+
+    benchmark.extra_info["activations"] = STEPS * BATCH
+    benchmark.pedantic(train, rounds=3, warmup_rounds=1)

@@ -1,0 +1,189 @@
+"""Checks of chapter 09, training: the loop that fits a dictionary, against one with every step written out."""
+
+import math
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from course_utils.checks.ch09.small import Fn
+from course_utils.checks.comparing import compare
+from course_utils.checks.guarding import may_change
+from course_utils.checks.mistakes import known_mistakes
+from course_utils.checks.modules import noise
+from course_utils.checks.outcomes import CheckFailed
+from course_utils.checks.plain import agree
+from course_utils.checks.standins.small_dictionary import SmallSAE
+
+D_IN, D_LATENT, BATCH = 5, 9, 7
+
+
+def rate(step: int, steps: int, peak: float, warm_up: int) -> float:
+    value = peak
+    if step + 1 < warm_up:
+        value *= (step + 1) / warm_up
+    if (steps - step) < 0.2 * steps:
+        value *= (steps - step) / (0.2 * steps)
+    return min(value, peak)
+
+
+def lowest_of_both(step: int, steps: int, peak: float, warm_up: int) -> float:
+    return peak * min(1.0, (step + 1) / warm_up, (steps - step) / (0.2 * steps))
+
+
+def loss_of(sae: Any, x: Tensor, weight: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(loss, pre-activations, latents, reconstruction) of a "relu" or a "topk"."""
+    pre = (x - sae.b_dec) @ sae.W_enc + sae.b_enc
+    latents = sae.activate(pre)
+    reconstruction = latents @ sae.W_dec + sae.b_dec
+    error = (x - reconstruction).pow(2).sum() / len(x)
+    penalty = (latents * sae.W_dec.norm(dim=1)).sum() / len(x)
+    return error + weight * penalty, pre, latents, reconstruction
+
+
+def revived(x: Tensor, pre: Tensor, reconstruction: Tensor, dead: Tensor, W_dec: Tensor, k: int) -> Tensor:
+    """What the dead latents leave over of the error."""
+    alive = torch.where(dead, pre, torch.full_like(pre, -math.inf))
+    order = alive.argsort(dim=1, descending=True).argsort(dim=1)
+    guess = (alive.clamp(min=0) * (order < k)) @ W_dec
+    return ((x - reconstruction).detach() - guess).pow(2).sum() / len(x)
+
+
+def loop(
+    schedule: Callable[[int, int, float, int], float] = lowest_of_both,
+    grows: Callable[[int, int], float] = lambda step, steps: min(1.0, (step + 1) / (0.2 * steps)),
+    is_dead: Callable[[Tensor, int], Tensor] = lambda silent, window: silent > window,
+    counts: Callable[[Tensor], Tensor] = lambda latents: (latents > 0).any(dim=0),
+    parallel: bool = True,
+    unit: bool = True,
+    starts: bool = True,
+    k: int = 32,
+    adds: Callable[[float, Tensor], Any] = lambda auxiliary, extra: auxiliary * extra,
+    both: bool = False,
+    ends: str = "eval",
+    early: int = 0,
+    copies: bool = True,
+) -> Fn:
+    """fit_dictionary, and the ways in which it may go wrong."""
+
+    def fit_dictionary(
+        sae: Any,
+        batch: Callable[[], Tensor],
+        steps: int,
+        peak: float = 1e-3,
+        sparsity: float = 0.0,
+        warm_up: int = 50,
+        window: int = 50,
+        auxiliary: float = 0.0,
+        keep: Sequence[int] = (),
+    ) -> Any:
+        parameters = list(sae.parameters())
+        moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in parameters]
+        silent = torch.zeros(sae.b_enc.shape[0])
+        losses, deads, snapshots = [], [], {}
+        sae.train()
+        for step in range(steps):
+            x = batch()
+            if step == 0 and starts:
+                sae.b_dec.data = x.mean(dim=0)
+            loss, pre, latents, reconstruction = loss_of(sae, x, sparsity * grows(step, steps))
+            silent = torch.where(counts(latents), torch.zeros_like(silent), silent + 1)
+            dead = is_dead(silent, window)
+            total = loss
+            if auxiliary and dead.any():
+                total = loss + adds(auxiliary, revived(x, pre, reconstruction, dead, sae.W_dec, k))
+            gradients = torch.autograd.grad(total, parameters)
+            with torch.no_grad():
+                lr = schedule(step, steps, peak, warm_up)
+                for p, g, (m, v) in zip(parameters, gradients, moments, strict=True):
+                    if p is sae.W_dec and parallel:
+                        rows = p / p.norm(dim=1, keepdim=True)
+                        g = g - (g * rows).sum(dim=1, keepdim=True) * rows
+                    m.copy_(0.9 * m + 0.1 * g)
+                    v.copy_(0.999 * v + 0.001 * g**2)
+                    p -= lr * (m / (1 - 0.9 ** (step + 1))) / ((v / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
+                if unit:
+                    sae.W_dec /= sae.W_dec.norm(dim=1, keepdim=True)
+            losses.append((total if both else loss).item())
+            deads.append(int(dead.sum()))
+            if step + 1 - early in keep:
+                state = sae.state_dict()
+                snapshots[step + 1 - early] = {n: w.clone() if copies else w for n, w in state.items()}
+        sae.train(ends == "train")
+        return SimpleNamespace(losses=losses, dead=deads, snapshots=snapshots)
+
+    return fit_dictionary
+
+
+@may_change("sae")
+@known_mistakes(
+    {
+        "the learning rate does not rise at first.": loop(
+            lambda step, steps, peak, warm_up: rate(step, steps, peak, 1)
+        ),
+        "the learning rate does not fall in the last fifth.": loop(
+            lambda step, steps, peak, warm_up: peak * min(1.0, (step + 1) / warm_up)
+        ),
+        "the learning rate is the same throughout.": loop(lambda step, steps, peak, warm_up: peak),
+        "the penalty has its full weight from the beginning.": loop(grows=lambda step, steps: 1.0),
+        "the penalty is left out.": loop(grows=lambda step, steps: 0.0),
+        "rows of the decoder do not keep a norm of 1.": loop(unit=False),
+        "the gradient's part along the rows of the decoder stays in it.": loop(parallel=False),
+        "`b_dec` does not begin with the mean of the first batch.": loop(starts=False),
+        "a latent that was silent in this batch alone counts as dead.": loop(is_dead=lambda silent, window: silent > 0),
+        "a latent is dead one step too early.": loop(is_dead=lambda silent, window: silent >= window),
+        "a latent is dead if it is silent on one token of the batch.": loop(
+            counts=lambda latents: (latents > 0).all(dim=0)
+        ),
+        "the auxiliary loss is left out.": loop(adds=lambda auxiliary, extra: 0.0),
+        "the auxiliary loss has its full weight; multiply by `auxiliary`.": loop(adds=lambda auxiliary, extra: extra),
+        "`losses` includes the auxiliary loss.": loop(both=True),
+        "snapshots are taken one step too late.": loop(early=1),
+        "snapshots are the weights themselves, which training goes on to change; copy them.": loop(copies=False),
+        "the autoencoder is left in training mode.": loop(ends="train"),
+    }
+)
+def check_fit_dictionary(fn: Fn) -> None:
+    """A "relu" with a penalty, a "topk" with an auxiliary loss: losses, dead latents, weights, and snapshots."""
+    name = "fit_dictionary"
+    cases: list[tuple[str, int, dict[str, Any]]] = [
+        ("topk", 11, {"peak": 0.05, "warm_up": 4, "window": 2, "auxiliary": 0.7, "keep": [2, 7]}),
+        ("relu", 9, {"peak": 0.02, "warm_up": 3, "sparsity": 0.8, "window": 1}),
+        ("topk", 6, {"auxiliary": 0.5, "window": 0}),
+    ]
+    for kind, steps, options in cases:
+        words = f"{kind}, {steps} steps, {', '.join(f'{key}={value}' for key, value in options.items())}"
+        saes, fits = [], []
+        for each in (loop(), fn):
+            sae = SmallSAE(D_IN, D_LATENT, kind, k=1)
+            n = iter(range(99))
+            fits.append(each(sae, lambda n=n: batch_number(next(n)), steps, **options))  # type: ignore[misc]
+            saes.append(sae)
+        right, actual = fits
+        if actual is None:
+            raise CheckFailed(f"{name}: returned None.\n  Next: return a Fit of losses, dead and snapshots.")
+        for label, answer in (("losses", actual.losses), ("dead", actual.dead)):
+            if not isinstance(answer, list) or len(answer) != steps:
+                raise CheckFailed(f"{name}: `{label}` is to be a list with one number for each step.\n  Next: append.")
+        compare(f"{name}: losses, {words}", torch.tensor(actual.losses), torch.tensor(right.losses), "step", 1e-3, 1e-4)
+        agree(name, f"`dead`, {words}", actual.dead, right.dead)
+        weights = [("at the end", saes[1].state_dict(), saes[0].state_dict())]
+        if sorted(actual.snapshots) != sorted(right.snapshots):
+            raise CheckFailed(
+                f"{name}: snapshots after {sorted(right.snapshots)} steps were asked for, got {sorted(actual.snapshots)}."
+                "\n  Next: keep says after how many steps."
+            )
+        weights += [(f"after {at} steps", actual.snapshots[at], right.snapshots[at]) for at in right.snapshots]
+        for when, got, want in weights:
+            for label, weight in want.items():
+                axes = {2: "d_in latent" if label == "W_enc" else "latent d_in", 1: label}[weight.dim()]
+                compare(f"{name}: {label} {when}, {words}", got[label], weight, axes, 1e-3, 1e-4)
+        if saes[1].training:
+            compare(f"{name}: `training` afterwards", torch.tensor(1.0), torch.tensor(0.0), "")
+
+
+def batch_number(number: int) -> Tensor:
+    """A batch that is not centred, another at each step."""
+    return noise(BATCH, D_IN, seed=30 + number) + torch.arange(float(D_IN)) / 3

@@ -1,0 +1,1 @@
+"""Tests of chapter 09: dictionary learning."""

@@ -1,0 +1,29 @@
+"""What the checks of training in chapter 09 cannot know: see tests/test_checks.py."""
+
+from typing import Any
+
+from course_utils.checks.ch09.training import loop
+from tests.ch09 import other_dictionaries as other
+
+SECRETS = ("backward()", "optimizer.step")
+ONLY_ON_GPU = "device"
+# Changes after which the reference still does what its statement says.
+STILL_RIGHT: set[str] = set()
+
+
+SURPRISES: dict[str, list[tuple[str, Any]]] = {
+    "fit_dictionary": [
+        ("wrong", loop(lambda step, steps, peak, warm_up: 2 * peak)),
+        ("returned None", lambda *args, **kwargs: None),
+        ("a list", lambda sae, batch, steps, *args, **kwargs: shorter(sae, batch, steps, *args, **kwargs)),
+    ],
+}
+
+
+def shorter(sae: Any, batch: Any, steps: int, *args: Any, **kwargs: Any) -> Any:
+    fit = loop()(sae, batch, steps, *args, **kwargs)
+    fit.losses = fit.losses[:-1]
+    return fit
+
+
+ALSO_RIGHT: dict[str, list[Any]] = {name: [getattr(other, name)] for name in SURPRISES}
