@@ -168,7 +168,7 @@ def token_to_latent(
     _, cache = run_with_cache(model, tokens)
     written = written_to_stream(cache).detach().requires_grad_()
     reads, _ = frozen_run(model, tokens, cache, written)
-    (gradient,) = torch.autograd.grad(reads[layer, 0, pos] @ transcoders[layer].W_enc[:, latent], written)
+    (gradient,) = torch.autograd.grad(reads[layer][0, pos] @ transcoders[layer].W_enc[:, latent], written)
     return (gradient * written)[0, 0].sum(dim=-1).detach()
 
 
@@ -191,7 +191,7 @@ def latent_to_latent(
     _, cache = run_with_cache(model, tokens)
     written = written_to_stream(cache).detach().requires_grad_()
     reads, _ = frozen_run(model, tokens, cache, written)
-    (gradient,) = torch.autograd.grad(reads[layer, 0, pos] @ transcoders[layer].W_enc[:, latent], written)
+    (gradient,) = torch.autograd.grad(reads[layer][0, pos] @ transcoders[layer].W_enc[:, latent], written)
     source = transcoders[source_layer]
     latents = source.encode(cache["ln2.normalized", source_layer])[0]
     return (latents * (gradient[1 + source_layer, 0] @ source.W_dec.T)).detach()
