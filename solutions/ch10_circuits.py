@@ -335,7 +335,7 @@ def attribution_graph(
     below = torch.cat(rows)  # the columns lie in the order of the nodes; nothing comes out of a target
     adjacency = below.new_zeros(below.shape[1] + len(targets), below.shape[1] + len(targets))
     adjacency[len(adjacency) - len(below) :, : below.shape[1]] = below
-    return Graph(adjacency.detach(), features, activations, len(transcoders), tokens.shape[1])
+    return Graph(adjacency.detach(), features, activations.detach(), len(transcoders), tokens.shape[1])
 
 
 def normalised_adjacency(adjacency: Float[Tensor, "node node"]) -> Float[Tensor, "node node"]:
