@@ -60,8 +60,8 @@ def test_with_what_the_model_wrote_the_frozen_run_is_the_models_own(kind: str) -
     model, tokens = model_of(kind), tokens_of(2)
     cache = run_of(model, tokens)
     reads, logits = ref.frozen_run(model, tokens, cache, written_in(cache))
-    torch.testing.assert_close(logits, model(tokens))
-    torch.testing.assert_close(torch.stack(reads), cache.stack("ln2.normalized"))
+    torch.testing.assert_close(logits, model(tokens), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.stack(reads), cache.stack("ln2.normalized"), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
