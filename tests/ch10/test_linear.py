@@ -48,7 +48,7 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
     "feature_connections": [
         ("should raise ValueError", connected(refuse=lambda source, target: target < source)),
         ("should raise ValueError", connected(refuse=lambda source, target: target == source)),
-        ("values are wrong", connected(layers=lambda source, target: (source, 2))),
+        ("wrong shape", connected(layers=lambda source, target: (source, 2))),
         ("wrong shape", lambda *args: other.feature_connections(*args)[1:]),
     ],
 }

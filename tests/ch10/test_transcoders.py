@@ -28,7 +28,7 @@ def leaves_its_hook(model: Any, transcoders: Any, tokens: Any, errors: Any = Non
 SURPRISES: dict[str, list[tuple[str, Any]]] = {
     "Transcoder": [
         ("values", wrong(pre=lambda self, x: x @ self.W_enc - self.b_enc)),
-        ("values", wrong(forward=lambda self, x: self.decode(self.encode(x)) - self.b_dec)),
+        ("values", wrong(forward=lambda self, x: 2 * self.decode(self.encode(x)))),
         ("no gradient", wrong(forward=lambda self, x: self.decode(self.encode(x)).detach())),
         ("wrong shape", wrong(encode=lambda self, x: self.pre(x)[..., :2])),
     ],
