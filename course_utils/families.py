@@ -31,6 +31,13 @@ def refuse_gated_mlp(name: str, model: Any) -> None:
         raise ValueError(f"{name}: the MLPs of this model have a gate; {name} is about MLPs that read with W_in alone.")
 
 
+def refuse_without_mlp_norm(name: str, model: Any) -> None:
+    """Raise ValueError for a model that has no MLPs, or no norm before them: a transcoder reads what the norm gives."""
+    if model.cfg.attn_only or model.cfg.normalization == "none":
+        what = "no MLPs" if model.cfg.attn_only else "no norm before its MLPs"
+        raise ValueError(f"{name}: this model has {what}; {name} is about transcoders, which read what that norm gives.")
+
+
 def untied_copy(model: Any) -> Any:
     """A copy whose unembedding can be changed without its embedding."""
     return _copy(model, replace(model.cfg, tied=False)) if model.cfg.tied else copy.deepcopy(model)

@@ -141,7 +141,7 @@ def test_another_right_answer_passes(chapter: str, symbol: str, number: int) -> 
 # What lies on the way of training or of attribution; modules do too. Elsewhere a result may come without a graph.
 PROMISE_A_GRADIENT = set(
     "cross_entropy attention_scores causal_mask gelu_new apply_rotary masked_lm_loss lm_loss"
-    " logit_difference normalised_metric unbalanced_scores answer_loss tabulated_logits".split()
+    " logit_difference normalised_metric unbalanced_scores answer_loss tabulated_logits transcoder_loss run_replaced".split()
 )
 
 # Exercises for which a transformation of tests/support/strangers.py turns a right answer into a wrong one, and why.
@@ -164,6 +164,9 @@ NOT_RIGHT = {
         "patchscope": "there is a position for each text",
     },
     "in double precision inside": {"run_oracle": "the oracle's own weights stay in single precision"},
+        "run_replaced": "the errors have as many rows as the batch",
+        "frozen_run": "the cache has as many rows as the batch",
+    "in double precision inside": {"transcoder_loss": "the transcoder has a dtype of its own"},
     "inputs that are not contiguous": {"MyHookPoint": "without functions the activation itself is to come out"},
     "results that are views": {
         "MyHookPoint": "without functions the activation itself is to come out",
