@@ -162,11 +162,13 @@ NOT_RIGHT = {
         "harvest_windows": "there is an end for each text",
         "shuffle_windows": "what a row gets comes from other rows",
         "patchscope": "there is a position for each text",
-    },
-    "in double precision inside": {"run_oracle": "the oracle's own weights stay in single precision"},
         "run_replaced": "the errors have as many rows as the batch",
         "frozen_run": "the cache has as many rows as the batch",
-    "in double precision inside": {"transcoder_loss": "the transcoder has a dtype of its own"},
+    },
+    "in double precision inside": {
+        "run_oracle": "the oracle's own weights stay in single precision",
+        "transcoder_loss": "the transcoder has a dtype of its own",
+    },
     "inputs that are not contiguous": {"MyHookPoint": "without functions the activation itself is to come out"},
     "results that are views": {
         "MyHookPoint": "without functions the activation itself is to come out",

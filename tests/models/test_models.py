@@ -47,8 +47,10 @@ def model(request) -> Transformer:
 def test_the_models_are_those_of_the_recipes() -> None:
     cards = {card["name"]: card for card in shipped_models()}
     # which have test files of their own
-    own = {"reverse-increment", "brackets", "brackets-fooled", "pairs", "modular-addition", "oracle"}
-    own = {"reverse-increment", "brackets", "brackets-fooled", "pairs", "modular-addition", "othello-6"}
+    own = {
+        *("reverse-increment", "brackets", "brackets-fooled", "pairs", "modular-addition", "modular-multiplication"),
+        *("oracle", "othello-6"),
+    }
     assert set(cards) == {*RECIPES, *own}
     for name, recipe in RECIPES.items():
         shipped = load_pretrained(Transformer, name)
