@@ -20,6 +20,7 @@ import pytest
 import torch
 
 from course_utils.build import build_chapter
+from course_utils.exercises import by_part
 from course_utils.plots import attention_pattern, bar, heatmap, line, scatter, template
 from course_utils.sliders import slider
 from tests.conftest import ROOT
@@ -240,6 +241,13 @@ def test_pages_load_nothing_from_elsewhere_and_keep_headings_in_order(files: dic
         )
     for style in SITE.rglob("*.css"):
         assert not re.search(r"url\(['\"]?(https?:)?//", style.read_text(encoding="utf-8")), style
+
+
+@pytest.mark.browser
+def test_the_sidebar_has_the_parts_of_the_course() -> None:
+    captions = re.findall(r'class="caption-text">([^<]*)<', (SITE / "index.html").read_text(encoding="utf-8"))
+    parts = [part.heading for part in by_part(lesson.stem[:2] for lesson in LESSONS)]
+    assert captions == [*parts, "Beside the chapters", "For authors"]
 
 
 # --- the site, in a browser -------------------------------------------------------------------------------------------
