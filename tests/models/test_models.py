@@ -47,7 +47,7 @@ def model(request) -> Transformer:
 def test_the_models_are_those_of_the_recipes() -> None:
     cards = {card["name"]: card for card in shipped_models()}
     # which have test files of their own
-    own = {"reverse-increment", "brackets", "brackets-fooled", "pairs", "modular-addition"}
+    own = {"reverse-increment", "brackets", "brackets-fooled", "pairs", "modular-addition", "modular-multiplication"}
     assert set(cards) == {*RECIPES, *own}
     for name, recipe in RECIPES.items():
         shipped = load_pretrained(Transformer, name)
