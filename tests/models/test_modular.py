@@ -7,11 +7,18 @@ import torch
 
 from course_utils.pretrained import load_history, load_pretrained, shipped_models, shipped_steps, shipped_tokenizer
 from solutions.ch02_transformer import Transformer
-from solutions.ch13_grokking import answer_loss, key_frequencies, logit_fit, loss_with_frequencies, tabulated_logits
+from solutions.ch13_grokking import (
+    answer_loss,
+    frequency_norms,
+    key_frequencies,
+    logit_fit,
+    loss_with_frequencies,
+    tabulated_logits,
+)
 from solutions.recipes import modular_addition as recipe
 from solutions.recipes import modular_multiplication, modular_others
 
-RECIPES = {"modular-addition": recipe.RECIPE}  # that of products ships no model
+RECIPES = {"modular-addition": recipe.RECIPE, "modular-multiplication": modular_multiplication.RECIPE}
 CARDS = {card["name"]: card for card in shipped_models()}
 
 
@@ -63,6 +70,18 @@ def test_the_logits_are_five_cosines(name: str, model: Transformer) -> None:
     assert share > 0.9 and share == pytest.approx(float(CARDS[name]["logit_share"]), abs=2e-3)
 
 
+def test_products_are_sums_in_the_order_of_the_powers_only() -> None:
+    model, own = load_pretrained(Transformer, "modular-multiplication"), RECIPES["modular-multiplication"]
+    usual = torch.arange(1, recipe.P)
+    at_random = usual[torch.randperm(len(usual), generator=torch.Generator().manual_seed(0))]
+    for order in (usual, at_random):
+        keys = key_frequencies(model.embed.W_E[order], 5).tolist()
+        assert float(logit_fit(recipe.logit_grid(model, order), keys)[1].sum()) < 0.01
+    norms = frequency_norms(model.embed.W_E[own.elements])
+    keys = key_frequencies(model.embed.W_E[own.elements], 5)
+    assert norms[keys].square().sum() / norms[1:].square().sum() > 0.9
+
+
 def test_the_model_stands_and_falls_with_its_key_frequencies() -> None:
     model = load_pretrained(Transformer, "modular-addition")
     tokens, answers, _ = data("modular-addition")
@@ -76,8 +95,8 @@ def test_the_model_stands_and_falls_with_its_key_frequencies() -> None:
         assert loss_with_frequencies(model, tokens, answers, [k for k in everything if k != key]) > 5 * whole
 
 
-def test_restricted_loss_falls_long_before_held_out_loss() -> None:
-    entries = load_history("modular-addition")
+def test_restricted_loss_falls_long_before_held_out_loss(name: str) -> None:
+    entries = load_history(name)
     memorised, restricted, grokked = (first_below(entries, key) for key in ("train", "restricted", "held_out"))
     assert memorised < restricted < grokked
     assert grokked - restricted >= 1000

@@ -185,7 +185,6 @@ def check_control_task(fn: Fn) -> None:
         found = torch.tensor(sorted(set(labels.tolist())))
         if found.tolist() != [0, 1]:
             compare(f"{name} of 2 types: the classes that occur", found, torch.arange(2), "n_class")
-    _independent(name, fn)
     if fn(torch.tensor([4, 4, 9]), 5, seeded(0)).shape != (3,):
         raise CheckFailed(f"{name} of 2 types and 5 classes: wrong shape.\n  Next: one class for each row.")
     many = fn(torch.arange(3000), 3, seeded(3))
@@ -199,6 +198,7 @@ def check_control_task(fn: Fn) -> None:
             f"{name} of 4 types and 5 classes: in 20 draws, no two types ever had the same class.\n"
             "  Next: draw the classes independently; draw again only where there are as many types as classes or more."
         )
+    _independent(name, fn)
 
 
 def _independent(name: str, fn: Fn) -> None:
