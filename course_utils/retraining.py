@@ -22,7 +22,7 @@ RULES: tuple[tuple[str, float | None, str], ...] = (
     (r"steps|tokens|texts", 0.0, "decided before training begins"),
     (r"minutes|cpu_seconds", None, "says something about the machine"),
     (r".*_by_task", None, "the tasks' mean, in a line of its own, is what can be compared"),
-    (r".*_by_type|ten_points_over_probe", None, "the mean over types, in a line of its own, is what can be compared"),
+    (r".*_by_type|ten_points_over_.*", None, "the mean over types, in a line of its own, is what can be compared"),
     (r"questions|windows", 0.0, "decided before training begins"),
     (r"unknown_(zeros|noise|random_weights)", None, "what is said about the never trained is up to chance"),
     (r"unknown_.*|cost_of_unknown|calibration_error", 0.05, "seeds differ by hundredths"),

@@ -223,7 +223,7 @@ def oracle_from(model: Any, ModelClass: Any, generator: torch.Generator, d_vocab
     weights["unembed.W_U"] = torch.cat([W_U, new_U], dim=1)
     weights["unembed.b_U"] = torch.cat([weights["unembed.b_U"], W_U.new_zeros(n_new)])
     oracle = ModelClass(cfg)
-    oracle.load_state_dict(weights)
+    oracle.load_state_dict(weights, assign=True)
     oracle.cfg, oracle.tokenizer = cfg, model.tokenizer
     return oracle.to(W_E.device)
 
