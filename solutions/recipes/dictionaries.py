@@ -150,7 +150,10 @@ def run(recipe: DictionaryRecipe, out: Path | None, steps: int | None, ship: boo
     steps = recipe.steps if steps is None else steps
     dictionary, losses = trained(recipe, model, steps)
     figures = judged(model, dictionary, held_out(model, recipe.hook_name))
-    front = {"about": f"a dictionary of {recipe.hook_name} of {recipe.model}", "recipe": "solutions.recipes.dictionaries"}
+    front = {
+        "about": f"a dictionary of {recipe.hook_name} of {recipe.model}",
+        "recipe": "solutions.recipes.dictionaries",
+    }
     front |= {"d_sae": recipe.d_sae, "k": recipe.k, "seed": recipe.seed, "steps": steps}
     card: dict[str, object] = {**front, **figures, "cpu_seconds": round(time.process_time() - start)}
     for key, value in card.items():
@@ -172,9 +175,9 @@ def run(recipe: DictionaryRecipe, out: Path | None, steps: int | None, ship: boo
 SETTINGS: dict[str, list[dict[str, float]]] = {
     "topk": [{"k": k} for k in (3, 6, 16)],
     "batch_topk": [{"k": k} for k in (3, 6, 16)],
-    "relu": [{"sparsity": weight} for weight in (1.5, 4.0, 9.0)],
-    "gated": [{"sparsity": weight} for weight in (1.5, 4.0, 9.0)],
-    "jumprelu": [{"sparsity": weight} for weight in (0.5, 1.5, 4.0)],
+    "relu": [{"sparsity": weight} for weight in (0.8, 1.5, 2.5)],
+    "gated": [{"sparsity": weight} for weight in (1.5, 4.0, 6.0)],
+    "jumprelu": [{"sparsity": weight, "threshold": start} for weight, start in ((1.0, 0.5), (2.0, 0.9), (4.0, 1.3))],
 }
 
 
@@ -193,7 +196,13 @@ def sweep(steps: int = 300, d_sae: int = 256, peaks: tuple[float, ...] = (2e-3, 
             for peak in peaks:
                 generator = torch.Generator().manual_seed(0)
                 sae = SparseAutoencoder(
-                    model.cfg.d_model, d_sae, kind, k=setting.get("k", 1), threshold=0.3, bandwidth=0.3, generator=generator
+                    model.cfg.d_model,
+                    d_sae,
+                    kind,
+                    k=setting.get("k", 1),
+                    threshold=setting.get("threshold", 0.3),
+                    bandwidth=0.5,
+                    generator=generator,
                 )
                 auxiliary = 1 / 32 if "k" in setting else 0.0
                 penalty = setting.get("sparsity", 0.0)
