@@ -160,7 +160,6 @@ NOT_RIGHT = {
         "neuron_contributions": "the cache has as many rows as the batch",
         "run_steered": "there is a position for each text",
         "run_replaced": "the errors have as many rows as the batch",
-        "frozen_run": "the cache has as many rows as the batch",
     },
     "in double precision inside": {"transcoder_loss": "the transcoder has a dtype of its own"},
     "inputs that are not contiguous": {"MyHookPoint": "without functions the activation itself is to come out"},

@@ -508,11 +508,16 @@ def powers(shares: Tensor, weights: Tensor) -> Tensor:
     }
 )
 def check_prune(fn: Fn) -> None:
-    """Three graphs with three pairs of shares each."""
+    """Three graphs with three pairs of shares each; one in which a latent loses all edges out before those into it."""
     name = "prune"
+    narrow = toy_graph(2, (2, 5, 3), 1, 1)
+    narrow.adjacency[narrow.latents.start : narrow.latents.start + 2] = 0
+    narrow.adjacency[narrow.latents.start : narrow.latents.start + 2, 0] = 1
+    cases = []
     for sizes in ((2, (5, 4, 6), 2, 21), (4, (7,), 3, 37), (3, (4, 6), 1, 5)):
-        graph = toy_graph(*sizes)
-        for node_share, edge_share in ((0.9, 0.7), (0.8, 0.8), (0.5, 0.98)):
+        cases.append((toy_graph(*sizes), ((0.9, 0.7), (0.8, 0.8), (0.5, 0.98))))
+    for graph, pairs in [*cases, (narrow, ((0.9, 0.5),))]:
+        for node_share, edge_share in pairs:
             call = f"{name}(graph of {len(graph.adjacency)} nodes, {node_share}, {edge_share})"
             answer = fn(graph, node_share, edge_share)
             if not isinstance(answer, tuple) or len(answer) != 2:
