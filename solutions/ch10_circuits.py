@@ -73,7 +73,7 @@ def transcoder_loss(
 def mlp_errors(
     model: Any, transcoders: Sequence[Any], tokens: Int[Tensor, "batch pos"]
 ) -> Float[Tensor, "layer batch pos d_model"]:
-    """What each MLP writes and its transcoder does not: `mlp_out` minus the transcoder's output, in the model's own run.
+    """What each MLP writes and its transcoder does not: `mlp_out` minus its output, in the model's own run.
 
     A transcoder reads `ln2.hook_normalized` of its layer, as the MLP itself left it. No gradients are recorded.
     """
@@ -304,7 +304,8 @@ def attribution_graph(
     - an active latent: its activation times its row of W_dec.
 
     So a row sums to the pre-activation, or to the target, but for the share of the biases, which are no nodes. Rows of
-    embeddings and errors are 0. Many gradients can be taken in one call, some sixteen at a time. Nothing has a graph of autograd.
+    embeddings and errors are 0. Many gradients can be taken in one call, some sixteen at a time. Nothing that is
+    returned has a graph of autograd.
     Source: Ameisen et al. 2025, "Constructing an attribution graph for a prompt".
     """
     _, cache = run_with_cache(model, tokens)
@@ -394,9 +395,7 @@ def largest_part(values: Float[Tensor, "..."], share: float) -> Bool[Tensor, "..
     return kept.reshape(values.shape)
 
 
-def prune(
-    graph: Any, node_share: float, edge_share: float
-) -> tuple[Bool[Tensor, " node"], Bool[Tensor, "node node"]]:
+def prune(graph: Any, node_share: float, edge_share: float) -> tuple[Bool[Tensor, " node"], Bool[Tensor, "node node"]]:
     """Keep the nodes, and then the edges, that carry most of the influence on the targets: (nodes, edges).
 
     First the nodes: the `largest_part` of the influence, with `node_share`; embeddings and targets are kept in any

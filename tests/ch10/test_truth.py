@@ -11,7 +11,7 @@ from course_utils.checks.modules import noise
 from course_utils.hooks import add_hook
 from tests.ch10 import other_circuits as other
 
-SECRETS = ("linalg.solve", "W_dec", "expand(")
+SECRETS = ("linalg.solve", "@ transcoder", "expand(")
 ONLY_ON_GPU = "device="
 # Changes after which the reference still does what its statement says.
 STILL_RIGHT = {

@@ -167,7 +167,9 @@ def swapped_blocks(adjacency: Tensor) -> Tensor:
         "the activation is left out: edges are gradients times W_dec.": graphed(active=torch.ones_like),
         "gradients go through the attention patterns; they are to be frozen.": graphed(places=("*hook_scale",)),
         "gradients go through the scales of the norms; they are to be frozen.": graphed(places=("*hook_pattern",)),
-        "the adjacency is transposed: rows are where edges go.": graphed(change=lambda adjacency: adjacency.T.contiguous()),
+        "the adjacency is transposed: rows are where edges go.": graphed(
+            change=lambda adjacency: adjacency.T.contiguous()
+        ),
         "edges have lost their signs.": graphed(change=torch.abs),
         "targets are read at the first position; it is the last one.": graphed(at=0),
         "errors come before embeddings; embeddings are the first nodes.": graphed(change=swapped_blocks),
@@ -207,9 +209,7 @@ def _is_graph(name: str, graph: Any, right: ToyGraph) -> None:
 # ------------------------------------------------------------------------------------------------------ shares, paths
 
 
-def shared(
-    size: Callable[[float], float] = abs, along: str = "row", empty: float = 0.0, of_sums: bool = False
-) -> Fn:
+def shared(size: Callable[[float], float] = abs, along: str = "row", empty: float = 0.0, of_sums: bool = False) -> Fn:
     def normalised_adjacency(adjacency: Tensor) -> Tensor:
         table = [[size(entry) for entry in row] for row in adjacency.tolist()]
         lines = table if along == "row" else [list(column) for column in zip(*table, strict=True)]
@@ -297,7 +297,10 @@ def check_influence(fn: Fn) -> None:
         shares, weights = small_shares(n, seed) * 0.9, noise(n, seed=seed + 5).abs()
         weights[0] = 0
         order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-        for what, table, ends in (("in order", shares, weights), ("in any order", shares[order][:, order], weights[order])):
+        for what, table, ends in (
+            ("in order", shares, weights),
+            ("in any order", shares[order][:, order], weights[order]),
+        ):
             with unchanged(name, shares=table, weights=ends):
                 compare(f"{name} of {n} nodes {what}", fn(table, ends), paths()(table, ends), "node")
     follows_input(name, fn, (shares, weights), "node")
@@ -541,10 +544,7 @@ def grouped(
         shares = (normalise or shared())(graph.adjacency)
         matter = weigh(graph, reach(graph)).tolist()
         table = [
-            [
-                _between(shares, target.tolist(), source.tolist(), matter, total, average_sources)
-                for source in groups
-            ]
+            [_between(shares, target.tolist(), source.tolist(), matter, total, average_sources) for source in groups]
             for target in groups
         ]
         out = torch.tensor(table, dtype=graph.adjacency.dtype)
