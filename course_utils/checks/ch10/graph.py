@@ -176,7 +176,7 @@ def swapped_blocks(adjacency: Tensor) -> Tensor:
     }
 )
 def check_attribution_graph(fn: Fn) -> None:
-    """Against runs without one node; three kinds of models, one to three targets; that rows sum to what they stand for."""
+    """Against runs without one node; three kinds of models, one to three targets."""
     name = "attribution_graph"
     for n_targets, kind in enumerate(KINDS, start=1):
         n_layers = 3 if n_targets == 1 else 2
@@ -418,7 +418,8 @@ def check_completeness_score(fn: Fn) -> None:
 def part(values: Tensor, share: float) -> Tensor:
     """The fewest largest values with this share, one after the other."""
     numbers = values.flatten().tolist()
-    kept, reached = set(), 0.0
+    kept: set[int] = set()
+    reached = 0.0
     for i in sorted(range(len(numbers)), key=lambda i: -numbers[i]):
         if kept and reached >= share * sum(numbers):
             break

@@ -138,7 +138,7 @@ def losses(
     def transcoder_loss(transcoder: Any, x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
         places = kept(mask).nonzero().tolist()
         output = transcoder(x)
-        rows, read, written = (torch.stack([part[row, pos] for row, pos in places]) for part in (output, x, y))
+        rows, read, written = (torch.stack([of[row, pos] for row, pos in places]) for of in (output, x, y))
         return share(errors(rows, read, written), spread(written))
 
     return transcoder_loss
