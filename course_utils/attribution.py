@@ -33,7 +33,9 @@ def draw_attribution(
 
     if not len(places) == len(says) == len(strengths):
         sizes = f"{len(places)}, {len(says)} and {len(strengths)}"
-        raise ValueError(f"draw_attribution: places, says and strengths have {sizes} entries, one is needed for each node.")
+        raise ValueError(
+            f"draw_attribution: places, says and strengths have {sizes} entries, one is needed for each node."
+        )
     if unknown := [edge for edge in edges if not (0 <= edge[0] < len(places) and 0 <= edge[1] < len(places))]:
         raise ValueError(f"draw_attribution: there is an edge {unknown[0]}, but there are {len(places)} nodes.")
     together: defaultdict[tuple[int, int], list[int]] = defaultdict(list)

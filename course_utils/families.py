@@ -35,7 +35,9 @@ def refuse_without_mlp_norm(name: str, model: Any) -> None:
     """Raise ValueError for a model that has no MLPs, or no norm before them: a transcoder reads what the norm gives."""
     if model.cfg.attn_only or model.cfg.normalization == "none":
         what = "no MLPs" if model.cfg.attn_only else "no norm before its MLPs"
-        raise ValueError(f"{name}: this model has {what}; {name} is about transcoders, which read what that norm gives.")
+        raise ValueError(
+            f"{name}: this model has {what}; {name} is about transcoders, which read what that norm gives."
+        )
 
 
 def untied_copy(model: Any) -> Any:

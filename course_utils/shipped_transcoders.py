@@ -33,7 +33,9 @@ def load_transcoders(TranscoderClass: Callable[..., Any], name: str, device: tor
     card = transcoder_card(name)
     content = (folder / WEIGHTS).read_bytes()
     if hashlib.sha256(content).hexdigest() != card["sha256"]:
-        raise PretrainedError(f"The transcoders of {name} are damaged or were changed: their SHA-256 is not the card's.")
+        raise PretrainedError(
+            f"The transcoders of {name} are damaged or were changed: their SHA-256 is not the card's."
+        )
     weights = load(content)
     transcoders = []
     for layer in range(1 + max(int(key.split(".")[0]) for key in weights)):
@@ -73,7 +75,9 @@ def save_transcoders(transcoders: Sequence[nn.Module], name: str, card: Mapping[
     }
     save_file(weights, folder / WEIGHTS)
     sha256 = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
-    lines = [f"{key}: {value}" for key, value in {"name": name, **card, "precision": "float16", "sha256": sha256}.items()]
+    lines = [
+        f"{key}: {value}" for key, value in {"name": name, **card, "precision": "float16", "sha256": sha256}.items()
+    ]
     text = "\n".join(["---", *lines, "---", "", prose.strip()]) + "\n"
     (folder / "card.md").write_text(text, encoding="utf-8", newline="\n")
     return folder

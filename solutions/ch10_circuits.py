@@ -73,7 +73,7 @@ def transcoder_loss(
 def mlp_errors(
     model: Any, transcoders: Sequence[Any], tokens: Int[Tensor, "batch pos"]
 ) -> Float[Tensor, "layer batch pos d_model"]:
-    """What each MLP writes and its transcoder does not: `mlp_out` minus the transcoder's output, in the model's own run.
+    """What each MLP writes and its transcoder does not: `mlp_out` minus its output, in the model's own run.
 
     A transcoder reads `ln2.hook_normalized` of its layer, as the MLP itself left it. No gradients are recorded.
     """
@@ -292,7 +292,6 @@ def attribution_graph(
     transcoders: Sequence[Any],
     tokens: Int[Tensor, "1 pos"],
     targets: Float[Tensor, "target d_vocab"],
-    chunk: int = 16,
 ) -> Graph:
     """The attribution graph of one prompt: what each active latent owes to what is written below it.
 
@@ -305,7 +304,8 @@ def attribution_graph(
     - an active latent: its activation times its row of W_dec.
 
     So a row sums to the pre-activation, or to the target, but for the share of the biases, which are no nodes. Rows of
-    embeddings and errors are 0. At most `chunk` gradients are taken at a time. Nothing has a graph of autograd.
+    embeddings and errors are 0. Many gradients can be taken in one call, some sixteen at a time. Nothing that is
+    returned has a graph of autograd.
     Source: Ameisen et al. 2025, "Constructing an attribution graph for a prompt".
     """
     _, cache = run_with_cache(model, tokens)
@@ -325,7 +325,7 @@ def attribution_graph(
         ends.insert(0, (reads[layer], seeds))
     rows = []
     for output, seeds in ends:
-        for some in seeds.split(chunk):
+        for some in seeds.split(16):
             (gradient,) = torch.autograd.grad(output, written, some, is_grads_batched=True, retain_graph=True)
             to_vectors = einops.einsum(gradient[:, :, 0], vectors, "end writer pos d, writer pos d -> end writer pos")
             to_latents = einops.einsum(
@@ -360,7 +360,7 @@ def influence(shares: Float[Tensor, "node node"], weights: Float[Tensor, " node"
     return torch.linalg.solve(identity - shares.T, weights) - weights
 
 
-def replacement_score(graph: Graph) -> float:
+def replacement_score(graph: Any) -> float:
     """Which share of the influence that begins anywhere begins at tokens, and not at errors.
 
     The influence of all embeddings, over that of all embeddings and all errors, both by `influence` of the normalised
@@ -373,7 +373,7 @@ def replacement_score(graph: Graph) -> float:
     return (tokens / (tokens + errors)).item()
 
 
-def completeness_score(graph: Graph) -> float:
+def completeness_score(graph: Any) -> float:
     """Which share of what comes into a node does not come from errors, on average over the nodes.
 
     A node counts as much as its influence, and a target also as much as its weight. Embeddings and errors, into which
@@ -395,9 +395,7 @@ def largest_part(values: Float[Tensor, "..."], share: float) -> Bool[Tensor, "..
     return kept.reshape(values.shape)
 
 
-def prune(
-    graph: Graph, node_share: float, edge_share: float
-) -> tuple[Bool[Tensor, " node"], Bool[Tensor, "node node"]]:
+def prune(graph: Any, node_share: float, edge_share: float) -> tuple[Bool[Tensor, " node"], Bool[Tensor, "node node"]]:
     """Keep the nodes, and then the edges, that carry most of the influence on the targets: (nodes, edges).
 
     First the nodes: the `largest_part` of the influence, with `node_share`; embeddings and targets are kept in any
@@ -425,7 +423,7 @@ def prune(
 # ------------------------------------------------------------------------------------------------------ is it true?
 
 
-def total_effects(graph: Graph) -> Float[Tensor, "target node"]:
+def total_effects(graph: Any) -> Float[Tensor, "target node"]:
     """How much the graph says that each target would lose without a node, along all paths together; with signs.
 
     An edge into a latent says which part of its activation comes from the source: the entry of the adjacency, over the
@@ -443,7 +441,7 @@ def ablate_latents(
     model: Any,
     transcoders: Sequence[Any],
     tokens: Int[Tensor, "1 pos"],
-    sets: Sequence[Int[Tensor, "n 3"]],
+    sets: Sequence[Int[Tensor, "_ 3"]],
     frozen: bool,
     replaced: bool,
 ) -> Float[Tensor, "ablation pos d_vocab"]:
@@ -513,7 +511,7 @@ def swap_latents(
     return run_with_hooks(model, base, hooks={"*hook_mlp_out": write})
 
 
-def supernode_edges(graph: Graph, groups: Sequence[Int[Tensor, " n"]]) -> Float[Tensor, "group group"]:
+def supernode_edges(graph: Any, groups: Sequence[Int[Tensor, " _"]]) -> Float[Tensor, "group group"]:
     """The edges between groups of nodes that are read as one: [t, s] is which share of what comes into t is from s.
 
     A group lists nodes by their number in the graph. The share that a node gets from a group is the sum of its

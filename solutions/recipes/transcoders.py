@@ -78,7 +78,8 @@ class Scaled:
     def folded(self) -> Transcoder:
         """The transcoder on inputs and outputs as they are: means and sizes have become part of the weights."""
         inner = self.transcoder
-        outer = Transcoder(*inner.W_enc.shape, inner.k)
+        d_model, n_latents = inner.W_enc.shape
+        outer = Transcoder(d_model, n_latents, inner.k)
         outer.W_enc.copy_(inner.W_enc / self.x_size)
         outer.b_enc.copy_(inner.b_enc - self.x_mean @ outer.W_enc)
         # outputs in units of the model's, latents as large as what they write

@@ -153,7 +153,7 @@ def attribution_graph(model: Any, transcoders: Sequence[Any], tokens: Tensor, ta
         row = (gradient[:, 0] * fixed).sum(-1).flatten().tolist()
         for layer, pos, latent in features:
             written_by = latents[layer][pos, latent] * transcoders[layer].W_dec[latent]
-            row.append(float((gradient[1 + layer, 0, pos] * written_by).sum()))
+            row.append((gradient[1 + layer, 0, pos] * written_by).sum().item())
         rows.append(row + [0.0] * len(targets))
     n_fixed = n_pos * (1 + n_layers)
     adjacency = torch.tensor([[0.0] * len(rows[0])] * n_fixed + rows, dtype=written.dtype)

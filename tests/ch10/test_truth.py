@@ -11,9 +11,13 @@ from course_utils.checks.modules import noise
 from course_utils.hooks import add_hook
 from tests.ch10 import other_circuits as other
 
-SECRETS = ("linalg.solve", "W_dec", "expand(")
+SECRETS = ("linalg.solve", "@ transcoder", "expand(")
 ONLY_ON_GPU = "device="
-STILL_RIGHT: set[str] = set()
+# Changes after which the reference still does what its statement says.
+STILL_RIGHT = {
+    "0 -> -1",  # the only prompt
+    "run_with_cache(model, tokens, names=names) -> run_with_cache(model, tokens)",  # more is kept than is needed
+}
 
 
 def leaves_its_hook(model: Any, *args: Any) -> Any:

@@ -33,6 +33,7 @@ from solutions import (
     ch08_function_vectors,
     ch09_dictionaries,
     ch11_oracles,
+    ch10_circuits,
 )
 
 CFG = TransformerConfig(d_vocab=1100, n_ctx=40, n_layers=2, n_heads=3, d_model=12, d_head=4, d_mlp=16)
@@ -149,6 +150,13 @@ WITHOUT = {  # what cannot be driven here, and why
     "load_saelens": "reads a file",
     "Pass": "only holds what it is given",
     "Fit": "only holds what it is given",
+    "transcoder_loss": "how many tokens count depends on the values of the mask",
+    "active_latents": "which latents fire depends on values",
+    "attribution_graph": "needs active_latents",
+    "largest_part": "how many are kept depends on values",
+    "prune": "needs largest_part",
+    "ablate_latents": "which latents belong to a layer depends on values",
+    "swap_latents": "which latents belong to a layer depends on values",
     "random_head_vector": "is given a generator, and there are none on meta",
 }
 
@@ -178,6 +186,15 @@ RECEIVERS = [("blocks.1.attn.hook_q", 0), ("final", None)]
 @cache
 def seen() -> ActivationCache:
     return run_with_cache(model(), TOKENS, names="*")[1]
+
+
+@cache
+def transcoders() -> list[Any]:
+    return [ch10_circuits.Transcoder(12, 7, 3).to("meta") for _ in range(2)]
+
+
+def graph() -> ch10_circuits.Graph:
+    return ch10_circuits.Graph(floats(10, 10), ids(3, 3), floats(3), n_layers=2, n_pos=2)
 
 
 @cache
@@ -570,6 +587,23 @@ CALLS: dict[str, Callable[[], Any]] = {
     "best_f1": lambda: (floats(8, 7), ids(8, 3).bool(), (0.0, 0.5)),
     "follow_rule": lambda: ((1, 0.25, (0, 0.5, 1.0)), ids(8, 3).bool()),
     "steer_with_latent": lambda: inside(ch09_dictionaries.steer_with_latent(model(), some_dictionary(), [1, 2], 0.5)),
+    # 10
+    "Transcoder": lambda: transcoders()[0](RESID),
+    "mlp_errors": lambda: (model(), transcoders(), TOKENS),
+    "run_replaced": lambda: (model(), transcoders(), TOKENS, floats(2, 2, 5, 12)),
+    "written_to_stream": lambda: (seen(),),
+    "frozen_run": lambda: (model(), TOKENS, seen(), floats(3, 2, 5, 12)),
+    "token_to_latent": lambda: (model(), transcoders(), TOKENS[:1], (1, 3, 2)),
+    "latent_to_latent": lambda: (model(), transcoders(), TOKENS[:1], 0, (1, 3, 2)),
+    "latent_to_logit": lambda: (model(), transcoders(), TOKENS[:1], 0, floats(1100)),
+    "feature_connections": lambda: (model(), transcoders(), 0, 1),
+    "Graph": lambda: graph().weights,
+    "normalised_adjacency": lambda: (floats(4, 4),),
+    "influence": lambda: (floats(4, 4), floats(4)),
+    "replacement_score": lambda: (graph(),),
+    "completeness_score": lambda: (graph(),),
+    "total_effects": lambda: (graph(),),
+    "supernode_edges": lambda: (graph(), [ids(2), ids(3)]),
     # 12
     "elevation": lambda: (TOKENS,),
     "failures": lambda: (TOKENS,),

@@ -167,14 +167,16 @@ def swapped_blocks(adjacency: Tensor) -> Tensor:
         "the activation is left out: edges are gradients times W_dec.": graphed(active=torch.ones_like),
         "gradients go through the attention patterns; they are to be frozen.": graphed(places=("*hook_scale",)),
         "gradients go through the scales of the norms; they are to be frozen.": graphed(places=("*hook_pattern",)),
-        "the adjacency is transposed: rows are where edges go.": graphed(change=lambda adjacency: adjacency.T.contiguous()),
+        "the adjacency is transposed: rows are where edges go.": graphed(
+            change=lambda adjacency: adjacency.T.contiguous()
+        ),
         "edges have lost their signs.": graphed(change=torch.abs),
         "targets are read at the first position; it is the last one.": graphed(at=0),
         "errors come before embeddings; embeddings are the first nodes.": graphed(change=swapped_blocks),
     }
 )
 def check_attribution_graph(fn: Fn) -> None:
-    """Against runs without one node; three kinds of models, one to three targets; that rows sum to what they stand for."""
+    """Against runs without one node; three kinds of models, one to three targets."""
     name = "attribution_graph"
     for n_targets, kind in enumerate(KINDS, start=1):
         n_layers = 3 if n_targets == 1 else 2
@@ -207,9 +209,7 @@ def _is_graph(name: str, graph: Any, right: ToyGraph) -> None:
 # ------------------------------------------------------------------------------------------------------ shares, paths
 
 
-def shared(
-    size: Callable[[float], float] = abs, along: str = "row", empty: float = 0.0, of_sums: bool = False
-) -> Fn:
+def shared(size: Callable[[float], float] = abs, along: str = "row", empty: float = 0.0, of_sums: bool = False) -> Fn:
     def normalised_adjacency(adjacency: Tensor) -> Tensor:
         table = [[size(entry) for entry in row] for row in adjacency.tolist()]
         lines = table if along == "row" else [list(column) for column in zip(*table, strict=True)]
@@ -297,7 +297,10 @@ def check_influence(fn: Fn) -> None:
         shares, weights = small_shares(n, seed) * 0.9, noise(n, seed=seed + 5).abs()
         weights[0] = 0
         order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-        for what, table, ends in (("in order", shares, weights), ("in any order", shares[order][:, order], weights[order])):
+        for what, table, ends in (
+            ("in order", shares, weights),
+            ("in any order", shares[order][:, order], weights[order]),
+        ):
             with unchanged(name, shares=table, weights=ends):
                 compare(f"{name} of {n} nodes {what}", fn(table, ends), paths()(table, ends), "node")
     follows_input(name, fn, (shares, weights), "node")
@@ -415,7 +418,8 @@ def check_completeness_score(fn: Fn) -> None:
 def part(values: Tensor, share: float) -> Tensor:
     """The fewest largest values with this share, one after the other."""
     numbers = values.flatten().tolist()
-    kept, reached = set(), 0.0
+    kept: set[int] = set()
+    reached = 0.0
     for i in sorted(range(len(numbers)), key=lambda i: -numbers[i]):
         if kept and reached >= share * sum(numbers):
             break
@@ -508,11 +512,16 @@ def powers(shares: Tensor, weights: Tensor) -> Tensor:
     }
 )
 def check_prune(fn: Fn) -> None:
-    """Three graphs with three pairs of shares each."""
+    """Three graphs with three pairs of shares each; one in which a latent loses all edges out before those into it."""
     name = "prune"
+    narrow = toy_graph(2, (2, 5, 3), 1, 1)
+    narrow.adjacency[narrow.latents.start : narrow.latents.start + 2] = 0
+    narrow.adjacency[narrow.latents.start : narrow.latents.start + 2, 0] = 1
+    cases = []
     for sizes in ((2, (5, 4, 6), 2, 21), (4, (7,), 3, 37), (3, (4, 6), 1, 5)):
-        graph = toy_graph(*sizes)
-        for node_share, edge_share in ((0.9, 0.7), (0.8, 0.8), (0.5, 0.98)):
+        cases.append((toy_graph(*sizes), ((0.9, 0.7), (0.8, 0.8), (0.5, 0.98))))
+    for graph, pairs in [*cases, (narrow, ((0.9, 0.5),))]:
+        for node_share, edge_share in pairs:
             call = f"{name}(graph of {len(graph.adjacency)} nodes, {node_share}, {edge_share})"
             answer = fn(graph, node_share, edge_share)
             if not isinstance(answer, tuple) or len(answer) != 2:
@@ -536,10 +545,7 @@ def grouped(
         shares = (normalise or shared())(graph.adjacency)
         matter = weigh(graph, reach(graph)).tolist()
         table = [
-            [
-                _between(shares, target.tolist(), source.tolist(), matter, total, average_sources)
-                for source in groups
-            ]
+            [_between(shares, target.tolist(), source.tolist(), matter, total, average_sources) for source in groups]
             for target in groups
         ]
         out = torch.tensor(table, dtype=graph.adjacency.dtype)

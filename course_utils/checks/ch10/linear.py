@@ -66,7 +66,9 @@ def frozen(
     {
         "the attention patterns follow the stream; put back those of the cache.": frozen(places=("*hook_scale",)),
         "the scales of the norms follow the stream; put back those of the cache.": frozen(places=("*hook_pattern",)),
-        "the scale of the final norm is not frozen.": frozen(places=("*hook_pattern", "*ln1.hook_scale", "*ln2.hook_scale")),
+        "the scale of the final norm is not frozen.": frozen(
+            places=("*hook_pattern", "*ln1.hook_scale", "*ln2.hook_scale")
+        ),
         "only the scales in front of MLPs are frozen; those in front of attention are scales, too.": frozen(
             places=("*hook_pattern", "*ln2.hook_scale", "ln_final.hook_scale")
         ),
@@ -175,14 +177,18 @@ TARGETS = ((2, 4, 1), (0, 3, 6), (1, 2, 0), (2, 1, 5))
 
 @known_mistakes(
     {
-        "gradients go through the attention patterns; they are to be frozen.": by_autograd(frozen(places=("*hook_scale",))),
+        "gradients go through the attention patterns; they are to be frozen.": by_autograd(
+            frozen(places=("*hook_scale",))
+        ),
         "gradients go through the scales of the norms; they are to be frozen.": by_autograd(
             frozen(places=("*hook_pattern",))
         ),
         "it is the gradient's sum; multiply with what is written first.": by_autograd(
             frozen(), what=lambda gradient, written: gradient[0, 0].sum(-1)
         ),
-        "it is the length of the gradient.": by_autograd(frozen(), what=lambda gradient, written: gradient[0, 0].norm(dim=-1)),
+        "it is the length of the gradient.": by_autograd(
+            frozen(), what=lambda gradient, written: gradient[0, 0].norm(dim=-1)
+        ),
         "what MLPs write is added; only the embeddings are asked for.": by_autograd(
             frozen(), what=lambda gradient, written: (gradient * written)[:, 0].sum((0, -1))
         ),
@@ -248,7 +254,9 @@ def from_latents(
 
 
 def l2l(change: Callable[[Tensor], Tensor] = lambda found: found, **options: Any) -> Fn:
-    def latent_to_latent(model: Any, transcoders: Sequence[Any], tokens: Tensor, source_layer: int, target: Any) -> Tensor:
+    def latent_to_latent(
+        model: Any, transcoders: Sequence[Any], tokens: Tensor, source_layer: int, target: Any
+    ) -> Tensor:
         end = of_latent(transcoders, target)
         return change(from_latents(model, transcoders, tokens, source_layer, end, **options))
 
@@ -262,7 +270,9 @@ def unfrozen_latents(places: Sequence[str], to_logits: bool = False) -> Fn:
         cache = run_of(model, tokens)
         written = written_in(cache).requires_grad_()
         reads, logits = frozen(places)(model, tokens, cache, written)
-        value = logits[0, -1] @ last if to_logits else reads[last[0]][0, last[1]] @ transcoders[last[0]].W_enc[:, last[2]]
+        value = (
+            logits[0, -1] @ last if to_logits else reads[last[0]][0, last[1]] @ transcoders[last[0]].W_enc[:, last[2]]
+        )
         gradient = torch.autograd.grad(value, written)[0][1 + source_layer, 0]
         return latents_in(cache, transcoders, source_layer) * (gradient @ transcoders[source_layer].W_dec.T)
 
@@ -321,7 +331,9 @@ def l2logit(change: Callable[[Tensor], Tensor] = lambda found: found, at: int = 
     {sentence: l2logit(**options) for sentence, options in ROWS.items()},
     {
         "gradients go through the attention patterns; they are to be frozen.": unfrozen_latents(("*hook_scale",), True),
-        "gradients go through the scales of the norms; they are to be frozen.": unfrozen_latents(("*hook_pattern",), True),
+        "gradients go through the scales of the norms; they are to be frozen.": unfrozen_latents(
+            ("*hook_pattern",), True
+        ),
         "the scale of the final norm is not frozen.": unfrozen_latents(
             ("*hook_pattern", "*ln1.hook_scale", "*ln2.hook_scale"), True
         ),

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from course_utils.checks.ch10.small import D_MODEL, KINDS, Fn, Sparse, model_of, run_of, tokens_of, transcoders_of
+from course_utils.checks.ch10.small import D_MODEL, KINDS, Fn, Sparse, model_of, tokens_of, transcoders_of
 from course_utils.checks.comparing import compare, follows_input, unchanged
 from course_utils.checks.kinds import follows_every_kind
 from course_utils.checks.leftovers import nothing_left_behind
@@ -138,7 +138,7 @@ def losses(
     def transcoder_loss(transcoder: Any, x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
         places = kept(mask).nonzero().tolist()
         output = transcoder(x)
-        rows, read, written = (torch.stack([part[row, pos] for row, pos in places]) for part in (output, x, y))
+        rows, read, written = (torch.stack([of[row, pos] for row, pos in places]) for of in (output, x, y))
         return share(errors(rows, read, written), spread(written))
 
     return transcoder_loss
@@ -158,7 +158,9 @@ def losses(
         "the variance is measured around each vector's own mean; take the mean over the tokens.": losses(
             spread=lambda y: y - y.mean(1, keepdim=True)
         ),
-        "it is the mean squared error; divide by the variance.": losses(share=lambda error, around: error.pow(2).mean()),
+        "it is the mean squared error; divide by the variance.": losses(
+            share=lambda error, around: error.pow(2).mean()
+        ),
         "it is the share that is explained, not the one that is missed.": losses(
             share=lambda error, around: 1 - error.pow(2).sum() / around.pow(2).sum()
         ),
@@ -184,7 +186,9 @@ def check_transcoder_loss(fn: Fn) -> None:
     trained = copy.deepcopy(transcoder).requires_grad_()
     loss = fn(trained, x, y, mask)
     if not loss.requires_grad:
-        raise CheckFailed(f"{name}: no gradient gets through it.\n  Next: look for .item(), .detach() or torch.no_grad.")
+        raise CheckFailed(
+            f"{name}: no gradient gets through it.\n  Next: look for .item(), .detach() or torch.no_grad."
+        )
 
 
 # ------------------------------------------------------------------------------------------------------- in the model
@@ -227,9 +231,7 @@ def missed(
         "the sign is wrong: it is what the MLP writes minus what the transcoder writes.": missed(sign=-1.0),
         "the transcoder reads the stream before the norm.": missed(read="hook_resid_mid"),
         "the transcoder reads the whole output of ln2; it reads ln2.hook_normalized.": missed(read="ln2"),
-        "the decoder's bias is left out.": missed(
-            write=lambda transcoder, x: transcoder.encode(x) @ transcoder.W_dec
-        ),
+        "the decoder's bias is left out.": missed(write=lambda transcoder, x: transcoder.encode(x) @ transcoder.W_dec),
         "it is the MLP's output, from which nothing is subtracted.": missed(
             write=lambda transcoder, x: torch.zeros_like(x)
         ),
@@ -352,4 +354,3 @@ def refuses(name: str, run: Callable[[Any], Any]) -> None:
     ):
         model = SmallModel(TransformerConfig(**sizes, **kind))
         must_raise(name, ValueError, f"{name}(...) of {words}", lambda model=model: run(model))  # type: ignore[misc]
-

@@ -181,7 +181,9 @@ def check_ablate_latents(fn: Fn) -> None:
 def some_sets(model: Any, transcoders: Sequence[Any], tokens: Tensor) -> list[Tensor]:
     """Sets of latents that fire, by layer, position and number: one of each layer, three together, none."""
     cache = run_of(model, tokens)
-    latents = torch.stack([transcoder.encode(cache["ln2.normalized", i])[0] for i, transcoder in enumerate(transcoders)])
+    latents = torch.stack(
+        [transcoder.encode(cache["ln2.normalized", i])[0] for i, transcoder in enumerate(transcoders)]
+    )
     features = latents.nonzero()
     upper = int((features[:, 0] == 0).sum())
     return [features[3:4], features[upper + 1 : upper + 2], features[[1, 6, upper + 4]], features[:0]]
@@ -197,9 +199,7 @@ def swapping(
     """Latent by latent, added to what MLPs write by PyTorch's own hooks."""
 
     @torch.no_grad()
-    def swap_latents(
-        model: Any, transcoders: Sequence[Any], base: Tensor, source: Tensor, features: Tensor
-    ) -> Tensor:
+    def swap_latents(model: Any, transcoders: Sequence[Any], base: Tensor, source: Tensor, features: Tensor) -> Tensor:
         into, other = runs(base, source)
         own, theirs = run_of(model, into), run_of(model, other)
         added = torch.zeros(len(transcoders), *own["mlp_out", 0].shape, dtype=own["mlp_out", 0].dtype)
