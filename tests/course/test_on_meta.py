@@ -32,8 +32,8 @@ from solutions import (
     ch07_probes,
     ch08_function_vectors,
     ch09_dictionaries,
-    ch11_oracles,
     ch10_circuits,
+    ch11_oracles,
 )
 
 CFG = TransformerConfig(d_vocab=1100, n_ctx=40, n_layers=2, n_heads=3, d_model=12, d_head=4, d_mlp=16)

@@ -51,7 +51,6 @@ def test_the_models_are_those_of_the_recipes() -> None:
         *("reverse-increment", "brackets", "brackets-fooled", "pairs", "modular-addition", "modular-multiplication"),
         *("oracle", "othello-6"),
     }
-    own = {"reverse-increment", "brackets", "brackets-fooled", "pairs", "modular-addition", "modular-multiplication"}
     assert set(cards) == {*RECIPES, *own}
     for name, recipe in RECIPES.items():
         shipped = load_pretrained(Transformer, name)
