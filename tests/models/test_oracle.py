@@ -81,7 +81,7 @@ def test_the_recipe_trains_and_goes_on_where_it_was_stopped(tmp_path: Path, monk
     monkeypatch.setattr(recipe, "CHUNK", 2)
     tales = load_pretrained(Transformer, "tales")
     train = recipe.pool(tales, 12, SEED, 2)
-    small = recipe.OracleRecipe(steps=4, first=2, n_stories=12, per_story=2, batch=14)
+    small = recipe.OracleRecipe(steps=4, n_stories=12, per_story=2, batch=14)
     whole, losses, _ = recipe.train_oracle(tales, train, small, tmp_path / "whole")
     examples = recipe.examples_of_chunk
 
