@@ -215,7 +215,7 @@ def softmax_accuracy(x: Tensor, labels: Tensor, x_test: Tensor, y_test: Tensor, 
         W.grad, b.grad = torch.autograd.grad(value, [W, b])
         return value
 
-    optimizer.step(loss)  # type: ignore[arg-type]
+    optimizer.step(loss)
     with torch.no_grad():
         return ((x_test @ W + b).argmax(dim=-1) == y_test).float().mean()
 
@@ -313,7 +313,7 @@ def card(oracle: Any, tales: Any, train: Pool, test: Pool, trained_on: set[str])
             answer_probabilities(oracle, windows[asked[1]], asked[2]).argmax(dim=-1)
             for asked in (all_questions(known, [f"{what} {role}"], plainest) for what in ("woman", "man"))
         ]
-        contradicting[role] = float(contradiction_rate(*both, IDS["yes"], IDS["no"]))
+        contradicting[role] = float(contradiction_rate(both[0], both[1], IDS["yes"], IDS["no"]))
     over = [
         [kind for kind in TRAINED if kind in probe and table[kind][0] >= limit(probe[kind]) + 0.1]
         for limit in (lambda both: both[0], max)
