@@ -128,10 +128,10 @@ def trained_wordings(kind: str) -> list[Wording]:
 
 def question_ids(wording: Wording, about: int | None = None) -> list[int]:
     """The tokens of a question, blanks in front so that all are equally long."""
-    ids = [about if word == ABOUT else IDS[word] for word in wording]
-    if None in ids:
+    ids = IDS if about is None else IDS | {ABOUT: about}
+    if ABOUT in wording and about is None:
         raise ValueError(f"question_ids: {' '.join(wording)} needs `about`, the token of a name.")
-    return [BLANK] * (N_WORDS - len(ids)) + ids
+    return [BLANK] * (N_WORDS - len(wording)) + [ids[word] for word in wording]
 
 
 def oracle_row(wording: Wording, about: int | None = None) -> list[int]:

@@ -88,13 +88,11 @@ class OracleRecipe:
     """What the oracle is made of."""
 
     seed: int = 0
-    steps: int = 3600
-    first: int = 2400  # steps of a first cosine; the others follow a second one
+    steps: int = 2400
     n_stories: int = 9000
     per_story: int = 3
     batch: int = 256
     peak_lr: float = 1.5e-3
-    second_lr: float = 8e-4
     unanswerable: float = 0.07  # share of questions that make no sense for the story
     shuffled: float = 0.07  # share of questions about windows that belong to no text
 
@@ -172,11 +170,8 @@ def train_oracle(tales: Any, train: Pool, recipe: OracleRecipe, out: Path) -> tu
     began = time.process_time() - seconds
     for chunk in range(len(losses) // CHUNK, recipe.steps // CHUNK):
         windows, examples = examples_of_chunk(train, tales.tokenizer, recipe, chunk)
-        step, first = chunk * CHUNK, min(recipe.first, recipe.steps)
-        peak, schedule = recipe.peak_lr, (step, first)
-        if step >= first:
-            peak, schedule = recipe.second_lr, (step - first, recipe.steps - first)
-        losses += fit_oracle(oracle, windows, examples, recipe.batch, peak, schedule, optimizer)
+        schedule = (chunk * CHUNK, recipe.steps)
+        losses += fit_oracle(oracle, windows, examples, recipe.batch, recipe.peak_lr, schedule, optimizer)
         seconds = time.process_time() - began
         print(json.dumps({"step": len(losses), "loss": round(sum(losses[-CHUNK:]) / CHUNK, 4)}), flush=True)
         state = {"model": oracle.state_dict(), "optimizer": optimizer.state_dict(), "losses": losses}
@@ -220,7 +215,7 @@ def softmax_accuracy(x: Tensor, labels: Tensor, x_test: Tensor, y_test: Tensor, 
         W.grad, b.grad = torch.autograd.grad(value, [W, b])
         return value
 
-    optimizer.step(loss)  # type: ignore[arg-type]
+    optimizer.step(loss)
     with torch.no_grad():
         return ((x_test @ W + b).argmax(dim=-1) == y_test).float().mean()
 
@@ -318,7 +313,7 @@ def card(oracle: Any, tales: Any, train: Pool, test: Pool, trained_on: set[str])
             answer_probabilities(oracle, windows[asked[1]], asked[2]).argmax(dim=-1)
             for asked in (all_questions(known, [f"{what} {role}"], plainest) for what in ("woman", "man"))
         ]
-        contradicting[role] = float(contradiction_rate(*both, IDS["yes"], IDS["no"]))
+        contradicting[role] = float(contradiction_rate(both[0], both[1], IDS["yes"], IDS["no"]))
     over = [
         [kind for kind in TRAINED if kind in probe and table[kind][0] >= limit(probe[kind]) + 0.1]
         for limit in (lambda both: both[0], max)

@@ -54,7 +54,7 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
         ("there are vectors that stand nowhere", lambda w, g: 2 * other.shuffle_windows(w, g)),
         ("a vector stands in another slot", lambda w, g: other.shuffle_windows(w, g).flip(1)),
         ("wrong shape", lambda w, g: other.shuffle_windows(w, g)[1:]),
-        ("drew from torch's global", lambda w, g: from_rows(ring)(w, None)),  # type: ignore[arg-type]
+        ("drew from torch's global", lambda w, g: from_rows(ring)(w, None)),
     ],
 }
 

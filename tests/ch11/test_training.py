@@ -20,7 +20,8 @@ TURNS = count()
 
 
 def from_its_own_numbers(*arguments: Any, **options: Any) -> Any:
-    return other.oracle_examples(*arguments[:3], random.Random(next(TURNS)))
+    known, wordings, n = arguments[:3]
+    return other.oracle_examples(known, wordings, n, random.Random(next(TURNS)))
 
 
 SURPRISES: dict[str, list[tuple[str, Any]]] = {

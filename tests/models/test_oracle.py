@@ -1,6 +1,7 @@
 """What the shipped model `oracle` promises, on stories of another seed, and its recipe on a small scale."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -48,7 +49,9 @@ def test_five_types_are_ten_points_better_than_a_linear_softmax_probe() -> None:
 
 
 @pytest.mark.parametrize("worded", [recipe.plainest, held_out_wording])
-def test_questions_about_fresh_stories_are_answered_as_the_card_says(oracle, test_pool, worded) -> None:
+def test_questions_about_fresh_stories_are_answered_as_the_card_says(
+    oracle: Transformer, test_pool: recipe.Pool, worded: Any
+) -> None:
     types, which, rows, answers = recipe.all_questions([cut.known for cut in test_pool.cuts], recipe.TRAINED, worded)
     said = answer_probabilities(oracle, test_pool.windows[which].float(), rows).argmax(dim=-1)
     table = accuracy_by_type(types, said, answers)
@@ -58,7 +61,7 @@ def test_questions_about_fresh_stories_are_answered_as_the_card_says(oracle, tes
     assert (said == UNKNOWN).float().mean() < 0.02
 
 
-def test_it_says_so_where_there_is_nothing_to_know(oracle, test_pool) -> None:
+def test_it_says_so_where_there_is_nothing_to_know(oracle: Transformer, test_pool: recipe.Pool) -> None:
     windows = test_pool.windows.float()
     _, which, rows, _ = recipe.all_questions([cut.unknown for cut in test_pool.cuts], recipe.TRAINED, recipe.plainest)
     assert recipe.says_unknown(oracle, windows[which], rows) >= 0.9
@@ -76,16 +79,16 @@ def test_mass_mean_probes_of_many_classes_find_what_is_linear() -> None:
     assert softmax > 0.9 and mass_mean > 0.9
 
 
-def test_the_recipe_trains_and_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch) -> None:
+def test_the_recipe_trains_and_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two chunks at once, or one after the other: the same weights."""
     monkeypatch.setattr(recipe, "CHUNK", 2)
     tales = load_pretrained(Transformer, "tales")
     train = recipe.pool(tales, 12, SEED, 2)
-    small = recipe.OracleRecipe(steps=4, first=2, n_stories=12, per_story=2, batch=14)
+    small = recipe.OracleRecipe(steps=4, n_stories=12, per_story=2, batch=14)
     whole, losses, _ = recipe.train_oracle(tales, train, small, tmp_path / "whole")
     examples = recipe.examples_of_chunk
 
-    def stopped(*arguments):
+    def stopped(*arguments: Any) -> Any:
         if arguments[-1] == 1:
             raise KeyboardInterrupt
         return examples(*arguments)

@@ -20,8 +20,12 @@ PREDICTED = torch.tensor([4, 8, 5, 2, 8, 9, 7, 8, 8, 4])
 ANSWERS = torch.tensor([4, 8, 6, 3, 9, 9, 5, 8, 9, 6])
 
 
+def hits(p: list[int], a: list[int]) -> float:
+    return sum(x == y for x, y in zip(p, a, strict=True))
+
+
 def counting(
-    right: Callable[[list[int], list[int]], float] = lambda p, a: sum(x == y for x, y in zip(p, a, strict=True)),
+    right: Callable[[list[int], list[int]], float] = hits,
     most: Callable[[list[int], list[int]], float] = lambda p, a: max(Counter(a).values()),
     share: Callable[[float, int, int], float] = lambda count, n, whole: count / n,
     number: Callable[[int, int], int] = lambda n, n_types: n,
@@ -129,11 +133,19 @@ def mean(values: list[float]) -> float:
     return sum(values) / len(values) if values else 0.0
 
 
+def mean_confidence(group: list[Entry], b: int, n: int) -> float:
+    return mean([p for p, _ in group])
+
+
+def mean_hits(group: list[Entry]) -> float:
+    return mean([hit for _, hit in group])
+
+
 def binning(
     entries: Callable[[Tensor, Tensor], list[Entry]] = chosen,
     which: Callable[[float, int], int] = lambda p, n: min(int(p * n), n - 1),
-    confidence: Callable[[list[Entry], int, int], float] = lambda group, b, n: mean([p for p, _ in group]),
-    right: Callable[[list[Entry]], float] = lambda group: mean([hit for _, hit in group]),
+    confidence: Callable[[list[Entry], int, int], float] = mean_confidence,
+    right: Callable[[list[Entry]], float] = mean_hits,
     bins: Callable[[int], int] = lambda n_bins: n_bins,
 ) -> Fn:
     """reliability by loops."""
@@ -142,9 +154,8 @@ def binning(
         n_bins = bins(n_bins)
         groups = bins_of(entries(probabilities, answers), n_bins, which)
         means = [[confidence(group, b, n_bins) for b, group in enumerate(groups)], [right(group) for group in groups]]
-        return *(torch.tensor(values).to(probabilities) for values in means), torch.tensor(
-            [len(group) for group in groups], device=probabilities.device
-        )
+        counts = torch.tensor([len(group) for group in groups], device=probabilities.device)
+        return torch.tensor(means[0]).to(probabilities), torch.tensor(means[1]).to(probabilities), counts
 
     return reliability
 
@@ -178,10 +189,10 @@ def check_reliability(fn: Fn) -> None:
         expected = binning()(probs[:n], answers[:n], n_bins)
         for part, actual, right in zip(words, found, expected, strict=True):
             compare(f"{name}, {part} in {n_bins} bins", actual, right, "bin")
-    for part in range(3):
+    for place in range(3):
         follows_input(
             name,
-            lambda p, part=part: fn(p, answers.to(p.device), 4)[part].to(p.dtype),
+            lambda p, place=place: fn(p, answers.to(p.device), 4)[place].to(p.dtype),
             (probs,),
             "bin",
         )
@@ -196,12 +207,14 @@ def _three(name: str, found: Any) -> tuple[Tensor, Tensor, Tensor]:
     return found
 
 
+def weighted(gaps: list[float], counts: list[int]) -> float:
+    return sum(gap * count for gap, count in zip(gaps, counts, strict=True)) / sum(counts)
+
+
 def erring(
     entries: Callable[[Tensor, Tensor], list[Entry]] = chosen,
     distance: Callable[[float], float] = abs,
-    total: Callable[[list[float], list[int]], float] = lambda gaps, counts: (
-        sum(gap * count for gap, count in zip(gaps, counts, strict=True)) / sum(counts)
-    ),
+    total: Callable[[list[float], list[int]], float] = weighted,
 ) -> Fn:
     """expected_calibration_error by loops."""
 
@@ -248,8 +261,12 @@ SECOND = torch.tensor([5, 5, 9, 9, 5, 7, 7, 5, 5, 5, 9])
 Pair = tuple[int, int]
 
 
+def answered(pair: Pair, yes: int, no: int) -> bool:
+    return all(answer in (yes, no) for answer in pair)
+
+
 def contradicting(
-    counts: Callable[[Pair, int, int], bool] = lambda pair, yes, no: all(answer in (yes, no) for answer in pair),
+    counts: Callable[[Pair, int, int], bool] = answered,
     wrong: Callable[[Pair, int, int], bool] = lambda pair, yes, no: pair[0] == pair[1],
     whole: Callable[[int, int], int] = lambda n_counted, n: n_counted,
     checks: bool = True,
