@@ -62,7 +62,7 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
     ],
     "intervention_errors": [
         ("wrong", erring(size=lambda k: k + 1)),
-        ("wrong", lambda logits, legal: ref.intervention_errors(logits, legal) // 2),
+        ("wrong", lambda logits, legal: ref.intervention_errors(logits, legal) * 2),
         ("expected dtype int64", lambda logits, legal: ref.intervention_errors(logits, legal).float()),
     ],
     "square_attribution": [
