@@ -26,7 +26,7 @@ STILL_RIGHT = {
 SURPRISES: dict[str, list[tuple[str, Any]]] = {
     "flips": [
         ("wrong", turning(directions=ALL[1:])),
-        ("wrong", turning("(T{1,2})M")),
+        ("wrong", lambda board, move: ref.flips(board, move).T),
         ("wrong shape", lambda board, move: ref.flips(board, move).flatten()),
         ("expected dtype bool", lambda board, move: ref.flips(board, move).long()),
     ],
