@@ -14,7 +14,6 @@ ONLY_ON_GPU = "device"
 STILL_RIGHT: set[str] = set()
 
 
-
 def keeps_everything(chunks: Any, k: int) -> Any:
     return ref.top_examples([torch.cat(list(chunks))], k)
 

@@ -16,7 +16,10 @@ STILL_RIGHT: set[str] = set()
 
 SURPRISES: dict[str, list[tuple[str, Any]]] = {
     "steer_with_latent": [
-        ("values are wrong", setting(lambda d, x, latent, value, error: along_rows(d, x, latent, 2 * value + 1, error))),
+        (
+            "values are wrong",
+            setting(lambda d, x, latent, value, error: along_rows(d, x, latent, 2 * value + 1, error)),
+        ),
         ("expected something that `with` can open", lambda *args, **kwargs: None),
     ],
     "sparse_probe": [

@@ -12,7 +12,7 @@ from course_utils.checks.mistakes import known_mistakes
 from course_utils.checks.modules import noise
 from course_utils.checks.plain import agree
 
-# ------------------------------------------------------------------------------------------------------------- best_f1
+# -------------------------------------------------------------------------------------------------------------- best_f1
 
 Counts = Callable[[int, int, int, int], float]  # (both, said, true, tokens) -> score
 
@@ -177,7 +177,7 @@ def _rounded(rule: Any) -> Any:
     return round(rule, 6) if isinstance(rule, float) else rule
 
 
-# ------------------------------------------------------------------------------------------ detection_score, fuzzing_score
+# --------------------------------------------------------------------------------------- detection_score, fuzzing_score
 
 
 def share(rows: list[tuple[bool, bool]], side: bool) -> float:
