@@ -1,4 +1,4 @@
-"""Dictionaries and transcoders of shipped models, trained and stored: a folder for each, in `course_utils/dictionaries`.
+"""Dictionaries and transcoders of shipped models, stored: a folder for each, in `course_utils/dictionaries`.
 
 A folder holds `weights.safetensors` (float16; float32 again when they are read), `config.json` and `card.md`: front
 matter in the form of a model's card, with the SHA-256 of the weights, then prose. Nothing here unpickles a file.

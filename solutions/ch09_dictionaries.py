@@ -1,4 +1,4 @@
-"""Chapter 09: dictionaries of a language model's activations: trained, judged, read, held against the truth, and used."""
+"""Chapter 09: dictionaries of a language model: trained, judged, read, held against the truth, and used."""
 
 import json
 import math
@@ -31,7 +31,7 @@ Batch = tuple[Tensor, Tensor]  # tokens and mask, both [batch pos]
 Edit = Callable[[Tensor], Tensor]
 Rule = float | tuple[int, Any, Any]  # a share, or (fact, rule where it is false, rule where it is true)
 
-# --------------------------------------------------------------------------------------------------------- collecting
+# ----------------------------------------------------------------------------------------------------------- collecting
 
 
 def encode_texts(tokenizer: Any, texts: Sequence[str]) -> tuple[Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"]]:
@@ -119,18 +119,18 @@ class ActivationBuffer:
 
     def state_dict(self) -> dict[str, Any]:
         """What it takes to go on from here."""
-        state = {"rows": self.rows.clone(), "scale": self.scale, "n_read": self.n_read}
+        state = {"rows": self.rows, "scale": self.scale, "n_read": self.n_read}
         return {**state, "generator": self.generator.get_state()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where the buffer was that this state came from."""
         for _ in range(state["n_read"] - self.n_read):
             next(self.batches)
-        self.rows, self.scale, self.n_read = state["rows"].clone(), state["scale"], state["n_read"]
+        self.rows, self.scale, self.n_read = state["rows"], state["scale"], state["n_read"]
         self.generator.set_state(state["generator"])
 
 
-# ----------------------------------------------------------------------------------------------------------- training
+# ------------------------------------------------------------------------------------------------------------- training
 
 
 class Pass(NamedTuple):
@@ -193,7 +193,7 @@ def fit_dictionary(
     silent = torch.zeros_like(sae.b_enc)
     fit = Fit([], [], {})
     sae.train()
-    for step in tqdm(range(steps), desc=f"{sae.kind}, {len(silent)} latents", leave=False, disable=steps < 100):
+    for step in tqdm(range(steps), leave=False, disable=steps < 100):
         x = batch()
         if step == 0:
             with torch.no_grad():
@@ -204,7 +204,7 @@ def fit_dictionary(
         silent = torch.where((now.latents > 0).any(dim=0), 0.0, silent + 1)
         dead = silent > window
         total = now.loss
-        if auxiliary and dead.any():
+        if auxiliary:
             total = total + auxiliary * auxiliary_topk_loss(x, now.reconstruction, now.pre, dead, sae.W_dec, 32)
         optimizer.zero_grad()
         total.backward()
@@ -256,7 +256,7 @@ def shuffle_weights(model: Any, generator: torch.Generator) -> Any:
 # ---------------------------------------------------------------------------------------------------------- is it good?
 
 
-def firing_rates(chunks: Iterable[Float[Tensor, "token latent"]]) -> Float[Tensor, " latent"]:
+def firing_rates(chunks: Iterable[Float[Tensor, "_ latent"]]) -> Float[Tensor, " latent"]:
     """The share of tokens on which each latent fires (is above 0), over all chunks together, whatever their sizes.
 
     The sum of the rates is the mean number of latents that fire on a token, known as L0. A latent with rate 0 is dead,
@@ -342,11 +342,11 @@ def loss_recovered(
     return {**losses, "recovered": (losses["ablated"] - losses["spliced"]) / gap}
 
 
-# ---------------------------------------------------------------------------------------------------- what does it mean?
+# --------------------------------------------------------------------------------------------------- what does it mean?
 
 
 def top_examples(
-    chunks: Iterable[Float[Tensor, "token latent"]], k: int
+    chunks: Iterable[Float[Tensor, "_ latent"]], k: int
 ) -> tuple[Float[Tensor, "rank latent"], Int[Tensor, "rank latent"]]:
     """The k tokens on which each latent is largest: (values, places), for every latent, the largest first.
 
@@ -354,21 +354,19 @@ def top_examples(
     together. A place is a token's number in the whole stream, from 0. A stream of fewer than k tokens gives all of
     them.
     """
-    values, places, n_before = None, None, 0
+    kept: list[tuple[Tensor, Tensor]] = []
+    n_before = 0
     for chunk in chunks:
         here = torch.arange(n_before, n_before + len(chunk), device=chunk.device)[:, None].expand_as(chunk)
         n_before += len(chunk)
-        if values is not None and places is not None:
-            chunk, here = torch.cat([values, chunk]), torch.cat([places, here])
-        values, rows = chunk.topk(min(k, len(chunk)), dim=0)
-        places = here.gather(0, rows)
-    if values is None or places is None:
-        raise ValueError("top_examples: a stream without any chunk.")
-    return values, places
+        values, places = (torch.cat(both) for both in zip(*kept, (chunk, here), strict=True))
+        best = values.topk(min(k, len(values)), dim=0)
+        kept = [(best.values, places.gather(0, best.indices))]
+    return kept[0]
 
 
 def activation_histogram(
-    chunks: Iterable[Float[Tensor, "token latent"]], edges: Float[Tensor, " edge"]
+    chunks: Iterable[Float[Tensor, "_ latent"]], edges: Float[Tensor, " edge"]
 ) -> Int[Tensor, "latent bin"]:
     """How often each latent has a value in each bin, over all tokens of a stream; the chunks are read once.
 
@@ -384,7 +382,7 @@ def activation_histogram(
 
 
 def logit_effect(model: Any, directions: Float[Tensor, "latent d_model"]) -> Float[Tensor, "latent d_vocab"]:
-    """Which tokens a direction in the residual stream makes more likely, and which less, if it goes straight to the end.
+    """Which tokens a direction in the stream makes more likely, and which less, if it goes straight to the end.
 
     The final norm's own scale depends on the rest of the stream and is left out, as 1. So: subtract from each direction
     its mean over d_model (if the model has LayerNorm: "LN"), multiply by the norm's `w` (unless the normalisation is
@@ -420,7 +418,7 @@ def direct_feature_attribution(
     return cache[pattern][0, :, query] * per_key
 
 
-# ------------------------------------------------------------------------------------------- does it mean what we think?
+# ------------------------------------------------------------------------------------------ does it mean what we think?
 
 
 def best_f1(
@@ -452,18 +450,22 @@ def explain(fires: Bool[Tensor, " token"], facts: Bool[Tensor, "token fact"], n_
     Source: Breiman et al. 1984 (CART, with Gini's impurity).
     """
     n, fired = len(fires), fires.sum().double()
-    share = (fired / max(n, 1)).item()
-    if n_questions == 0:
+    share = (fired / n).item()
+    if not n_questions:
         return share
     inside = facts.sum(dim=0).double()
     hits = facts[fires].sum(dim=0).double()
     pure = hits.square() / inside.clamp(min=1) + (fired - hits).square() / (n - inside).clamp(min=1)
-    gain = pure - fired.square() / max(n, 1)
+    gain = pure - fired.square() / n
     if not len(gain) or gain.max() <= 1e-6:
         return share
-    fact = int((gain >= gain.max() - 1e-9).int().argmax())
+    fact = int(gain.argmax())
     true = facts[:, fact]
-    return (fact, explain(fires[~true], facts[~true], n_questions - 1), explain(fires[true], facts[true], n_questions - 1))
+    return (
+        fact,
+        explain(fires[~true], facts[~true], n_questions - 1),
+        explain(fires[true], facts[true], n_questions - 1),
+    )
 
 
 def follow_rule(rule: Rule, facts: Bool[Tensor, "token fact"]) -> Float[Tensor, " token"]:
@@ -498,7 +500,7 @@ def balanced_accuracy(said: Bool[Tensor, " row"], true: Bool[Tensor, " row"]) ->
 def fuzzing_score(
     predicted: Bool[Tensor, " token"], fires: Bool[Tensor, " token"], text: Int[Tensor, " token"]
 ) -> float:
-    """How well a rule tells *on which tokens* a latent fires, in the texts in which it does; 0.5 for one that knows nothing.
+    """How well a rule tells *on which tokens* a latent fires, in the texts in which it does; 0.5 is knowing nothing.
 
     Only texts count in which the latent fires on some token. The score is the mean of two shares: of their tokens on
     which it fires, those for which that was predicted, and of their other tokens, those for which it was not. A share
@@ -509,7 +511,7 @@ def fuzzing_score(
     return balanced_accuracy(predicted[there], fires[there])
 
 
-# -------------------------------------------------------------------------------------------------------------------- use
+# ------------------------------------------------------------------------------------------------------------------ use
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """The dictionaries of `tales` that ship: what each is trained on, and what it reaches; and a sweep over kinds.
 
-`--ship` trains them, or the one that `--only` names, and writes `course_utils/dictionaries/NAME`, each in under a minute
-of CPU. `--sweep` trains small dictionaries of every kind at several sparsities and learning rates, and writes what they
-reach beside the first one: chapter 09 draws it.
+`--ship` trains them, or the one that `--only` names, and writes `course_utils/dictionaries/NAME`, each in less than a
+minute of CPU. `--sweep` trains small dictionaries of every kind at several sparsities and learning rates, and writes
+what they reach beside the first one: chapter 09 draws it.
 """
 
 import argparse

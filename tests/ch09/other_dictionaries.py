@@ -147,7 +147,9 @@ def splice(model: Any, dictionary: Any, edit: Any = None, with_error: bool = Fal
 
 
 @torch.no_grad()
-def loss_recovered(model: Any, dictionary: Any, tokens: Tensor, mask: Tensor, baseline: str = "mean") -> dict[str, float]:
+def loss_recovered(
+    model: Any, dictionary: Any, tokens: Tensor, mask: Tensor, baseline: str = "mean"
+) -> dict[str, float]:
     held = {"mean": token_activations(model, tokens, mask, dictionary.hook_name).mean(0)}
     held["zero"] = torch.zeros_like(held["mean"])
     if baseline not in held:
@@ -313,11 +315,13 @@ def save_for_saelens(dictionary: Any, folder: Path, model_name: str) -> None:
 def load_saelens(folder: Path) -> Any:
     from safetensors import safe_open
 
-    cfg = json.load(open(folder / "cfg.json"))
+    cfg = json.loads((folder / "cfg.json").read_bytes())
     kinds = {"standard": "relu", "topk": "topk", "gated": "gated", "jumprelu": "jumprelu"}
     if cfg["architecture"] not in kinds or cfg["normalize_activations"] != "none" or not cfg["apply_b_dec_to_input"]:
         raise ValueError(str(cfg))
-    sae = SparseAutoencoder(cfg["d_in"], cfg["d_sae"], kinds[cfg["architecture"]], k=cfg.get("k", 1), generator=torch.Generator())
+    sae = SparseAutoencoder(
+        cfg["d_in"], cfg["d_sae"], kinds[cfg["architecture"]], k=cfg.get("k", 1), generator=torch.Generator()
+    )
     with safe_open(folder / "sae_weights.safetensors", "pt") as file, torch.no_grad():
         for name in file.keys():  # noqa: SIM118 (no mapping)
             weight = file.get_tensor(name)
@@ -326,5 +330,3 @@ def load_saelens(folder: Path) -> Any:
             getattr(sae, "b_enc" if name == "b_gate" else name).copy_(weight)
     sae.eval()
     return ref.Dictionary(sae, cfg["metadata"]["hook_name"], 1.0)
-
-

@@ -8,10 +8,13 @@ import solutions.ch09_dictionaries as ref
 from course_utils.checks.ch09.quality import left_over, rates, recovering, splicing, stays_spliced
 from tests.ch09 import other_dictionaries as other
 
-SECRETS = ("torch.cat([activation", "hooks(model")
+SECRETS = ("torch.cat([activation", "masked_lm_loss(")
 ONLY_ON_GPU = "device"
 # Changes after which the reference still does what its statement says.
-STILL_RIGHT: set[str] = set()
+STILL_RIGHT: set[str] = {
+    # There are two words, and this is the first of the alphabet.
+    "baseline == 'mean' -> baseline <= 'mean'",
+}
 
 
 SURPRISES: dict[str, list[tuple[str, Any]]] = {

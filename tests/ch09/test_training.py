@@ -8,7 +8,25 @@ from tests.ch09 import other_dictionaries as other
 SECRETS = ("backward()", "optimizer.step")
 ONLY_ON_GPU = "device"
 # Changes after which the reference still does what its statement says.
-STILL_RIGHT: set[str] = set()
+STILL_RIGHT: set[str] = {
+    # The progress bar.
+    "100 -> 101",
+    "100 -> 99",
+    "False -> True",
+    "steps < 100 -> steps != 100",
+    "steps < 100 -> steps <= 100",
+    "steps < 100 -> steps == 100",
+    "steps < 100 -> steps > 100",
+    "steps < 100 -> steps >= 100",
+    "tqdm(range(steps), leave=False, disable=steps < 100) -> range(steps)",
+    "tqdm(range(steps), leave=False, disable=steps < 100) -> tqdm(range(steps), disable=steps < 100)",
+    "tqdm(range(steps), leave=False, disable=steps < 100) -> tqdm(range(steps), leave=False)",
+    # Latents are never negative, and neither are steps.
+    "now.latents > 0 -> now.latents != 0",
+    "step == 0 -> step <= 0",
+    # No gradient is taken of what is done to gradients.
+    "sae.W_dec.detach() -> sae.W_dec",
+}
 
 
 SURPRISES: dict[str, list[tuple[str, Any]]] = {

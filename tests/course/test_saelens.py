@@ -1,4 +1,4 @@
-"""SAELens reads the files of chapter 09 and computes the same latents and reconstructions. Skipped where it is not installed.
+"""SAELens reads the files of chapter 09 and computes the same from them. Skipped where it is not installed.
 
 `pip install 'circuits-from-scratch[peers]'` installs it.
 """

@@ -38,7 +38,7 @@ def test_what_the_chapter_promises() -> None:
     real, shuffled = (saved_dictionaries.card(name) for name in ("tales-1-resid", "shuffled-1-resid"))
     assert float(real["loss_recovered"]) > 0.98
     assert float(real["names_f1"]) > 0.5
-    assert float(real["names_f1"]) > 2 * float(shuffled["names_f1"])
+    assert float(shuffled["names_f1"]) > float(real["names_f1"])  # which is why single names prove little
 
 
 def test_a_short_training_makes_a_dictionary() -> None:

@@ -6,7 +6,13 @@ from course_utils.dashboards import LatentCard, dashboard
 
 CARDS = [
     LatentCard(
-        7, "a <name>", [([" Mary", " &"], [2.0, 0.0])], [9, 0, 1], [0.0, 1.0, 2.0, 3.0], [(" she", 1.5)], [("<|end|>", -2.0)]
+        7,
+        "a <name>",
+        [([" Mary", " &"], [2.0, 0.0])],
+        [9, 0, 1],
+        [0.0, 1.0, 2.0, 3.0],
+        [(" she", 1.5)],
+        [("<|end|>", -2.0)],
     ),
     LatentCard(12, "never", []),
 ]

@@ -19,7 +19,11 @@ def words(text: str) -> list[tuple[int, int]]:
 
 def true_of(story: Derivation, fact: str) -> list[str]:
     spans = words(story.text)
-    return [story.text[start:end].strip() for (start, end), facts in zip(spans, facts_of(story, spans), strict=True) if fact in facts]
+    return [
+        story.text[start:end].strip()
+        for (start, end), facts in zip(spans, facts_of(story, spans), strict=True)
+        if fact in facts
+    ]
 
 
 def parsed(text: str) -> Derivation:

@@ -79,7 +79,9 @@ def scaled_by(of: Callable[[Tensor], Tensor]) -> Fn:
             lambda x: (x.shape[1] / x.square().sum(1).mean()).sqrt()
         ),
         "the mean norm becomes 1; it is to become sqrt(d_in).": scaled_by(lambda x: 1 / x.norm(dim=1).mean()),
-        "the mean norm becomes d_in; it is to become sqrt(d_in).": scaled_by(lambda x: len(x[0]) / x.norm(dim=1).mean()),
+        "the mean norm becomes d_in; it is to become sqrt(d_in).": scaled_by(
+            lambda x: len(x[0]) / x.norm(dim=1).mean()
+        ),
         "it is the mean of the scales of the rows; one scale, from the mean norm.": scaled_by(
             lambda x: (x.shape[1] ** 0.5 / x.norm(dim=1)).mean()
         ),
@@ -89,7 +91,9 @@ def scaled_by(of: Callable[[Tensor], Tensor]) -> Fn:
         "the mean activation was subtracted first.": scaled_by(
             lambda x: x.shape[1] ** 0.5 / (x - x.mean(0)).norm(dim=1).mean()
         ),
-        "sqrt of the number of tokens was taken, not of d_in.": scaled_by(lambda x: (len(x) / 1) ** 0.5 / x.norm(dim=1).mean()),
+        "sqrt of the number of tokens was taken, not of d_in.": scaled_by(
+            lambda x: (len(x) / 1) ** 0.5 / x.norm(dim=1).mean()
+        ),
     }
 )
 def check_norm_scale(fn: Fn) -> None:
@@ -264,7 +268,7 @@ def check_ActivationBuffer(cls: Any) -> None:  # noqa: N802 (named after the cla
         batches = Watched()
         return cls(model, batches, RESID, n_tokens, torch.Generator().manual_seed(seed), **options), batches
 
-    for n_tokens, n in ((12, 4), (3, 8)):
+    for n_tokens, n in ((12, 3), (3, 8), (15, 9)):
         own, batches = made(n_tokens)
         words = f"n_tokens={n_tokens}, next({n})"
         first = torch.cat(every[: _needed(n_tokens, every)])
@@ -290,7 +294,9 @@ def check_ActivationBuffer(cls: Any) -> None:  # noqa: N802 (named after the cla
     _check_resuming(name, made)
     own, _ = made(12, scale=2.5)
     number(name, "`scale`, given as 2.5", own.scale, 2.5)
-    compare(f"{name} with scale=2.5: norms", own.next(99).norm(dim=1).sort().values, _first_norms(every, 99) * 2.5, "token")
+    compare(
+        f"{name} with scale=2.5: norms", own.next(99).norm(dim=1).sort().values, _first_norms(every, 99) * 2.5, "token"
+    )
 
 
 def _first_norms(every: list[Tensor], n: int) -> Tensor:
@@ -357,7 +363,7 @@ def _check_mixing(name: str, made: Fn, every: list[Tensor]) -> None:
 
 def _check_resuming(name: str, made: Fn) -> None:
     old, _ = made(12)
-    for _ in range(5):
+    for _ in range(8):
         old.next(4)
     state = old.state_dict()
     expected = [old.next(4) for _ in range(4)]

@@ -141,7 +141,11 @@ def upper(value: float, edges: list[float]) -> int | None:
 def check_activation_histogram(fn: Fn) -> None:
     """Values on the edges, outside them, and many at 0."""
     name = "activation_histogram"
-    for sizes, n_latents, edges in (((4, 1, 6), 3, [0.0, 0.5, 1.0, 2.0]), ((5,), 2, [-1.0, 0.0, 1.5]), ((2, 2), 5, [0.0, 1.0])):
+    for sizes, n_latents, edges in (
+        ((4, 1, 6), 3, [0.0, 0.5, 1.0, 2.0]),
+        ((5,), 2, [-1.0, 0.0, 1.5]),
+        ((2, 2), 5, [0.0, 1.0]),
+    ):
         chunks = [(2 * noise(n, n_latents, seed=seed + n)).round() / 2 for seed, n in enumerate(sizes)]
         chunks = [chunk * (noise(*chunk.shape, seed=9) > -0.5) for chunk in chunks]
         given = torch.tensor(edges)
@@ -245,7 +249,9 @@ def without_each(
         "the pattern is left out: it is what each value would contribute if it were looked at alone.": without_each(
             pattern=lambda pattern, query: torch.ones_like(pattern[0, :, query])
         ),
-        "query and key are swapped in the pattern.": without_each(pattern=lambda pattern, query: pattern[0, :, :, query]),
+        "query and key are swapped in the pattern.": without_each(
+            pattern=lambda pattern, query: pattern[0, :, :, query]
+        ),
         "it is always the last position that looks.": without_each(pattern=lambda pattern, query: pattern[0, :, -1]),
         "it is another layer's attention.": without_each(layer=lambda layer: 1 - layer),
         "the axes are swapped: heads come first, then keys.": without_each(turned=True),
@@ -254,7 +260,11 @@ def without_each(
 def check_direct_feature_attribution(fn: Fn) -> None:
     """Against every head's result at every key; and all together against the pre-activation."""
     name, model = "direct_feature_attribution", small_model()
-    for hook_name, n_pos, latent, query in ((ATTN_OUT, 5, 2, 3), ("blocks.0.hook_attn_out", 4, 0, 3), (ATTN_OUT, 6, 5, 1)):
+    for hook_name, n_pos, latent, query in (
+        (ATTN_OUT, 5, 2, 3),
+        ("blocks.0.hook_attn_out", 4, 0, 3),
+        (ATTN_OUT, 6, 5, 1),
+    ):
         dictionary, tokens = SmallDictionary(hook_name, D_MODEL), padded((n_pos,), n_pos)[0][0]
         right = without_each()(model, dictionary, tokens, latent, query)
         with unchanged(name, tokens=tokens), nothing_left_behind(name, model):

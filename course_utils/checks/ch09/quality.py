@@ -14,6 +14,7 @@ from course_utils.checks.ch09.small import (
     RESID,
     Fn,
     held,
+    hooked,
     number,
     opened,
     padded,
@@ -71,8 +72,8 @@ def check_firing_rates(fn: Fn) -> None:
 
 
 def small_values(n_tokens: int, n_latents: int, seed: int) -> Tensor:
-    """Latents: many are 0, one of them always."""
-    values = (noise(n_tokens, n_latents, seed=seed) - 0.3).relu()
+    """Some are 0, one of them always; some are negative."""
+    values = noise(n_tokens, n_latents, seed=seed)
     values[0] = 0
     values[:, -1] = 0
     return values
@@ -192,8 +193,7 @@ def doubled(latents: Tensor) -> Tensor:
             lambda d, x, edit, error: x + by_definition(d, x, edit, error)
         ),
         "the error's sign is wrong: it is the activation less the reconstruction.": splicing(
-            lambda d, x, edit, error: by_definition(d, x, edit, False)
-            - error * (x - d.decode(d.encode(x)))
+            lambda d, x, edit, error: by_definition(d, x, edit, False) - error * (x - d.decode(d.encode(x)))
         ),
     }
 )
@@ -207,14 +207,18 @@ def check_splice(fn: Fn) -> None:
             words = f"{name} at {hook_name}, {', '.join(options) or 'no options'}"
             with splicing()(model, dictionary, **options), torch.no_grad():
                 right = model(tokens)
-            with nothing_left_behind(name, model):
-                with opened(name, fn(model, dictionary, **options)), torch.no_grad():
-                    actual = model(tokens)
+            with (
+                nothing_left_behind(name, model),
+                hooked(words),
+                opened(name, fn(model, dictionary, **options)),
+                torch.no_grad(),
+            ):
+                actual = model(tokens)
             compare(words, actual, right, "batch pos d_vocab")
     kept: list[Tensor] = []
     handle = model.blocks[1].hook_mlp_out.add(lambda activation, hook: kept.append(activation))
     before = held(model, tokens, MLP_OUT)
-    with fn(model, dictionary, doubled), torch.no_grad():
+    with hooked(name), fn(model, dictionary, doubled), torch.no_grad():
         model(tokens)
     handle.remove()
     if not torch.equal(kept[1], before):
@@ -250,7 +254,9 @@ def recovering(
         model, tokens, mask, hook
     ).mean(0),
     first: int = 1,
-    of: Callable[[float, float, float], float] = lambda clean, spliced, ablated: (ablated - spliced) / (ablated - clean),
+    of: Callable[[float, float, float], float] = lambda clean, spliced, ablated: (
+        (ablated - spliced) / (ablated - clean)
+    ),
     which: Callable[[str], str] = lambda baseline: baseline,
     refuses: bool = True,
 ) -> Fn:
@@ -322,5 +328,9 @@ def check_loss_recovered(fn: Fn) -> None:
             for key, value in right.items():
                 number(name, f'"{key}" at {hook_name}, {options or "as it is"}', actual[key], value)
     must_raise(
-        name, ValueError, 'baseline="median"', partial(fn, model, dictionary, tokens, mask, "median"), "see the docstring."
+        name,
+        ValueError,
+        'baseline="median"',
+        partial(fn, model, dictionary, tokens, mask, "median"),
+        "see the docstring.",
     )

@@ -83,6 +83,17 @@ def opened(name: str, manager: Any) -> Any:
     return manager
 
 
+@contextmanager
+def hooked(words: str) -> Iterator[None]:
+    """A model that runs with the learner's hook: what the hook point has to say about its result is for the learner."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        if not str(error).startswith("The hook at"):
+            raise
+        raise CheckFailed(f"{words}: {error}\n  Next: look at what your function returns.") from None
+
+
 def parts(name: str, answer: Any, *labels: str) -> tuple[Any, ...]:
     """The entries of a tuple that should have so many."""
     if not isinstance(answer, tuple) or len(answer) != len(labels):

@@ -148,16 +148,16 @@ def loop(
 def check_fit_dictionary(fn: Fn) -> None:
     """A "relu" with a penalty, a "topk" with an auxiliary loss: losses, dead latents, weights, and snapshots."""
     name = "fit_dictionary"
-    cases: list[tuple[str, int, dict[str, Any]]] = [
-        ("topk", 11, {"peak": 0.05, "warm_up": 4, "window": 2, "auxiliary": 0.7, "keep": [2, 7]}),
-        ("relu", 9, {"peak": 0.02, "warm_up": 3, "sparsity": 0.8, "window": 1}),
-        ("topk", 6, {"auxiliary": 0.5, "window": 0}),
+    cases: list[tuple[str, int, int, dict[str, Any]]] = [
+        ("topk", D_LATENT, 11, {"peak": 0.05, "warm_up": 4, "window": 2, "auxiliary": 0.7, "keep": [2, 7]}),
+        ("relu", D_LATENT, 9, {"peak": 0.02, "warm_up": 3, "sparsity": 0.8, "window": 1}),
+        ("topk", 81, 5, {"auxiliary": 0.5, "window": 0, "peak": 0.02, "warm_up": 2}),
     ]
-    for kind, steps, options in cases:
-        words = f"{kind}, {steps} steps, {', '.join(f'{key}={value}' for key, value in options.items())}"
+    for kind, n_latents, steps, options in cases:
+        words = f"{kind}, {n_latents} latents, {steps} steps, " + ", ".join(f"{key}={options[key]}" for key in options)
         saes, fits = [], []
         for each in (loop(), fn):
-            sae = SmallSAE(D_IN, D_LATENT, kind, k=1)
+            sae = SmallSAE(D_IN, n_latents, kind, k=1)
             n = iter(range(99))
             fits.append(each(sae, lambda n=n: batch_number(next(n)), steps, **options))  # type: ignore[misc]
             saes.append(sae)
@@ -165,15 +165,18 @@ def check_fit_dictionary(fn: Fn) -> None:
         if actual is None:
             raise CheckFailed(f"{name}: returned None.\n  Next: return a Fit of losses, dead and snapshots.")
         for label, answer in (("losses", actual.losses), ("dead", actual.dead)):
-            if not isinstance(answer, list) or len(answer) != steps:
-                raise CheckFailed(f"{name}: `{label}` is to be a list with one number for each step.\n  Next: append.")
+            kind_of = float if label == "losses" else int
+            if not isinstance(answer, list) or len(answer) != steps or not isinstance(answer[0], kind_of):
+                raise CheckFailed(
+                    f"{name}: `{label}` should be a list of {steps} plain numbers.\n  Next: append one a step."
+                )
         compare(f"{name}: losses, {words}", torch.tensor(actual.losses), torch.tensor(right.losses), "step", 1e-3, 1e-4)
         agree(name, f"`dead`, {words}", actual.dead, right.dead)
         weights = [("at the end", saes[1].state_dict(), saes[0].state_dict())]
         if sorted(actual.snapshots) != sorted(right.snapshots):
             raise CheckFailed(
-                f"{name}: snapshots after {sorted(right.snapshots)} steps were asked for, got {sorted(actual.snapshots)}."
-                "\n  Next: keep says after how many steps."
+                f"{name}: expected snapshots after {sorted(right.snapshots)} steps, got {sorted(actual.snapshots)}.\n"
+                "  Next: keep says after how many steps."
             )
         weights += [(f"after {at} steps", actual.snapshots[at], right.snapshots[at]) for at in right.snapshots]
         for when, got, want in weights:

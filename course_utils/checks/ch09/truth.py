@@ -12,7 +12,7 @@ from course_utils.checks.mistakes import known_mistakes
 from course_utils.checks.modules import noise
 from course_utils.checks.plain import agree
 
-# ------------------------------------------------------------------------------------------------------------- best_f1
+# -------------------------------------------------------------------------------------------------------------- best_f1
 
 Counts = Callable[[int, int, int, int], float]  # (both, said, true, tokens) -> score
 
@@ -157,6 +157,9 @@ def check_explain(fn: Fn) -> None:
         _compare_rules(name, fn, fires, facts, n_questions)
     for fires in (torch.zeros(6, dtype=torch.bool), torch.ones(6, dtype=torch.bool)):
         _compare_rules(name, fn, fires, noise(6, 3) > 0, 2)
+    one, two = torch.arange(5) < 1, torch.arange(5) < 2
+    _compare_rules(name, fn, one, torch.stack([two, one], dim=1), 1)
+    _compare_rules(name, fn, ~one, ~torch.stack([two, one], dim=1), 1)
     both = torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]]).bool()
     _compare_rules(name, fn, both[:, 0] ^ both[:, 1], both, 2)
     _compare_rules(name, fn, torch.tensor([True, False, True]), torch.zeros(3, 0, dtype=torch.bool), 2)
@@ -177,7 +180,7 @@ def _rounded(rule: Any) -> Any:
     return round(rule, 6) if isinstance(rule, float) else rule
 
 
-# ------------------------------------------------------------------------------------------ detection_score, fuzzing_score
+# --------------------------------------------------------------------------------------- detection_score, fuzzing_score
 
 
 def share(rows: list[tuple[bool, bool]], side: bool) -> float:

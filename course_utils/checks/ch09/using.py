@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from course_utils.checks.ch09.quality import splicing
-from course_utils.checks.ch09.small import D_MODEL, MLP_OUT, RESID, Fn, opened, padded, parts, small_model
+from course_utils.checks.ch09.small import D_MODEL, MLP_OUT, RESID, Fn, hooked, opened, padded, parts, small_model
 from course_utils.checks.comparing import compare, follows_input, unchanged
 from course_utils.checks.leftovers import assert_stops, nothing_left_behind
 from course_utils.checks.mistakes import known_mistakes
@@ -20,7 +20,7 @@ from course_utils.checks.outcomes import CheckFailed, Stop
 from course_utils.checks.plain import agree, must_raise
 from course_utils.checks.standins.small_dictionary import SmallDictionary, SmallSAE
 
-# -------------------------------------------------------------------------------------------------- steer_with_latent
+# ---------------------------------------------------------------------------------------------------- steer_with_latent
 
 New = Callable[[Any, Tensor, Any, float, bool], Tensor]
 
@@ -109,12 +109,17 @@ def check_steer_with_latent(fn: Fn) -> None:
     for hook_name, latent, value, options in cases:
         dictionary = SmallDictionary(hook_name, D_MODEL)
         tokens, _ = padded((5, 5), 2)
+        words = f"{name} at {hook_name}, latent {latent}, value {value}, {options}"
         with setting()(model, dictionary, latent, value, **options), torch.no_grad():
             right = model(tokens)
-        with nothing_left_behind(name, model):
-            with opened(name, fn(model, dictionary, latent, value, **options)), torch.no_grad():
-                actual = model(tokens)
-        compare(f"{name} at {hook_name}, latent {latent}, value {value}, {options}", actual, right, "batch pos d_vocab")
+        with (
+            nothing_left_behind(name, model),
+            hooked(words),
+            opened(name, fn(model, dictionary, latent, value, **options)),
+            torch.no_grad(),
+        ):
+            actual = model(tokens)
+        compare(words, actual, right, "batch pos d_vocab")
 
     def run() -> None:
         with fn(model, dictionary, 1, 1.0):
@@ -124,7 +129,7 @@ def check_steer_with_latent(fn: Fn) -> None:
         assert_stops(name, run, "the block")
 
 
-# -------------------------------------------------------------------------------------------------------- sparse_probe
+# --------------------------------------------------------------------------------------------------------- sparse_probe
 
 Choose = Callable[[Tensor, Tensor], Tensor]  # (yes rows, no rows) -> what the choice goes by, one number per latent
 
@@ -195,7 +200,9 @@ def check_sparse_probe(fn: Fn) -> None:
         with unchanged(name, latents=latents, labels=labels):
             answer = parts(words, fn(latents, labels, k, l2), "chosen", "direction", "bias")
         right = choosing()(latents, labels, k, l2)
-        for label, actual, want, axes in zip(("chosen", "direction", "bias"), answer, right, ("k", "k", ""), strict=True):
+        for label, actual, want, axes in zip(
+            ("chosen", "direction", "bias"), answer, right, ("k", "k", ""), strict=True
+        ):
             compare(f"{words}: {label}", actual, want, axes, rtol=1e-2, atol=1e-3)
     follows_input(name, lambda given: fn(given, labels, k, l2)[1], (latents,), "k")
 
@@ -207,7 +214,7 @@ def small_case(n: int, n_latents: int) -> tuple[Tensor, Tensor]:
     return ((noise(n, n_latents, seed=n + 1) + labels[:, None] * shift + 0.6) * sizes).relu(), labels
 
 
-# ---------------------------------------------------------------------------------------- save_for_saelens, load_saelens
+# --------------------------------------------------------------------------------------- save_for_saelens, load_saelens
 
 NAMES = {"relu": "standard", "topk": "topk", "batch_topk": "jumprelu", "gated": "gated", "jumprelu": "jumprelu"}
 KINDS = tuple(NAMES)
@@ -304,8 +311,13 @@ def check_save_for_saelens(fn: Fn) -> None:
     name = "save_for_saelens"
     for number, kind in enumerate(KINDS):
         dictionary = SmallDictionary(MLP_OUT, D_MODEL, kind=kind, scale=0.4 + number).eval()
+        dictionary.sae.W_enc.data = dictionary.sae.W_enc.data.T.contiguous().T  # as chapter 06 makes it
+        if kind == "gated":
+            dictionary.double()
         with tempfile.TemporaryDirectory() as temporary:
             folders = [Path(temporary) / "deep" / "right", Path(temporary) / "deeper" / "own"]
+            if number % 2:
+                folders[1].mkdir(parents=True)
             writing()(dictionary, folders[0], "small")
             fn(dictionary, folders[1], "small")
             missing = [file for file in (CONFIG, WEIGHTS) if not (folders[1] / file).exists()]
@@ -316,11 +328,14 @@ def check_save_for_saelens(fn: Fn) -> None:
         agree(name, f"{CONFIG} of a {kind}", cfgs[1], cfgs[0])
         agree(name, f"names in {WEIGHTS} of a {kind}", sorted(files[1]), sorted(files[0]))
         for label, weight in sorted(files[0].items(), reverse=True, key=lambda item: item[0] == "W_enc"):
-            axes = {1: "d_in" if label == "b_dec" else "latent", 2: "d_in latent" if label == "W_enc" else "latent d_in"}
+            axes = {
+                1: "d_in" if label == "b_dec" else "latent",
+                2: "d_in latent" if label == "W_enc" else "latent d_in",
+            }
             compare(f"{name}: {label} of a {kind}", files[1][label], weight, axes[weight.dim()])
         x = noise(4, D_MODEL, seed=5)
         theirs = their_latents(cfgs[1], files[1], x)
-        compare(f"{name}: SAELens' latents of a {kind}", theirs, dictionary.encode(x), "token latent")
+        compare(f"{name}: SAELens' latents of a {kind}", theirs, dictionary.float().encode(x), "token latent")
 
 
 def reading(
@@ -399,10 +414,13 @@ def check_load_saelens(fn: Fn) -> None:
                 raise CheckFailed(f"{name}: expected a Dictionary.\n  Next: return Dictionary(sae, hook_name, 1.0).")
             agree(name, f"`hook_name` of a {kind}", loaded.hook_name, written.hook_name)
             agree(name, f"`scale` of a {kind}", float(loaded.scale), 1.0)
+            agree(name, f"`k` of a {kind}", loaded.sae.k, written.sae.k if kind == "topk" else 1)
             x = noise(15, D_MODEL, seed=number)
             latents = written.encode(x)
             compare(f"{name}: latents of a {kind}", loaded.encode(x), latents, "token latent")
-            compare(f"{name}: reconstruction of a {kind}", loaded.decode(latents), written.decode(latents), "token d_in")
+            compare(
+                f"{name}: reconstruction of a {kind}", loaded.decode(latents), written.decode(latents), "token d_in"
+            )
             agree(name, f"`training` of a {kind}", loaded.sae.training, False)
         _refuses(name, fn, folder)
 
@@ -412,6 +430,7 @@ def _refuses(name: str, fn: Fn, folder: Path) -> None:
     changes: list[dict[str, Any]] = [
         {"architecture": "matching_pursuit"},
         {"normalize_activations": "layer_norm"},
+        {"normalize_activations": "whitening"},
         {"apply_b_dec_to_input": False},
     ]
     for change in changes:
