@@ -9,9 +9,6 @@ import solutions.ch10_circuits as ref
 from course_utils.checks.ch10.small import KINDS, model_of, tokens_of, transcoders_of
 from course_utils.checks.ch10.transcoders import losses, missed, spliced, wrong
 from course_utils.hooks import add_hook
-from course_utils.pretrained import PretrainedError, load_pretrained
-from course_utils.shipped_transcoders import load_transcoders, transcoder_card
-from solutions.ch02_transformer import Transformer
 from tests.ch10 import other_circuits as other
 
 SECRETS = ("topk_latents(", "W_dec +", "transcoder(reads", "ln2.normalized")
@@ -64,36 +61,3 @@ def test_the_replacement_model_with_its_errors_is_the_model(kind: str) -> None:
     torch.testing.assert_close(
         ref.run_replaced(model, transcoders, tokens, errors), model(tokens), rtol=1e-4, atol=1e-4
     )
-
-
-def test_what_the_card_of_the_shipped_transcoders_says_is_measured_again() -> None:
-    from solutions.recipes import transcoders as recipe
-
-    model = load_pretrained(Transformer, "tales", device="cpu").requires_grad_(False)
-    card, found = transcoder_card("tales"), recipe.figures(model, load_transcoders(ref.Transcoder, "tales"))
-    for key, value in found.items():
-        for now, before in zip(str(value).split(", "), card[key].split(", "), strict=True):
-            assert float(now) == pytest.approx(float(before), abs=2e-3), key
-    assert float(card["recovered"]) > 0.998
-    assert max(float(share) for share in card["unexplained"].split(", ")) < 0.06
-
-
-def test_a_short_training_of_transcoders_learns_something(tmp_path: Any, capsys: Any) -> None:
-    from solutions.recipes import transcoders as recipe
-
-    recipe.main(["--steps", "9", "--out", str(tmp_path)])
-    assert "recovered: " in capsys.readouterr().out
-    assert (tmp_path / "transcoders.safetensors").exists()
-
-
-def test_transcoders_that_are_not_there_or_do_not_fit() -> None:
-    with pytest.raises(PretrainedError, match="those of: tales"):
-        load_transcoders(ref.Transcoder, "brackets")
-
-    class Another(ref.Transcoder):
-        def __init__(self, *sizes: Any) -> None:
-            super().__init__(*sizes)
-            self.W_skip = torch.nn.Parameter(torch.zeros(1))
-
-    with pytest.raises(PretrainedError, match="do not fit"):
-        load_transcoders(Another, "tales")

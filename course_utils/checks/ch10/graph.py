@@ -457,10 +457,7 @@ def pruning(
             nodes = part(powers(before, graph.weights), node_share)
         nodes = nodes | torch.tensor([always(graph, node) for node in range(size)])
         kept = nodes[:, None] & nodes & allowed
-        if edges_first:
-            edges = kept
-        else:
-            edges = choose_edges(divide(graph.adjacency * kept) if again else before * kept)
+        edges = kept if edges_first else choose_edges(divide(graph.adjacency * kept) if again else before * kept)
         while tidy:
             gone = [
                 node

@@ -127,10 +127,15 @@ def check_Transcoder(cls: Any) -> None:  # noqa: N802 (the exercise's name)
 # ----------------------------------------------------------------------------------------------------------- the loss
 
 
+def around_mean(y: Tensor) -> Tensor:
+    """Distances from the mean over the tokens, coordinate by coordinate."""
+    return torch.stack([column - column.mean() for column in y.T], dim=1)
+
+
 def losses(
     errors: Callable[[Tensor, Tensor, Tensor], Tensor] = lambda output, x, y: output - y,
     kept: Callable[[Tensor], Tensor] = lambda mask: mask,
-    spread: Callable[[Tensor], Tensor] = lambda y: y - torch.stack([part.mean() for part in y.T]),
+    spread: Callable[[Tensor], Tensor] = around_mean,
     share: Callable[[Tensor, Tensor], Tensor] = lambda error, around: error.pow(2).sum() / around.pow(2).sum(),
 ) -> Fn:
     """The loss, token by token, with a step replaced."""
