@@ -153,6 +153,12 @@ def _raise_stop(*given: Any, **options: Any) -> Any:
     raise Stop
 
 
+class BreakingOff:
+    """Whether `at_most_lines` breaks off just now: then Python itself stops tracing, in the middle of the answer."""
+
+    now = False
+
+
 @contextmanager
 def at_most_lines(where: str, most: int, advice: str) -> Iterator[None]:
     """Break off after `most` lines of Python, for answers whose loop may never end, or not in time."""
@@ -167,6 +173,7 @@ def at_most_lines(where: str, most: int, advice: str) -> Iterator[None]:
         nonlocal left
         left -= 1
         if left < 0:
+            BreakingOff.now = True
             raise too_many
         return count
 
@@ -178,5 +185,6 @@ def at_most_lines(where: str, most: int, advice: str) -> Iterator[None]:
             raise
     finally:
         sys.settrace(before)
+        BreakingOff.now = False
     if left < 0:  # also where the code that was broken off caught it, or raised something else
         raise too_many

@@ -210,7 +210,7 @@ def guard(chapter: str, is_cell: Callable[[str], bool], found: Callable[[str], N
 
     def hook(event: str, args: tuple[Any, ...]) -> None:
         nonlocal busy
-        if busy or (event != "open" and event not in PEEPING):
+        if busy or (event != "open" and event not in PEEPING) or (event == "sys.settrace" and BreakingOff.now):
             return
         busy = True
         try:

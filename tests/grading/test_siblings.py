@@ -6,11 +6,11 @@ import pytest
 
 from course_utils.exercises import PARTS, course_exercises, part_of
 from course_utils.grading.collect import collected
-from course_utils.grading.grade import close_servers, grade_all
-from course_utils.grading.results import Result, Settings
+from course_utils.grading.grade import close_servers, grade_all, grade_one
+from course_utils.grading.results import Result, Settings, Submission
 from tests.grading import siblings, submissions
 from tests.grading.siblings import SIBLINGS, Sibling
-from tests.grading.submissions import Case
+from tests.grading.submissions import Case, packed
 
 pytestmark = pytest.mark.slow
 NAMES = [case.learner for sibling in SIBLINGS for case in siblings.cases(sibling, Path("/nowhere"), 0)]
@@ -57,3 +57,16 @@ def test_every_case_gets_the_states_it_should(
 def test_nothing_outside_was_touched(graded: dict[str, Result], outside: Path) -> None:
     assert [path.name for path in outside.iterdir()] == ["secret"]
     assert (outside / "secret").read_text() == "nobody's business"
+
+
+def test_a_check_that_breaks_off_an_endless_answer_accuses_nobody() -> None:
+    """Python stops tracing by itself there, in the learner's frame; this once passed for a trick."""
+    endless = "def best_assignment(gain):\n    rows = 0\n    while True:\n        rows += 1"
+    sibling = Sibling("06", "best_assignment", ())
+    content = packed(sibling.partly(best_assignment=endless))
+    given = Submission("ada", "06", Path(sibling.notebook), content)
+    result = grade_one(given, Settings(sandbox="none"))
+    close_servers()
+    [own] = [one for one in result.exercises if one.exercise == "best_assignment"]
+    assert (own.state, result.problems) == ("wrong", ()), own
+    assert "it found no answer within" in own.message
