@@ -150,12 +150,12 @@ def run(recipe: DictionaryRecipe, out: Path | None, steps: int | None, ship: boo
     steps = recipe.steps if steps is None else steps
     dictionary, losses = trained(recipe, model, steps)
     figures = judged(model, dictionary, held_out(model, recipe.hook_name))
-    front = {
+    front: dict[str, object] = {
         "about": f"a dictionary of {recipe.hook_name} of {recipe.model}",
         "recipe": "solutions.recipes.dictionaries",
     }
     front |= {"d_sae": recipe.d_sae, "k": recipe.k, "seed": recipe.seed, "steps": steps}
-    card: dict[str, object] = {**front, **figures, "cpu_seconds": round(time.process_time() - start)}
+    card = {**front, **figures, "cpu_seconds": round(time.process_time() - start)}
     for key, value in card.items():
         print(f"{key}: {value}", flush=True)
     config = {"kind": "topk", "d_in": model.cfg.d_model, "d_sae": recipe.d_sae, "k": recipe.k}

@@ -159,7 +159,7 @@ def check_fit_dictionary(fn: Fn) -> None:
         for each in (loop(), fn):
             sae = SmallSAE(D_IN, n_latents, kind, k=1)
             n = iter(range(99))
-            fits.append(each(sae, lambda n=n: batch_number(next(n)), steps, **options))  # type: ignore[misc]
+            fits.append(each(sae, lambda n=n: batch_number(next(n)), steps, **options))
             saes.append(sae)
         right, actual = fits
         if actual is None:

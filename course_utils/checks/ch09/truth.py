@@ -235,7 +235,7 @@ def precise(rows: list[tuple[bool, bool]]) -> float:
         "only the texts in which it does not fire count.": scoring(lambda rows: share(rows, False), texts_of),
         "prediction and firing are swapped.": lambda predicted, fires, text: balanced(texts_of(fires, predicted, text)),
         "a text counts as predicted only if all of its tokens are.": scoring(
-            balanced, lambda *given: texts_of(*given, some=all)
+            balanced, lambda predicted, fires, text: texts_of(predicted, fires, text, all)
         ),
     }
 )

@@ -348,7 +348,7 @@ def reading(
         from safetensors.torch import load_file
 
         cfg, weights = json.loads((folder / CONFIG).read_text()), load_file(folder / WEIGHTS)
-        known = {"normalize_activations": ("none",), "apply_b_dec_to_input": (True,)}
+        known: dict[str, tuple[Any, ...]] = {"normalize_activations": ("none",), "apply_b_dec_to_input": (True,)}
         known["architecture"] = ("standard", "topk", "gated", "jumprelu")
         if any(cfg[key] not in known[key] for key in refuses):
             raise ValueError(cfg)
@@ -385,7 +385,8 @@ def as_relu(sae: Any, cfg: dict[str, Any]) -> None:
 
 
 def own_weights(sae: Any, cfg: dict[str, Any]) -> None:
-    sae.W_enc.copy_(SmallSAE(*sae.W_enc.shape, "relu").W_enc)
+    d_in, d_sae = sae.W_enc.shape
+    sae.W_enc.copy_(SmallSAE(d_in, d_sae, "relu").W_enc)
 
 
 @known_mistakes(
