@@ -20,7 +20,7 @@ PREDICTED = torch.tensor([4, 8, 5, 2, 8, 9, 7, 8, 8, 4])
 ANSWERS = torch.tensor([4, 8, 6, 3, 9, 9, 5, 8, 9, 6])
 
 
-def hits(p: list[int], a: list[int]) -> float:
+def hits(p: list[int], a: list[int]) -> int:
     return sum(x == y for x, y in zip(p, a, strict=True))
 
 
