@@ -76,7 +76,7 @@ def games_of_chunk(seed: int, chunk: int) -> Tensor:
     return random_games(CHUNK * BATCH, SIZE, torch.Generator().manual_seed(seed * 1_000_000 + chunk), N_CTX)
 
 
-def logits_in_bfloat16(model: Transformer, tokens: Tensor) -> Tensor:
+def logits_in_bfloat16(model: Any, tokens: Tensor) -> Tensor:
     """What the model computes, in half the time on a CPU: products in bfloat16, heads side by side in one product, and
     attention spelled out, since PyTorch's own takes long for the gradients of rows as short as these."""
     half, (batch, pos), cfg = torch.bfloat16, tokens.shape, model.cfg
@@ -163,7 +163,7 @@ def train(seed: int, steps: int, out: Path, device: str, every: int = 1000) -> t
         optimizer.step()
         losses.append(loss.detach())
         if (step + 1) % every == 0 or step + 1 == steps:
-            entry = {"step": step + 1, "moves": (step + 1) * BATCH * N_CTX}
+            entry: dict[str, Any] = {"step": step + 1, "moves": (step + 1) * BATCH * N_CTX}
             entry |= {"train_loss": round(float(torch.stack(losses).mean()), 4), **behaviour(model, held_out)}
             history.append(entry)
             losses, seconds = [], time.process_time() - began
