@@ -192,6 +192,7 @@ def guard(chapter: str, is_cell: Callable[[str], bool], found: Callable[[str], N
     `is_cell` says whether a file name is that of a cell; `found` gets a sentence for each attempt.
     """
     import solutions
+    from course_utils.checks.guarding import BreakingOff
 
     folder = os.path.dirname(os.path.realpath(solutions.__file__ or ""))
     hidden = tuple(os.path.join(folder, name) for name in (f"ch{chapter}_", f"{chapter}_", f"__pycache__/ch{chapter}_"))
