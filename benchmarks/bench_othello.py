@@ -8,7 +8,7 @@ import torch
 from course_utils.data.othello import random_games
 from tests.ch14.other_othello import grid_after, grid_moves, grid_start
 
-N_PLAIN, N_OURS = 10, 2000
+N_GAMES = 1000  # side by side: with fifty there would be no gain
 
 
 def plain_games(n: int, size: int) -> list[list[int]]:
@@ -26,11 +26,10 @@ def plain_games(n: int, size: int) -> list[list[int]]:
 
 @pytest.mark.parametrize("size", (6, 8))
 def test_random_games(race, size: int) -> None:
-    """As many games as take each of them about as long: `ratio` has to be divided by two hundred."""
-    rival = {f"loops over a grid, {N_PLAIN} games": (lambda: plain_games(N_PLAIN, size), "about 1: 200 times as fast")}
+    rival = {"loops over a grid": (lambda: plain_games(N_GAMES, size), "below a tenth; about 0.03 on a free core")}
     race(
-        f"{N_OURS} random games on {size} x {size}",
-        lambda: random_games(N_OURS, size, torch.Generator().manual_seed(0)),
+        f"{N_GAMES} random games on {size} x {size}",
+        lambda: random_games(N_GAMES, size, torch.Generator().manual_seed(0)),
         rival,
         3,
     )
