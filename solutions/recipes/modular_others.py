@@ -1,4 +1,4 @@
-"""Trainings to compare `modular-addition` with: another seed, more pairs, and no weight decay.
+"""Trainings to compare `modular-addition` with: other seeds, more pairs, and no weight decay.
 
 They ship as losses, in `others.json` beside the model; nobody needs their weights.
 
@@ -31,6 +31,7 @@ class Other:
 
 OTHERS = {
     "another seed": Other(seed=1),
+    "a third seed": Other(seed=2),
     "70% of the pairs": Other(share=0.7, steps=2000),
     "no weight decay": Other(weight_decay=0.0, steps=3000),
 }
