@@ -14,6 +14,7 @@ SECRETS = ("while 0 <=", "run.append", "board * player")
 ONLY_ON_GPU = "device="
 # Changes after which the reference still does what its statement says.
 STILL_RIGHT = {
+    "0 -> -1",  # a run that goes on behind the edge is thrown away: the condition after the loop asks again
     "board[row, col] == -1 -> board[row, col] <= -1",  # -1, 0 and 1 are all there is
     "board[row, col] == 1 -> board[row, col] >= 1",
     "seen == -1 -> seen <= -1",

@@ -17,6 +17,7 @@ STILL_RIGHT = {
     "logits.shape[-1] - legal.shape[-1] -> legal.shape[-1]",
     "logits.shape[-1] - legal.shape[-1] -> logits.shape[-1] + legal.shape[-1]",
     "0 -> -1",  # the only column
+    "1 -> 2",  # as many more columns of False as there are positions
     "labels != 0 -> labels > 0",  # no label is smaller
     "nn.functional.normalize(a, dim=-1) -> nn.functional.normalize(a)",  # of two axes, the last is the default
     "nn.functional.normalize(b, dim=-1) -> nn.functional.normalize(b)",
