@@ -313,5 +313,7 @@ def check_contradiction_rate(fn: Fn) -> None:
     right = contradicting()
     for n, yes, no in ((11, YES, NO), (11, 9, 7), (4, 5, 9), (1, 5, 9), (11, 7, 5)):
         words = f"{name} of {n} row{'s' * (n > 1)}, yes={yes}, no={no}"
-        compare(words, fn(FIRST[:n], SECOND[:n], yes, no), right(FIRST[:n], SECOND[:n], yes, no), "")
-    must_raise(name, ValueError, f"{name} with yes=1, no=2, which nobody says", partial(fn, FIRST, SECOND, 1, 2))
+        expected = right(FIRST[:n], SECOND[:n], yes, no)
+        compare(words, fn(FIRST[:n].clone(), SECOND[:n].clone(), yes, no), expected, "")
+    nobody = partial(fn, FIRST.clone(), SECOND.clone(), 1, 2)
+    must_raise(name, ValueError, f"{name} with yes=1, no=2, which nobody says", nobody)
