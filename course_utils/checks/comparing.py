@@ -45,6 +45,17 @@ def compare(
         raise CheckFailed(message, evidence=evidence, advice=_advice(actual, expected, wrong, words))
 
 
+def parts(name: str, answer: Any, *labels: str) -> tuple[Any, ...]:
+    """The entries of a tuple that should have so many."""
+    if not isinstance(answer, tuple) or len(answer) != len(labels):
+        got = "None" if answer is None else f"a {type(answer).__name__}"
+        got += f" of {len(answer)}" if isinstance(answer, tuple) else ""
+        raise CheckFailed(
+            f"{name}: expected a tuple ({', '.join(labels)}), got {got}.\n  Next: return them in this order."
+        )
+    return answer
+
+
 def compare_kind(name: str, actual: Tensor, expected: Tensor) -> None:
     """Raise CheckFailed unless dtype and device are those of `expected`."""
     for what in ("dtype", "device"):

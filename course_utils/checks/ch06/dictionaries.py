@@ -25,9 +25,8 @@ from course_utils.checks.ch06.sizes import (
     compare_slopes,
     compare_weights_slopes,
     every_kind,
-    parts,
 )
-from course_utils.checks.comparing import compare, unchanged
+from course_utils.checks.comparing import compare, parts, unchanged
 from course_utils.checks.guarding import may_change
 from course_utils.checks.mistakes import known_mistakes
 from course_utils.checks.modules import check_gradient, noise, randomise, weights_of

@@ -1,4 +1,4 @@
-"""What the checks of dictionaries share: sizes that all differ, with and without instances, and answers in parts."""
+"""What the checks of dictionaries share: sizes that all differ, with and without instances."""
 
 from collections.abc import Callable
 from typing import Any
@@ -30,17 +30,6 @@ def by_instance(
         return of_one(*tensors)
     slices = [tensor.unbind(axis) for tensor, axis in zip(tensors, axes, strict=True)]
     return torch.stack([of_one(*each) for each in zip(*slices, strict=True)])
-
-
-def parts(name: str, answer: Any, *labels: str) -> tuple[Any, ...]:
-    """The entries of a tuple that should have so many."""
-    if not isinstance(answer, tuple) or len(answer) != len(labels):
-        got = "None" if answer is None else f"a {type(answer).__name__}"
-        got += f" of {len(answer)}" if isinstance(answer, tuple) else ""
-        raise CheckFailed(
-            f"{name}: expected a tuple ({', '.join(labels)}), got {got}.\n  Next: return them in this order."
-        )
-    return answer
 
 
 def every_kind(name: str, fn: Fn, inputs: tuple[Any, ...], axes: str) -> None:

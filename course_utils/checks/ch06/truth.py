@@ -20,9 +20,8 @@ from course_utils.checks.ch06.sizes import (
     by_instance,
     compare_slopes,
     every_kind,
-    parts,
 )
-from course_utils.checks.comparing import compare, follows_input
+from course_utils.checks.comparing import compare, follows_input, parts
 from course_utils.checks.guarding import at_most_lines
 from course_utils.checks.mistakes import known_mistakes
 from course_utils.checks.modules import noise

@@ -18,12 +18,11 @@ from course_utils.checks.ch07.small import (
     Fn,
     Probe,
     compare_parts,
-    parts,
     parts_of_every_kind,
     parts_of_other_layouts,
     two_classes,
 )
-from course_utils.checks.comparing import compare, compare_kind, follows_input
+from course_utils.checks.comparing import compare, compare_kind, follows_input, parts
 from course_utils.checks.kinds import follows_every_kind, strided
 from course_utils.checks.mistakes import known_mistakes
 from course_utils.checks.modules import noise

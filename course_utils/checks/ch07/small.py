@@ -1,4 +1,4 @@
-"""What the checks of probes share: small data of two classes, answers in parts, and a probe that needs no training."""
+"""What the checks of probes share: small data of two classes, answers in parts, and a probe without training."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,10 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from course_utils.checks.comparing import compare, follows_input
+from course_utils.checks.comparing import compare, follows_input, parts
 from course_utils.checks.kinds import follows_every_kind, strided
 from course_utils.checks.modules import noise
-from course_utils.checks.outcomes import CheckFailed
 
 Fn = Callable[..., Any]
 Probe = tuple[Tensor, Tensor]
@@ -21,17 +20,6 @@ def two_classes(seed: int, n_batch: int = N_BATCH, d_model: int = D_MODEL) -> tu
     y = torch.arange(n_batch) % 3 == 1
     mixing = noise(d_model, d_model, seed=seed + 50)
     return noise(n_batch, d_model, seed=seed) @ mixing + 1.0 + y[:, None] * noise(d_model, seed=seed + 90), y
-
-
-def parts(name: str, answer: Any, *labels: str) -> tuple[Any, ...]:
-    """The entries of a tuple that should have so many."""
-    if not isinstance(answer, tuple) or len(answer) != len(labels):
-        got = "None" if answer is None else f"a {type(answer).__name__}"
-        got += f" of {len(answer)}" if isinstance(answer, tuple) else ""
-        raise CheckFailed(
-            f"{name}: expected a tuple ({', '.join(labels)}), got {got}.\n  Next: return them in this order."
-        )
-    return answer
 
 
 def compare_parts(name: str, answer: Any, expected: tuple[Tensor, ...], axes: dict[str, str], **tolerance: Any) -> None:

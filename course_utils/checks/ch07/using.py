@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from course_utils.checks.ch07.small import Fn, Probe, compare_parts, parts, parts_of_every_kind, two_classes
-from course_utils.checks.comparing import compare, follows_input
+from course_utils.checks.ch07.small import Fn, Probe, compare_parts, parts_of_every_kind, two_classes
+from course_utils.checks.comparing import compare, follows_input, parts
 from course_utils.checks.kinds import follows_every_kind
 from course_utils.checks.leftovers import assert_stops, nothing_left_behind
 from course_utils.checks.mistakes import known_mistakes

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from course_utils.checks.ch09.small import ATTN_OUT, D_MODEL, Fn, held, padded, parts, small_model
-from course_utils.checks.comparing import compare, follows_input, unchanged
+from course_utils.checks.ch09.small import ATTN_OUT, D_MODEL, Fn, held, padded, small_model
+from course_utils.checks.comparing import compare, follows_input, parts, unchanged
 from course_utils.checks.leftovers import nothing_left_behind
 from course_utils.checks.mistakes import known_mistakes
 from course_utils.checks.modules import noise

@@ -92,14 +92,3 @@ def hooked(words: str) -> Iterator[None]:
         if not str(error).startswith("The hook at"):
             raise
         raise CheckFailed(f"{words}: {error}\n  Next: look at what your function returns.") from None
-
-
-def parts(name: str, answer: Any, *labels: str) -> tuple[Any, ...]:
-    """The entries of a tuple that should have so many."""
-    if not isinstance(answer, tuple) or len(answer) != len(labels):
-        got = "None" if answer is None else f"a {type(answer).__name__}"
-        got += f" of {len(answer)}" if isinstance(answer, tuple) else ""
-        raise CheckFailed(
-            f"{name}: expected a tuple ({', '.join(labels)}), got {got}.\n  Next: return them in this order."
-        )
-    return answer

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from course_utils.checks.ch09.quality import splicing
-from course_utils.checks.ch09.small import D_MODEL, MLP_OUT, RESID, Fn, hooked, opened, padded, parts, small_model
-from course_utils.checks.comparing import compare, follows_input, unchanged
+from course_utils.checks.ch09.small import D_MODEL, MLP_OUT, RESID, Fn, hooked, opened, padded, small_model
+from course_utils.checks.comparing import compare, follows_input, parts, unchanged
 from course_utils.checks.leftovers import assert_stops, nothing_left_behind
 from course_utils.checks.mistakes import known_mistakes
 from course_utils.checks.modules import noise
