@@ -23,6 +23,7 @@ from solutions.ch01_tokenization import BPETokenizer, bytes_to_unicode
 from solutions.ch02_transformer import Transformer
 from tests.conftest import ROOT
 from tests.support import real_parts
+from tests.support.depends import fingerprint
 
 pytestmark = pytest.mark.real
 
@@ -135,6 +136,13 @@ def test_what_chapter_01_says_of_gpt2_s_vocabulary() -> None:
     assert [round(value, 1) for value in times] == [1.0, 1.7, 4.8, 7.2]
 
 
+def depends_on(chapter: str) -> str:
+    notebooks = (ROOT / "solutions").glob(f"{chapter}_*.ipynb")
+    files = [STORED / f"{chapter}.json", ROOT / "constraints.txt"]
+    return fingerprint(*notebooks, *files, real_parts.run, load_pretrained)
+
+
+@pytest.mark.unless_unchanged("chapters", depends_on)
 @pytest.mark.parametrize("chapter", sorted(path.stem for path in STORED.glob("*.json")))
 def test_stored_results_are_those_of_a_new_run_of_minutes(chapter: str, folder: Path, tmp_path: Path) -> None:
     stored = json.loads((STORED / f"{chapter}.json").read_text(encoding="utf-8"))
