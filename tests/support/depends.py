@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("", "docs/site")  # below which `import name` finds a module of ours
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 IMPORTS = (ast.Import, ast.ImportFrom)
+SHIPPED = ("models", "dictionaries", "transcoders")  # folders of what ships, each in a folder of its own name
 
 
 def fingerprint(*parts: object) -> str:
@@ -48,11 +49,15 @@ def fingerprint(*parts: object) -> str:
 
 
 def chapter_parts(number: str) -> list[object]:
-    """What running a chapter's solution notebook depends on: its code, its checks, and every model that ships."""
+    """What running a chapter's solution notebook depends on: its code, its checks, and the models that it names."""
     from course_utils.checks import find_checks
 
-    models = sorted(path for path in (ROOT / "course_utils/models").rglob("*") if path.is_file())
-    return [*(ROOT / "solutions").glob(f"{number}_*.ipynb"), *find_checks().get(number, {}).values(), *models]
+    notebooks = list((ROOT / "solutions").glob(f"{number}_*.ipynb"))
+    text = "".join(notebook.read_text(encoding="utf-8") for notebook in notebooks)
+    folders = [path for kind in SHIPPED for path in (ROOT / "course_utils" / kind).iterdir() if path.is_dir()]
+    named = [path for path in folders if f'\\"{path.name}\\"' in text]
+    files = sorted(path for folder in named for path in folder.rglob("*") if path.is_file())
+    return [*notebooks, *find_checks().get(number, {}).values(), *files]
 
 
 class Code:

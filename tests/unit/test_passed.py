@@ -131,6 +131,12 @@ def test_a_notebook_depends_on_its_code() -> None:
     assert depends.fingerprint(*depends.chapter_parts("00")) != depends.fingerprint(*depends.chapter_parts("01"))
 
 
+def test_a_chapter_depends_on_the_models_that_it_names_and_on_no_others() -> None:
+    files = {part for part in depends.chapter_parts("09") if isinstance(part, Path)}
+    assert {"tales", "tales-1-resid"} <= {path.parent.name for path in files}
+    assert not any("othello-6" in path.parts for path in files)
+
+
 def test_an_exercise_does_not_depend_on_its_neighbours() -> None:
     """The point of it: a change to one exercise leaves the mutants of the others out."""
     hashes = depends.reached(depends.imported("solutions.ch00_tensors", "log_softmax"))
