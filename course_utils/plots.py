@@ -6,12 +6,12 @@ Values may be on any device, of any dtype, and in a graph. Nothing here needs th
 """
 
 import functools
+import html
 import itertools
 import math
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
-from html import escape, unescape
 from typing import Any
 
 import torch
@@ -319,11 +319,11 @@ def token_colours(tokens: Ticks, values: Tensor, *, title: str) -> Html:
         opacity = 0.75 * strength  # never opaque: the text stays readable on light and dark pages
         spans.append(
             f'<span title="{number:.4g}" style="background: rgba({red}, {green}, {blue}, {opacity:.3f}); '
-            f'padding: 2px 1px">{escape(visible(token))}</span>'
+            f'padding: 2px 1px">{plain(visible(token))}</span>'
         )
     words = "<wbr>".join(spans)
     return Html(
-        f"<div><b>{escape(title)}</b> <small>(darkest: {largest:.3g})</small>"
+        f"<div><b>{plain(title)}</b> <small>(darkest: {largest:.3g})</small>"
         f'<p style="font-family: monospace; line-height: 2">{words}</p></div>'
     )
 
@@ -365,9 +365,14 @@ def _colours(tables: Sequence[Tensor], signed: bool, name: str) -> tuple[str, fl
     return "Blues", 0.0, max(1.0, largest)
 
 
+def plain(text: str) -> str:
+    """A text in which plotly and HTML read no tags; quotes stay, since plotly would show `&quot;` as it is."""
+    return html.escape(text, quote=False)
+
+
 def _series(values: Tensor | Mapping[str, Tensor], y: str) -> list[tuple[str, Tensor, str]]:
     """Each series with its name and its colour; a single one is named after the axis."""
-    named = {y: values} if isinstance(values, Tensor) else {escape(name): series for name, series in values.items()}
+    named = {y: values} if isinstance(values, Tensor) else {plain(name): series for name, series in values.items()}
     return list(zip(named, named.values(), _series_colours(list(named)), strict=True))
 
 
@@ -377,7 +382,7 @@ def _texts(ticks: Ticks | None, n: int, name: str) -> list[str]:
         return [str(i) for i in range(n)]
     if len(ticks) != n:
         raise ValueError(f"{name} has {len(ticks)} texts for {n} places.")
-    return [escape(visible(tick)).replace("$", "&#36;") for tick in ticks]
+    return [plain(visible(tick)).replace("$", "&#36;") for tick in ticks]
 
 
 def _axis(ticks: Ticks | None, n: int) -> dict[str, Any]:
@@ -388,12 +393,12 @@ def _axis(ticks: Ticks | None, n: int) -> dict[str, Any]:
 
 def _cells(x: str, y: str, columns: Sequence[str], rows: Sequence[str]) -> dict[str, Any]:
     """What the pointer reads on each cell of a heatmap: its row and column in words, then its value."""
-    words = [[f"{escape(y)} {row}, {escape(x)} {column}" for column in columns] for row in rows]
+    words = [[f"{plain(y)} {row}, {plain(x)} {column}" for column in columns] for row in rows]
     return {"text": words, "hovertemplate": "%{text}: %{z:.4g}<extra></extra>"}
 
 
 def _colour_bar(colour: str) -> dict[str, Any]:
-    return {"title": {"text": escape(colour), "side": "right"}, "thickness": 14}
+    return {"title": {"text": plain(colour), "side": "right"}, "thickness": 14}
 
 
 def _series_colours(names: Sequence[str]) -> list[str]:
@@ -459,7 +464,7 @@ def _free_places(across: Tensor, up: Tensor, texts: Sequence[str]) -> list[str]:
     taken: list[tuple[float, float, float, float]] = []
     chosen = []
     for x, y, text in zip(across.tolist(), up.tolist(), texts, strict=True):
-        width, height, gap = 0.013 * len(unescape(text)), 0.055, 0.015
+        width, height, gap = 0.013 * len(html.unescape(text)), 0.055, 0.015
         boxes = {
             "top center": (x - width / 2, x + width / 2, y + gap, y + gap + height),
             "bottom center": (x - width / 2, x + width / 2, y - gap - height, y - gap),
@@ -514,7 +519,7 @@ def template() -> Any:
 
 def _wrapped(text: str, width: int) -> str:
     """A title in lines, which plotly does not make by itself: it cuts."""
-    return "<br>".join(escape(line) for line in textwrap.wrap(text, width))
+    return "<br>".join(plain(line) for line in textwrap.wrap(text, width))
 
 
 def label_axes(figure: Figure, x: str, y: str, title: str) -> None:
@@ -522,5 +527,5 @@ def label_axes(figure: Figure, x: str, y: str, title: str) -> None:
     text = _wrapped(title, WIDE)
     figure.update_layout(template=template(), title=text, margin={"t": 60 + 20 * text.count("<br>"), "b": 60})
     # automargin: long tokens make room for themselves; standoff keeps the axis' name clear of them
-    figure.update_xaxes(title={"text": escape(x), "standoff": 10}, automargin=True)
-    figure.update_yaxes(title={"text": escape(y), "standoff": 10}, automargin=True)
+    figure.update_xaxes(title={"text": plain(x), "standoff": 10}, automargin=True)
+    figure.update_yaxes(title={"text": plain(y), "standoff": 10}, automargin=True)

@@ -5,13 +5,12 @@ The slider is plotly's own and needs no network and no kernel: it works in a not
 
 import re
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import Any
 
 import numpy as np
 import torch
 
-from course_utils.plots import Figure, log_axis, visible
+from course_utils.plots import Figure, log_axis, plain, visible
 
 DIGITS = 4  # of every number, which keeps a notebook small
 DRAWN = ("x", "y", "z", "text", "hovertext")
@@ -33,12 +32,12 @@ def slider(figures: Mapping[str, Figure], *, steps: str) -> Figure:
     # A step changes data and layout in place. Frames would too, but whatever shows data and layout only loses them.
     data, words = _what_differs([_data(one) for one in drawn]), _what_differs([_words(one) for one in drawn])
     choices = [
-        {"method": "update", "label": escape(visible(name)), "args": [of_data, of_layout]}
+        {"method": "update", "label": plain(visible(name)), "args": [of_data, of_layout]}
         for name, of_data, of_layout in zip(figures, data, words, strict=True)
     ]
     ticks = max((len(tick) for tick in figure.layout.xaxis.ticktext or ()), default=0)
     below = 70 + max(0, 7 * ticks - 30)  # pixels: ticks may stand upright, and the axis' name comes below them
-    control = {"steps": choices, "currentvalue": {"prefix": f"{escape(steps)}: "}, "pad": {"t": below}}
+    control = {"steps": choices, "currentvalue": {"prefix": f"{plain(steps)}: "}, "pad": {"t": below}}
     return figure.update_layout(
         sliders=[control], margin={"b": below + 60}, height=(figure.layout.height or 450) + below
     )

@@ -480,3 +480,11 @@ def test_what_a_cell_stores_is_drawn_without_network(editor: str) -> None:
     assert figure.data["application/vnd.plotly.v1+json"]["data"][0]["type"] == "heatmap"
     assert "<script" in view.data["text/html"] and not re.search(r"<script[^>]+src=", view.data["text/html"])
     assert not re.search(r"""import\(?["' ]*https?:""", view.data["text/html"])
+
+
+def test_quotes_are_shown_as_they_are() -> None:
+    """Plotly knows `&lt;` and `&amp;`, and shows `&quot;` as six characters."""
+    series = {'at "because"': torch.ones(3), "<b>": torch.zeros(3)}
+    figure = plots.line(series, x="x", y='a "y"', title='"t"')
+    assert [trace.name for trace in figure.data] == ['at "because"', "&lt;b&gt;"]
+    assert figure.layout.yaxis.title.text == 'a "y"' and figure.layout.title.text == '"t"'
