@@ -16,11 +16,13 @@ CHAPTER = "chapters/04_induction.html"
 MAIN_FIGURE = "figure:has(figcaption:text('Mean attention, on random tokens that repeat'))"
 EXERCISE = "section:has(> h3:has-text('previous_token_scores'))"
 SCROLL = "(place, above) => scrollBy({ top: place.getBoundingClientRect().top - above, behavior: 'instant' })"
-# file name: page, width and height of the window, what to scroll to, how far below the window's top
+# file name: page, light or dark, width and height of the window, what to scroll to, how far below the window's top
 PICTURES = {
-    "site.png": ("index.html", 1280, 900, "body", 0),
-    "site-chapter.png": (CHAPTER, 1280, 900, MAIN_FIGURE, 250),
-    "site-phone.png": (CHAPTER, 390, 844, EXERCISE, 60),
+    "site.png": ("index.html", "light", 1280, 900, "body", 0),
+    "site-dark.png": ("index.html", "dark", 1280, 900, "body", 0),
+    "site-phone.png": ("index.html", "light", 390, 844, "body", 0),
+    "site-chapter.png": (CHAPTER, "dark", 1280, 900, MAIN_FIGURE, 250),
+    "site-exercise.png": (CHAPTER, "light", 390, 844, EXERCISE, 60),
 }
 
 
@@ -31,9 +33,10 @@ def main() -> None:
         sys.exit("It takes chromium (apt-get install chromium) and the site (make site).")
     with sync_playwright() as play:
         browser = play.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        for name, (path, width, height, place, above) in PICTURES.items():
+        for name, (path, scheme, width, height, place, above) in PICTURES.items():
             # With less motion, the picture that moves stands at its end.
-            page = browser.new_page(viewport={"width": width, "height": height}, reduced_motion="reduce")
+            window = {"width": width, "height": height}
+            page = browser.new_page(viewport=window, color_scheme=scheme, reduced_motion="reduce")
             page.goto((SITE / path).as_uri())
             for _ in range(2):  # figures that are drawn on the way move what is below them
                 page.locator(place).first.evaluate(SCROLL, above)
