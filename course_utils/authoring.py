@@ -1,7 +1,7 @@
 """For authors, in a checkout: where the pieces of an exercise are, and a new exercise with all of its pieces begun."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -73,6 +73,10 @@ def {name}(resid: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch po
 '''
 
 LESSON = """
+### Exercise: `{name}`
+
+Say what it is for, and what the learner has to know; then move all of this to its place.
+
 ```{{code-cell}} python
 :tags: [exercise]
 :difficulty: 2
@@ -155,6 +159,12 @@ def new_exercise(chapter: str, name: str, section: str | None) -> list[Place]:
     add_imports(check, CHECK_IMPORTS)
     append(tests, TESTS.format(**about), start=SECTION_TESTS.format(**about))
     return where(name)
+
+
+def begins_a_section(places: Iterable[Place]) -> bool:
+    """Whether this exercise's check is the first of its section, as it is after a slip in the section's name."""
+    check = next(place.path for place in places if place.piece == "check")
+    return len(re.findall(r"^def check_\w+", check.read_text(encoding="utf-8"), re.MULTILINE)) == 1
 
 
 def only_section(root: Path, chapter: str) -> str:

@@ -462,12 +462,14 @@ def build() -> int:
 
 def show_places(args: argparse.Namespace) -> int:
     """Print where the pieces of an exercise are; for a new one, after they were begun."""
-    from course_utils.authoring import new_exercise, root_of_checkout, where
+    from course_utils.authoring import begins_a_section, new_exercise, root_of_checkout, where
 
     new = args.command == "new-exercise"
     places = new_exercise(args.chapter.zfill(2), args.name, args.section) if new else where(args.name)
     for place in places:
         print(f"{place.piece:<9} {place.path.relative_to(root_of_checkout())}:{place.line}")
+    if new and begins_a_section(places):
+        print(f"\nThis begins a section, {args.section}. If you meant another, delete its two files.")
     if new:
         print("\nWrite each of them, then: course build, and python -m pytest tests/test_checks.py -k", args.name)
     return 0

@@ -2,10 +2,10 @@
 
 import functools
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from course_utils.places import chapters_folder
 
@@ -61,6 +61,18 @@ def exercises_of(notebook: Path) -> tuple[Exercise, ...]:
     cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
     marked = [cell["metadata"]["course"] for cell in cells if "course" in cell["metadata"]]
     return tuple(Exercise(m["exercise"], m["difficulty"], m["minutes"], m.get("optional", False)) for m in marked)
+
+
+def title_of(cells: Sequence[Mapping[str, Any]]) -> str:
+    """The number and title that a chapter's first cell states, such as "04 Induction heads"; no subtitle."""
+    return "".join(cells[0]["source"]).partition("\n")[0].lstrip("# ").partition(":")[0].replace(" ·", "")
+
+
+@functools.cache
+def chapter_titles() -> Mapping[str, str]:
+    """Those of all chapters, by number."""
+    read = {path.stem[:2]: path.read_text(encoding="utf-8") for path in chapters_folder().glob("[0-9][0-9]_*.ipynb")}
+    return {number: title_of(json.loads(text)["cells"]) for number, text in sorted(read.items())}
 
 
 @functools.cache

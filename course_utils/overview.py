@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from course_utils.exercises import PARTS, by_part, part_of
+from course_utils.exercises import PARTS, by_part, part_of, title_of
 from course_utils.lint import Part, front_matter, in_parts, read_lesson
 
 FILES = ("README.md", "CONTRIBUTING.md", "docs/licences.md", "docs/teaching.md")
@@ -78,7 +78,6 @@ def read_chapter(lesson: Path, solution: str) -> Chapter:
         )
     cells = json.loads(solution)["cells"]
     course = [cell["metadata"]["course"] for cell in cells if "course" in cell["metadata"]]
-    title = "".join(cells[0]["source"]).partition("\n")[0].lstrip("# ").partition(":")[0].replace(" ·", "")
     minutes = {entry["exercise"]: entry["minutes"] for entry in course}
     core = {entry["exercise"]: entry["minutes"] for entry in course if not entry.get("optional")}
     lesson_cells = read_lesson(lesson)
@@ -86,7 +85,7 @@ def read_chapter(lesson: Path, solution: str) -> Chapter:
     code = "\n".join(cell.source for cell in lesson_cells if cell.kind == "code")
     chapter = Chapter(
         name=f"{lesson.stem}.ipynb",
-        title=title,
+        title=title_of(cells),
         about=front["about"],
         minutes=minutes,
         reading=front["reading"],

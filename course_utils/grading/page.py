@@ -13,7 +13,7 @@ from html import escape
 from pathlib import Path
 from urllib.parse import quote
 
-from course_utils.exercises import CoursePart, by_part, course_exercises
+from course_utils.exercises import CoursePart, by_part, chapter_titles, course_exercises
 from course_utils.grading.results import ExerciseResult, Result
 from course_utils.grading.text import file_name
 from course_utils.grading.weights import Points, Weights, number, points
@@ -45,17 +45,18 @@ def page(results: Sequence[Result], weights: Weights) -> str:
         '<p class="tools"><label>Show the learner <input id="search" type="search" placeholder="any part of the name">'
         "</label></p>",
     ]
-    groups = by_part(chapters)
+    groups, titles = by_part(chapters), chapter_titles()
     if len(chapters) > 1:
         body += [*contents(groups), "<h2>All chapters</h2>", *overview(chapters, weights)]
     for part, numbers in groups.items():
         body.append(f"<h2>{escape(part.heading)}</h2>")
         for chapter in numbers:
             own = chapters[chapter]
-            body += [f'<h3 id="chapter-{chapter}">Chapter {chapter}</h3>', *heat_map(chapter, own, weights)]
+            heading = f'<h3 id="chapter-{chapter}">Chapter {escape(titles[chapter])}</h3>'
+            body += [heading, *heat_map(chapter, own, weights)]
             body += [f"<h3>Chapter {chapter}: what people fail</h3>", *failures(chapter, own)]
-    body += ["<h2>Problems and tricks</h2>", *problems(results)]
-    body += ["<h2>Time used</h2>", *times(results)]
+    body += ['<h2 id="problems">Problems and tricks</h2>', *problems(results)]
+    body += ['<h2 id="times">Time used</h2>', *times(results)]
     return "\n".join(
         [
             "<!doctype html>",
@@ -89,11 +90,13 @@ def legend() -> str:
 
 
 def contents(groups: Mapping[CoursePart, Sequence[str]]) -> Iterator[str]:
-    """Links to the chapters, a line for each part."""
-    yield '<nav aria-label="chapters"><ul>'
+    """Links to the chapters, a line for each part, and to what comes after them."""
+    titles = chapter_titles()
+    yield '<nav aria-label="contents"><ul>'
     for part, numbers in groups.items():
-        links = " ".join(f'<a href="#chapter-{number}">{number}</a>' for number in numbers)
-        yield f"<li>{escape(part.heading)}: {links}</li>"
+        links = (f'<a href="#chapter-{number}">{escape(titles[number])}</a>' for number in numbers)
+        yield f"<li>{escape(part.heading)}: {' · '.join(links)}</li>"
+    yield '<li><a href="#problems">Problems and tricks</a> · <a href="#times">Time used</a></li>'
     yield "</ul></nav>"
 
 

@@ -85,6 +85,24 @@ def test_a_model_of_ones_own(folder: Path, monkeypatch: pytest.MonkeyPatch, caps
     assert "'blocks.0.attn.W_Q': (2, 8, 4)" in capsys.readouterr().out
 
 
+def test_an_answer_of_several_tokens_is_noticed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the first piece alone, " are" and " is" could be the same token, and every difference 0."""
+    monkeypatch.chdir(folder)
+    token_of = run(LOAD)["token_of"]
+    assert token_of(" are") != token_of(" is")
+    with pytest.raises(ValueError, match="too many values"):
+        token_of(" unheard-of")
+
+
+def test_a_folder_without_a_tokenizer_is_loaded_all_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bare = folder / "bare/my-model"
+    bare.mkdir(parents=True)
+    for name in ("config.json", "model.safetensors"):
+        (bare / name).write_bytes((folder / "my-model" / name).read_bytes())
+    monkeypatch.chdir(bare.parent)
+    assert run(LOAD)["model"].tokenizer is None
+
+
 def test_the_page_is_about_the_chapters_and_stays_short() -> None:
     assert len(HEADINGS) == len(FIGURES) and sorted(HEADINGS) == HEADINGS
     for chapter, block in zip(HEADINGS, FIGURES, strict=True):

@@ -73,6 +73,7 @@ class Sibling:
 # One for each part but the first, which chapter 02 stands for.
 SIBLINGS = (
     Sibling("07", "pca", ("standardise", "mean_difference_probe", "auroc")),
+    Sibling("10", "transcoder_loss", ("feature_connections", "normalised_adjacency", "total_effects")),
     Sibling("12", "is_balanced_batch", ("is_balanced", "elevation", "failures")),
 )
 

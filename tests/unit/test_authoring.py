@@ -68,6 +68,14 @@ def test_the_section_must_be_named_where_there_are_several(clone: Path) -> None:
         authoring.new_exercise("02", "softcap", None)
 
 
+def test_a_section_that_is_new_is_noticed(clone: Path) -> None:
+    """`--section sampeling` would go unseen."""
+    assert authoring.begins_a_section(authoring.new_exercise("02", "softcap", "lairs"))
+    assert not authoring.begins_a_section(authoring.new_exercise("02", "softcup", "layers"))
+    lesson = next((clone / "chapters/src").glob("02_*.md")).read_text(encoding="utf-8")
+    assert "### Exercise: `softcap`" in lesson
+
+
 def test_names_are_refused_before_anything_is_written(clone: Path) -> None:
     before = {path: path.read_bytes() for path in clone.rglob("*.py")}
     for chapter, name, words in [
