@@ -1,6 +1,6 @@
 """Chapter 14: Othello on 6 x 6: a model that only sees moves, and the board inside it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import einops
@@ -95,7 +95,7 @@ def illegal_rate(
     """How often the likeliest next token is not a legal move, by position: the share among the games not over there.
 
     The columns of `legal` are the squares and PASS; the vocabulary has more tokens, and these are never legal. A
-    position where all games are over gives 0.
+    position where all games are over gives 0. The rates have the dtype of the logits.
     """
     n_illegal = logits.shape[-1] - legal.shape[-1]
     allowed = nn.functional.pad(legal, (0, n_illegal))
@@ -115,7 +115,7 @@ def probe_loss(
     """The loss of one linear probe for each square: the mean cross-entropy over all vectors and squares, in nats.
 
     The scores of a square's states are x @ W[square] + b[square], and their softmax is the probability of each state.
-    Gradients pass.
+    Gradients pass to W, b and x.
     """
     scores = einops.einsum(x, W, "batch d_model, square d_model state -> batch square state") + b
     return nn.functional.cross_entropy(scores.flatten(0, 1), labels.flatten())
@@ -158,7 +158,7 @@ def probe_accuracy(
     """How often a probe is right: (the share of all squares, the share of the squares that hold a disc).
 
     A square's guess is the state with the highest score; label 0 is "empty". Both are shares over all vectors and
-    squares together, and the second one counts only squares whose label is not 0.
+    squares together, and the second one counts only squares whose label is not 0. They have the dtype of `x`.
     """
     scores = einops.einsum(x, W, "batch d_model, square d_model state -> batch square state") + b
     right = (scores.argmax(dim=-1) == labels).to(x.dtype)
@@ -285,6 +285,83 @@ def intervention_errors(
     rank = logits.argsort(dim=-1, descending=True).argsort(dim=-1)
     predicted = rank < legal.sum(dim=-1, keepdim=True)
     return (predicted ^ allowed).sum(dim=-1)
+
+
+def least_squares(
+    inputs: Float[Tensor, "batch column"], targets: Float[Tensor, "batch value"]
+) -> Float[Tensor, "column value"]:
+    """The weights with the smallest squared error; where columns depend on each other, nearly the shortest of them."""
+    wide = inputs.double()
+    gram = wide.T @ wide + torch.eye(wide.shape[1], dtype=wide.dtype, device=wide.device)
+    return torch.linalg.solve(gram, wide.T @ targets.double()).to(inputs)
+
+
+def what_squares_write(
+    x: Float[Tensor, "batch d_model"], labels: Int[Tensor, "batch square"], positions: Int[Tensor, " batch"]
+) -> Float[Tensor, "state square d_model"]:
+    """What each state of each square adds to the stream, if all other squares and the position stay as they are.
+
+    The stream is fitted by a sum: one vector for the state of each square, and one for the position.
+    """
+    states = nn.functional.one_hot(labels, 3).to(x).flatten(1)
+    weights = least_squares(torch.cat([states, nn.functional.one_hot(positions).to(x)], dim=1), x)
+    return weights[: states.shape[1]].unflatten(0, (-1, 3)).movedim(1, 0)
+
+
+def square_readers(
+    x: Float[Tensor, "batch d_model"], labels: Int[Tensor, "batch square"]
+) -> tuple[Float[Tensor, "square d_model state"], Float[Tensor, "square state"]]:
+    """A probe (W, b) by least squares: a state's score is fitted to 1 where the square is in it, and to 0 elsewhere."""
+    states = nn.functional.one_hot(labels, 3).to(x).flatten(1)
+    weights = least_squares(torch.cat([x, torch.ones_like(x[:, :1])], dim=1), states).unflatten(1, (-1, 3))
+    return weights[:-1].movedim(1, 0), weights[-1]
+
+
+def push_until_read(
+    writes: Float[Tensor, "state square d_model"],
+    W: Float[Tensor, "square d_model state"],
+    b: Float[Tensor, "square state"],
+    cases: dict[str, Tensor],
+    target: float = 1.0,
+) -> Callable[[Tensor], Tensor]:
+    """For each case, a push along what its square writes, just as far as the probe (W, b) sees the new state.
+
+    "Sees" means that the score of the new state less that of the old one is `target`. Where it is already more than
+    that, nothing is pushed.
+    """
+    square, before, after = cases["square"], cases["before"], cases["after"]
+    vector, every = writes[after, square] - writes[before, square], torch.arange(len(square), device=square.device)
+    reader = W[square][every, :, after] - W[square][every, :, before]
+    offset, slope = b[square, after] - b[square, before], (reader * vector).sum(dim=-1)
+
+    def push(stream: Float[Tensor, "game d_model"]) -> Float[Tensor, "game d_model"]:
+        missing = target - (reader * stream).sum(dim=-1) - offset
+        return stream + (missing / slope).clamp(min=0)[:, None] * vector
+
+    return push
+
+
+@torch.no_grad()
+def run_with_edits(
+    model: Any,
+    tokens: Int[Tensor, "game pos"],
+    positions: Int[Tensor, " game"],
+    edits: Mapping[int, Callable[[Tensor], Tensor]],
+) -> Float[Tensor, "game d_vocab"]:
+    """As `intervene_on_square`, but after each layer in `edits` the stream at the games' positions is what its function
+    makes of it."""
+    every = torch.arange(len(tokens), device=tokens.device)
+
+    def editing(edit: Callable[[Tensor], Tensor]) -> Any:
+        def change(resid: Tensor, hook: HookPoint) -> Tensor:
+            changed = resid.clone()
+            changed[every, positions] = edit(resid[every, positions])
+            return changed
+
+        return change
+
+    places = {f"blocks.{layer}.hook_resid_post": editing(edit) for layer, edit in edits.items()}
+    return run_with_hooks(model, tokens, hooks=places)[every, positions]
 
 
 # --------------------------------------------------------------------------------------------------- how is it computed

@@ -24,8 +24,17 @@ STILL_RIGHT = {
     "board * player -> board / player",  # by 1 or -1
 }
 
+
+def near_only(board: torch.Tensor, move: int) -> torch.Tensor:
+    """Turned are only discs up to four squares away."""
+    turned, (row, col) = ref.flips(board, move), divmod(move, len(board))
+    here = torch.arange(len(board))
+    return turned & ((here - row).abs() <= 4)[:, None] & ((here - col).abs() <= 4)
+
+
 SURPRISES: dict[str, list[tuple[str, Any]]] = {
     "flips": [
+        ("wrong", near_only),
         ("wrong", turning(directions=ALL[1:])),
         ("wrong", lambda board, move: ref.flips(board, move).T),
         ("wrong shape", lambda board, move: ref.flips(board, move).flatten()),

@@ -33,6 +33,7 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
         ("wrong", losing(loss=lambda losses: losses.median())),
         ("wrong", losing(loss=lambda losses: losses[:, 0].mean())),
         ("no gradient gets through", lambda *args: ref.probe_loss(*args).detach()),
+        ("no gradient gets through to b", lambda W, b, x, labels: ref.probe_loss(W, b.detach(), x, labels)),
     ],
     "train_probe": [
         ("wrong", fitting(betas=(0.9, 0.98))),

@@ -148,3 +148,37 @@ def test_cases_change_the_legal_moves() -> None:
             board[square] *= new
             assert torch.equal(ref.legal_moves(board.reshape(6, 6)).flatten(), cases["legal_after"][number, :-1])
             assert 4 <= pos < 28
+
+
+def test_what_squares_write_and_readers_by_hand() -> None:
+    """A stream that is a sum over squares and positions, without noise."""
+    generator = torch.Generator().manual_seed(0)
+    labels, positions = torch.randint(3, (900, 4), generator=generator), torch.arange(900) % 5
+    true = torch.randn(3, 4, 12, generator=generator)
+    x = sum(true[labels[:, square], square] for square in range(4)) + torch.randn(5, 12, generator=generator)[positions]
+    writes = ref.what_squares_write(x, labels, positions)
+    torch.testing.assert_close(writes[1] - writes[2], true[1] - true[2], rtol=0, atol=0.05)
+    W, b = ref.square_readers(x, labels)
+    assert float(ref.probe_accuracy(W, b, x, labels)[0]) > 0.8
+    cases = {
+        "square": torch.arange(900) % 4,
+        "before": labels[torch.arange(900), torch.arange(900) % 4],
+        "after": (labels[torch.arange(900), torch.arange(900) % 4] + 1) % 3,
+    }
+    pushed = ref.push_until_read(writes, W, b, cases, target=0.5)(x)
+    scores = torch.einsum("bd,bds->bs", pushed, W[cases["square"]]) + b[cases["square"]]
+    ahead = (scores.gather(1, cases["after"][:, None]) - scores.gather(1, cases["before"][:, None]))[:, 0]
+    assert (ahead > 0.5 - 1e-3).all()
+    torch.testing.assert_close(ref.push_until_read(writes, W, b, cases, target=-9.0)(x), x)
+
+
+def test_an_edit_that_adds_is_an_intervention() -> None:
+    model, tokens = SmallModel(CFG), some_tokens(CFG, 4, 5, seed=3)
+    positions, vectors = torch.tensor([3, 1, 0, 4]), torch.randn(2, 4, 6)
+    edits = {
+        layer: lambda stream, vector=vector: stream + vector for layer, vector in zip((0, 2), vectors, strict=True)
+    }
+    torch.testing.assert_close(
+        ref.run_with_edits(model, tokens, positions, edits),
+        ref.intervene_on_square(model, tokens, positions, [0, 2], vectors),
+    )

@@ -44,6 +44,7 @@ def test_its_board_is_mine_and_theirs(model: Transformer) -> None:
         assert value == pytest.approx(float(CARD[key]), abs=0.05), key
     assert float(CARD["probe_mine_theirs"]) - float(CARD["probe_black_white"]) > 0.15
     assert float(CARD["errors_edited_means"]) < 0.8 * float(CARD["errors_edited_none"])
+    assert float(CARD["errors_edited_pushed"]) < 0.5 * float(CARD["errors_edited_none"])
     assert abs(float(CARD["errors_edited_random"]) - float(CARD["errors_edited_none"])) < 0.15
 
 

@@ -103,6 +103,10 @@ def check_flips(fn: Fn) -> None:
     frame = torch.zeros(6, 6, dtype=torch.long)  # runs along all four edges, and behind each edge what would fit
     frame[0, 1:3], frame[0, 3], frame[1:3, 0], frame[3, 0] = -1, 1, -1, 1
     boards.append((frame + frame.rot90(2), range(36)))
+    far = torch.zeros(8, 8, dtype=torch.long)  # the longest runs that there are
+    for down, right in ((0, 1), (1, 0), (1, 1)):
+        far.view(-1)[ray(0, down, right, 8)] = torch.tensor([-1] * 6 + [1])
+    boards.append((far, range(0, 64, 63)))
     for board, moves in boards:
         for move in moves:
             with unchanged(name, board=board):

@@ -148,6 +148,12 @@ def check_probe_loss(fn: Fn) -> None:
             actual = fn(*inputs, labels)
         compare(f"{name} of {n_rows} vectors and {n_squares} squares", actual, losing()(*inputs, labels), "")
     follows_input(name, fn, (*inputs, labels), "", gradient=True)
+    for number, argument in enumerate(("W", "b", "x")):
+        leaves = [value.clone().requires_grad_(place == number) for place, value in enumerate(inputs)]
+        if not fn(*leaves, labels).requires_grad:
+            raise CheckFailed(
+                f"{name}: no gradient gets through to {argument}.\n  Next: look for .detach() or .data on its way."
+            )
 
 
 # ---------------------------------------------------------------------------------------------------------- a training
