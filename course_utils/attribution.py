@@ -1,6 +1,6 @@
-"""An attribution graph as a drawing: layers go up, positions go across, and a click on a node opens its dashboard.
+"""An attribution graph as a drawing: layers up, positions across, and a click on a node opens its dashboard.
 
-It is one picture of HTML and needs no network: it works in a notebook, in an executed notebook as HTML, and on the site.
+It is one picture of HTML without anything from elsewhere: it works in a notebook, in its HTML export, and on the site.
 """
 
 from collections import defaultdict

@@ -27,6 +27,7 @@ STILL_RIGHT = {
     "graph.adjacency * nodes * nodes[:, None] -> graph.adjacency * nodes",  # nothing leaves nodes that are gone
 }
 
+
 def without_idle_targets(graph: Any, node_share: float, edge_share: float) -> Any:
     nodes, edges = other.prune(graph, node_share, edge_share)
     nodes[graph.targets] &= edges[graph.targets].any(dim=1)

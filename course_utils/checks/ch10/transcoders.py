@@ -350,8 +350,7 @@ def check_run_replaced(fn: Fn) -> None:
     if not logits.requires_grad:
         raise CheckFailed(f"{name}: no gradient gets through it.\n  Next: look for torch.no_grad or .detach().")
     found, right = (
-        torch.autograd.grad(answer.square().sum(), places)
-        for answer in (logits, spliced()(two, learning, tokens))
+        torch.autograd.grad(answer.square().sum(), places) for answer in (logits, spliced()(two, learning, tokens))
     )
     compare(f"{name}: the gradient at W_dec", torch.stack(found), torch.stack(right), "layer latent d_model", rtol=1e-3)
     refuses(name, lambda model: fn(model, own, tokens))
