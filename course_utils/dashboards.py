@@ -49,7 +49,7 @@ def _card(card: LatentCard, is_open: bool) -> str:
     texts = ["".join(tokens) for tokens, _ in card.examples]
     known = " ".join([str(card.number), card.note, card.words, *texts, *(token for token, _ in card.up)])
     largest = max((value for _, values in card.examples for value in values), default=0.0)
-    examples = "".join(f"<li>{_coloured(tokens, values, largest)}</li>" for tokens, values in card.examples)
+    examples = "".join(f"<li>{coloured_tokens(tokens, values, largest)}</li>" for tokens, values in card.examples)
     effects = _effects("more likely", card.up, BLUE) + _effects("less likely", card.down, RED)
     return (
         f'<details data-words="{escape(known.lower())}"{" open" if is_open else ""}>'
@@ -59,7 +59,8 @@ def _card(card: LatentCard, is_open: bool) -> str:
     )
 
 
-def _coloured(tokens: Sequence[str], values: Sequence[float], largest: float) -> str:
+def coloured_tokens(tokens: Sequence[str], values: Sequence[float], largest: float) -> str:
+    """A text as HTML, each token the bluer the nearer its value is to the largest; the pointer reads the values."""
     red, green, blue = BLUE
     spans = []
     for token, value in zip(tokens, values, strict=True):

@@ -95,7 +95,8 @@ def run_replaced(
     """The logits of the model when transcoders write in the place of all MLPs, plus the `errors`, if there are any.
 
     A transcoder reads what its MLP would read in this very run (`ln2.hook_normalized`), after the transcoders below it
-    have written. With the errors of `mlp_errors` on the same tokens, the logits are the model's own.
+    have written. With the errors of `mlp_errors` on the same tokens, the logits are the model's own. Gradients flow
+    to all transcoders, also through what those above them read.
     Raises ValueError for a model in which no norm stands before the MLPs, or that has no MLPs.
     Source: Ameisen et al. 2025, "From cross-layer transcoder to replacement model".
     """
@@ -352,7 +353,7 @@ def normalised_adjacency(adjacency: Float[Tensor, "node node"]) -> Float[Tensor,
 def influence(shares: Float[Tensor, "node node"], weights: Float[Tensor, " node"]) -> Float[Tensor, " node"]:
     """How much each node matters for the ends of a graph: the sum over all paths from it to a node with a weight.
 
-    `shares` is a normalised adjacency A, rows are where edges go, and it has no circles. A path counts the product of
+    `shares` is a normalised adjacency A, rows are where edges go, and it has no cycles. A path counts the product of
     the shares along it, times the weight of the node where it ends. So the result is weights (A + A² + A³ + ...): a
     path has one edge at least. The series ends by itself, and is what weights ((1 - A)⁻¹ - 1) gives at once.
     """

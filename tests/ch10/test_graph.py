@@ -27,6 +27,13 @@ STILL_RIGHT = {
     "graph.adjacency * nodes * nodes[:, None] -> graph.adjacency * nodes",  # nothing leaves nodes that are gone
 }
 
+
+def without_idle_targets(graph: Any, node_share: float, edge_share: float) -> Any:
+    nodes, edges = other.prune(graph, node_share, edge_share)
+    nodes[graph.targets] &= edges[graph.targets].any(dim=1)
+    return nodes, edges
+
+
 SURPRISES: dict[str, list[tuple[str, Any]]] = {
     "attribution_graph": [
         ("values are wrong", graphed(change=lambda adjacency: 2 * adjacency)),
@@ -43,6 +50,7 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
     "influence": [
         ("wrong", paths(most=3)),
         ("wrong", paths(weigh=lambda share, weight: share + weight)),
+        ("wrong", lambda shares, weights: paths()(shares, weights.abs())),
         ("wrong shape", lambda shares, weights: paths()(shares, weights)[None]),
     ],
     "replacement_score": [
@@ -55,6 +63,7 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
     ],
     "prune": [
         ("expected nodes and edges", lambda *args: other.prune(*args)[0]),
+        ("nodes", without_idle_targets),
         ("wrong", lambda graph, node_share, edge_share: pruning()(graph, edge_share, node_share)),
         ("expected dtype bool", lambda *args: tuple(mask.long() for mask in other.prune(*args))),
     ],

@@ -28,10 +28,19 @@ def leaves_its_hook(model: Any, tokens: Any, cache: Any, written: Any) -> Any:
     return answer
 
 
+def detaches_mlps(model: Any, tokens: Any, cache: Any, written: Any) -> Any:
+    return other.frozen_run(model, tokens, cache, torch.cat([written[:1], written[1:].detach()]))
+
+
+def hangs_on_the_transcoders(name: str) -> Any:
+    return lambda *args: getattr(other, name)(*args) + 0 * args[1][0].W_dec.sum()
+
+
 SURPRISES: dict[str, list[tuple[str, Any]]] = {
     "frozen_run": [
         ("a hook is left behind", leaves_its_hook),
         ("no gradient flows", frozen(detach=True)),
+        ("to written[1]", detaches_mlps),
         ("expected a list", lambda *args: other.frozen_run(*args)[1]),
         ("tensors for", lambda *args: (other.frozen_run(*args)[0][:-1], other.frozen_run(*args)[1])),
         ("values are wrong", frozen(places=("*hook_pattern", "*ln1.hook_scale", "ln_final.hook_scale"))),
@@ -45,11 +54,13 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
         ("values are wrong", l2l(active=torch.square)),
         ("wrong shape", lambda *args: other.latent_to_latent(*args).T),
         ("has a graph", lambda *args: other.latent_to_latent(*args).requires_grad_()),
+        ("has a graph", hangs_on_the_transcoders("latent_to_latent")),
     ],
     "latent_to_logit": [
         ("values are wrong", l2logit(at=-2)),
         ("wrong shape", lambda *args: other.latent_to_logit(*args).T),
         ("has a graph", lambda *args: other.latent_to_logit(*args).requires_grad_()),
+        ("has a graph", hangs_on_the_transcoders("latent_to_logit")),
     ],
     "feature_connections": [
         ("should raise ValueError", connected(refuse=lambda source, target: target < source)),

@@ -49,6 +49,7 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
         ("values are wrong", spliced(error_of=lambda errors, layer: errors[-1 - layer])),
         ("should raise ValueError", lambda *args: spliced()(*args) if args[0].cfg.d_mlp else args[0](args[2])),
         ("no gradient", lambda *args: other.run_replaced(*args).detach()),
+        ("the gradient at W_dec", spliced(write=lambda transcoder, x, own, error: transcoder(x.detach()) + error)),
     ],
 }
 ALSO_RIGHT: dict[str, list[Any]] = {name: [getattr(other, name)] for name in SURPRISES}

@@ -154,6 +154,12 @@ def swapped_blocks(adjacency: Tensor) -> Tensor:
     return adjacency[:, order]
 
 
+def by_position(adjacency: Tensor) -> Tensor:
+    """Errors by position, and by layer within it; for graphs of five positions and three layers."""
+    order = [5 + 5 * layer + pos for pos in range(5) for layer in range(3)]
+    return adjacency[:, [*range(5), *order, *range(20, len(adjacency))]]
+
+
 @known_mistakes(
     {
         "the error nodes are forgotten: their columns are 0.": graphed(errors=torch.zeros_like),
@@ -173,6 +179,7 @@ def swapped_blocks(adjacency: Tensor) -> Tensor:
         "edges have lost their signs.": graphed(change=torch.abs),
         "targets are read at the first position; it is the last one.": graphed(at=0),
         "errors come before embeddings; embeddings are the first nodes.": graphed(change=swapped_blocks),
+        "errors are in order of position; all positions of layer 0 come first.": graphed(change=by_position),
     }
 )
 def check_attribution_graph(fn: Fn) -> None:
@@ -294,8 +301,8 @@ def check_influence(fn: Fn) -> None:
     """Against a sum over all paths; nodes in order and not; shares that do not sum to 1; weights anywhere."""
     name = "influence"
     for n, seed in ((5, 1), (7, 2), (3, 3)):
-        shares, weights = small_shares(n, seed) * 0.9, noise(n, seed=seed + 5).abs()
-        weights[0] = 0
+        shares, weights = small_shares(n, seed) * 0.9, noise(n, seed=seed + 5)
+        weights[0], weights[1] = 0, -0.7
         order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
         for what, table, ends in (
             ("in order", shares, weights),
@@ -517,7 +524,8 @@ def check_prune(fn: Fn) -> None:
     cases = []
     for sizes in ((2, (5, 4, 6), 2, 21), (4, (7,), 3, 37), (3, (4, 6), 1, 5)):
         cases.append((toy_graph(*sizes), ((0.9, 0.7), (0.8, 0.8), (0.5, 0.98))))
-    for graph, pairs in [*cases, (narrow, ((0.9, 0.5),))]:
+    few_edges = toy_graph(4, (7,), 3, 37), ((0.8, 0.2),)  # a target loses all its edges
+    for graph, pairs in [*cases, (narrow, ((0.9, 0.5),)), few_edges]:
         for node_share, edge_share in pairs:
             call = f"{name}(graph of {len(graph.adjacency)} nodes, {node_share}, {edge_share})"
             answer = fn(graph, node_share, edge_share)

@@ -102,10 +102,14 @@ def check_frozen_run(fn: Fn) -> None:
     _frozen_as(f"{name} in float64", fn, double, tokens, cache, written_in(cache) * 2)
     written = written_in(cache).requires_grad_()
     reads, logits = fn(double, tokens, cache, written)
-    for what, tensor in (("what MLPs read", reads[0]), ("the logits", logits)):
-        if not tensor.requires_grad:
+    for what, tensor, n_below in (("what MLPs read", reads[0], 1), ("the logits", logits, len(written))):
+        found = torch.zeros_like(written)
+        if tensor.requires_grad:
+            (found,) = torch.autograd.grad(tensor.square().sum(), written, retain_graph=True)
+        if missing := [writer for writer in range(n_below) if not found[writer].any()]:
             raise CheckFailed(
-                f"{name}: no gradient flows from {what} to `written`.\n  Next: look for .detach() or torch.no_grad."
+                f"{name}: no gradient flows from {what} to written[{missing[0]}].\n"
+                "  Next: look for .detach() or torch.no_grad."
             )
     refuses(name, lambda model: fn(model, tokens, cache, written))
 
@@ -221,9 +225,12 @@ def _ends(name: str, fn: Fn, transcoders: Sequence[Any], last: Any, axes: str, o
     """No graph, no hook, and float64."""
     model, tokens = model_of(n_layers=2), tokens_of(seed=6)
     learning = copy.deepcopy(model).requires_grad_()
+    own = [copy.deepcopy(part).requires_grad_() for part in transcoders[:2]]
     arguments = last if isinstance(last, list) else [last]
     with nothing_left_behind(name, learning):
-        actual = fn(learning, transcoders[:2], tokens, *arguments)
+        actual = fn(learning, own, tokens, *arguments)
+    if any(parameter.grad is not None for part in (learning, *own) for parameter in part.parameters()):
+        raise CheckFailed(f"{name}: parameters have a .grad afterwards.\n  Next: torch.autograd.grad leaves none.")
     if actual.requires_grad:
         raise CheckFailed(f"{name}: its result has a graph.\n  Next: `.detach()` it.")
     compare(f"{name} in a model of two layers", actual, oracle(model, transcoders[:2], tokens, *arguments), axes)

@@ -344,9 +344,15 @@ def check_run_replaced(fn: Fn) -> None:
     compare(f"{name} in float64", fn(double, doubled, tokens), spliced()(double, doubled, tokens), axes)
     with nothing_left_behind(name, one):
         fn(one, own, tokens)
-    learning = [copy.deepcopy(own[0]).requires_grad_()]
-    if not fn(one, learning, tokens).requires_grad:
+    learning = [copy.deepcopy(part).requires_grad_() for part in transcoders[:2]]
+    two, places = model_of(n_layers=2), [part.W_dec for part in learning]
+    logits = fn(two, learning, tokens)
+    if not logits.requires_grad:
         raise CheckFailed(f"{name}: no gradient gets through it.\n  Next: look for torch.no_grad or .detach().")
+    found, right = (
+        torch.autograd.grad(answer.square().sum(), places) for answer in (logits, spliced()(two, learning, tokens))
+    )
+    compare(f"{name}: the gradient at W_dec", torch.stack(found), torch.stack(right), "layer latent d_model", rtol=1e-3)
     refuses(name, lambda model: fn(model, own, tokens))
 
 
