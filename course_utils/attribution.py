@@ -78,7 +78,7 @@ def draw_attribution(
     ]
     return Html(
         f'<div class="attribution" onclick="{escape(CLICK)}" onkeydown="{escape(ENTER)}"><b>{escape(title)}</b>'
-        f'<svg role="img" aria-label="{escape(title)}" viewBox="0 0 {width:.0f} {height:.0f}" width="{width:.0f}" '
+        f'<svg role="group" aria-label="{escape(title)}" viewBox="0 0 {width:.0f} {height:.0f}" width="{width:.0f}" '
         f'style="max-width: 100%; height: auto; display: block; font: 12px sans-serif">{"".join(drawing)}</svg>'
         f"<small>Click on a node to see what it is, and its edges alone; click beside it to see all edges.</small>"
         f"{''.join(cards)}</div>"
