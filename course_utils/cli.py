@@ -334,12 +334,17 @@ def status(notebook: Path | None) -> int:
         print(error)
     print(f"{'chapter':<24} {'correct':>8} {'wrong':>8} {'not written':>12} {'core path':>10}")
     headings = {numbers[0]: part.heading for part, numbers in by_part(path.stem[:2] for path in chapters).items()}
+    missing = False
     for path in chapters:
         if heading := headings.get(path.stem[:2]):
             print(heading)
         title = path.stem.replace("_", " ")
+        paths = [notebook] if notebook else own_notebooks(path.stem[:2])
+        if not paths:
+            missing = True
+            print(f"{title:<24} no notebook yet")
+            continue
         try:
-            paths = [notebook] if notebook else learners_notebooks(path.stem[:2])
             states = {symbol: verdict.state for symbol, verdict in judge(paths[0], path.stem[:2])}
         except CourseError as error:
             print(f"{title:<24} {error}")
@@ -353,6 +358,8 @@ def status(notebook: Path | None) -> int:
             print(f"   read: {read}")
         if made := summary(guesses, path.stem[:2]):
             print(f"   {made}")
+    if missing:
+        print(f"\n`course lab` puts the notebooks that are missing into {work_folder()}.")
     return 0
 
 

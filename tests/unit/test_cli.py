@@ -69,8 +69,8 @@ def test_check_and_status(course: Path, capsys: pytest.CaptureFixture[str]) -> N
         0,
         "chapter                   correct    wrong  not written  core path\n"
         "II · What is represented?\n"
-        f"07 toy                   There is no notebook of chapter 07 in {course}/work: "
-        "`course lab` puts it there, `--notebook PATH` names another.\n",
+        "07 toy                   no notebook yet\n\n"
+        f"`course lab` puts the notebooks that are missing into {course}/work.\n",
     )
     cli.fill_work_folder()
     capsys.readouterr()
