@@ -60,6 +60,7 @@ WITHOUT = {  # what cannot be driven here, and why
     "memory_bytes": "works on numbers",
     "save_checkpoint": "writes values to a file; its check reads them back on the CPU",
     "load_checkpoint": "reads on the CPU, as its statement says",
+    "what_squares_write": "how many positions there are depends on values",
     "masked_lm_loss": "how many targets there are depends on the values of the mask",
     "fit": "needs masked_lm_loss, and draws its batches from data on the CPU",
     "ban_repeated_ngrams": "which tokens are banned depends on values",
@@ -639,12 +640,22 @@ CALLS: dict[str, Callable[[], Any]] = {
     "cosine_similarities": lambda: (floats(4, 12), floats(3, 12)),
     "state_means": lambda: (floats(8, 12), ids(8, 4)),
     "intervene_on_square": lambda: (model(), TOKENS, ids(2), [0, 1], floats(2, 2, 12)),
+    "least_squares": lambda: (floats(8, 4), floats(8, 3)),
+    "square_readers": lambda: (floats(8, 12), ids(8, 4)),
+    "push_until_read": lambda: pushed(),
+    "run_with_edits": lambda: (model(), TOKENS, ids(2), {0: lambda stream: 2 * stream}),
     "intervention_errors": lambda: (floats(3, 7), flags(3, 6)),
     "square_attribution": lambda: (seen(), floats(12), 1),
     "attention_by_side": lambda: (floats(2, 3, 5, 5),),
     "neuron_board_pattern": lambda: (model(), 1, floats(4, 12)),
     "share_in_space": lambda: (floats(6, 12), floats(4, 12)),
 }  # fmt: skip
+
+
+def pushed() -> Tensor:
+    """What the function that `push_until_read` returns makes of a stream."""
+    cases = {"square": ids(2), "before": ids(2), "after": ids(2)}
+    return FUNCTIONS["push_until_read"](floats(3, 4, 12), floats(4, 12, 3), floats(4, 3), cases)(floats(2, 12))
 
 
 def public() -> dict[str, Any]:
