@@ -70,7 +70,7 @@ def inject(
     """Add vectors to a stream where `places` is True, each scaled to the length of what is there: h + |h| v / |v|.
 
     Every row has as many True places as there are slots; the first slot goes to the first of them. All other places
-    stay as they are, and so does a place whose vector is zero.
+    stay as they are, and so does a place whose vector is zero. Gradients flow to both, and none of them is NaN.
     Source: Karvonen et al. 2025, section 3.
     """
     there = stream[places]
@@ -237,7 +237,8 @@ class LoRALinear(nn.Module):
     `linear` is kept as `self.linear`, and its parameters need no gradients any more. `A` [rank in_features] is drawn
     from a normal distribution with deviation 1 / sqrt(in_features), from `generator`; `B` [out_features rank] begins
     as zeros, so that at first nothing changes.
-    `merged()` returns a new `nn.Linear` that computes the same without any adapter; `self.linear` stays as it is.
+    `merged()` returns a new `nn.Linear` that computes the same without any adapter; it shares nothing with
+    `self.linear`, which stays as it is.
     Source: Hu et al. 2021, section 4.1.
     """
 

@@ -61,8 +61,9 @@ story it sees nothing else. A seventh of its training has the answer "unknown": 
 kind of story, and windows whose four activations come from four different stories, half of them from nearly the same
 position.
 
-All figures are about {n_test} stories that training did not use, each cut twice, and, but for `held_out_types`, about
-types of question that were trained.
+All figures are about {n_test} stories of another seed than those of the training, each cut twice, and, but for
+`held_out_types`, about types of question that were trained. Short texts come up again whatever the seed:
+`test_texts_in_training` is the share of cut texts that the training has, too.
 
 - `right_by_type`: the share of right answers, of all tokens that the oracle could say. `right`: the mean over types.
 - `softmax_probe_by_type`, `mass_mean_probe_by_type`: linear probes on all four activations, fitted to the windows of
@@ -70,7 +71,8 @@ types of question that were trained.
   windows), the other chapter 07's mass-mean probe for many classes, with the best of three strengths of shrinkage on
   the test itself, which flatters it.
 - `majority_by_type`: the most frequent answer, always.
-- `ten_points_over_...`: how many of the trained types are that much better than the probe, or than both.
+- `ten_points_over_...`: how many of the trained types are that much better than the probe, or than both; of those that
+  have probes, which are all but `mentioned`.
 - `held_out_wordings`: the same questions in a wording that was never trained. Its words were, in others.
 - `held_out_types`: types that were never trained, though their words were, in others; plainly worded.
 - `contradicting`: how often "woman?" and "man?" get the same answer about the same person, where both are answered.
@@ -314,6 +316,7 @@ def card(oracle: Any, tales: Any, train: Pool, test: Pool, trained_on: set[str])
             for asked in (all_questions(known, [f"{what} {role}"], plainest) for what in ("woman", "man"))
         ]
         contradicting[role] = float(contradiction_rate(both[0], both[1], IDS["yes"], IDS["no"]))
+    n_probed = sum(kind in probe for kind in TRAINED)
     over = [
         [kind for kind in TRAINED if kind in probe and table[kind][0] >= limit(probe[kind]) + 0.1]
         for limit in (lambda both: both[0], max)
@@ -324,8 +327,8 @@ def card(oracle: Any, tales: Any, train: Pool, test: Pool, trained_on: set[str])
         "softmax_probe_by_type": by_type({kind: both[0] for kind, both in probe.items()}),
         "mass_mean_probe_by_type": by_type({kind: both[1] for kind, both in probe.items()}),
         "majority_by_type": by_type({kind: entry[1] for kind, entry in (table | held_out).items()}),
-        "ten_points_over_softmax_probe": f"{len(over[0])} of {len(TRAINED)}: {', '.join(over[0])}",
-        "ten_points_over_both_probes": f"{len(over[1])} of {len(TRAINED)}: {', '.join(over[1])}",
+        "ten_points_over_softmax_probe": f"{len(over[0])} of {n_probed}: {', '.join(over[0])}",
+        "ten_points_over_both_probes": f"{len(over[1])} of {n_probed}: {', '.join(over[1])}",
         "held_out_wordings_right": mean(held_out_words),
         "held_out_wordings_by_type": by_type({kind: held_out_words[kind][0] for kind in TRAINED}),
         "held_out_types_by_type": by_type({kind: entry[0] for kind, entry in held_out.items()}),

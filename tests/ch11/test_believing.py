@@ -16,6 +16,15 @@ STILL_RIGHT = {
     "dict.fromkeys(types) -> types",  # the same entries are made again
 }
 
+
+def looks_at_the_first(first: Any, second: Any, yes: int, no: int) -> Any:
+    """It raises only where the first question is never answered."""
+    answered = [(part == yes) | (part == no) for part in (first, second)]
+    if not answered[0].any():
+        raise ValueError("nothing is answered")
+    return (first == second)[answered[0] & answered[1]].float().mean()
+
+
 SURPRISES: dict[str, list[tuple[str, Any]]] = {
     "accuracy_by_type": [
         ("should not be there", lambda t, p, a: other.accuracy_by_type(t, p, a) | {"all": (0.5, 0.5, len(t))}),
@@ -23,6 +32,7 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
             k: (v[1], v[0], v[2]) for k, v in other.accuracy_by_type(t, p, a).items()}),
         ("the types of what belongs", lambda t, p, a: {
             k: (torch.tensor(v[0]), *v[1:]) for k, v in other.accuracy_by_type(t, p, a).items()}),
+        ("at 'who'", lambda t, p, a: {k: (v[0], max(v[:2]), v[2]) for k, v in other.accuracy_by_type(t, p, a).items()}),
         ("at 'mood'", counting(right=lambda p, a: float(p[0] == a[0]))),
     ],
     "reliability": [
@@ -40,6 +50,7 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
     ],
     "contradiction_rate": [
         ("should raise ValueError", contradicting(checks=False)),
+        ("where no row has both answers should raise ValueError", looks_at_the_first),
         ("is wrong", contradicting(counts=lambda pair, yes, no: pair[0] in (yes, no))),
         ("is wrong", lambda first, second, yes, no: other.contradiction_rate(first, second, 5, 9)
          if (yes, no) != (1, 2) else other.contradiction_rate(first, second, yes, no)),

@@ -24,6 +24,11 @@ def from_its_own_numbers(*arguments: Any, **options: Any) -> Any:
     return other.oracle_examples(known, wordings, n, random.Random(next(TURNS)))
 
 
+def in_order_of_windows(*arguments: Any, **options: Any) -> Any:
+    found = other.oracle_examples(*arguments, **options)
+    return tuple(part[found[0].argsort()] for part in found)
+
+
 SURPRISES: dict[str, list[tuple[str, Any]]] = {
     "oracle_examples": [
         ("one seed gave two answers", from_its_own_numbers),
@@ -31,6 +36,7 @@ SURPRISES: dict[str, list[tuple[str, Any]]] = {
             other.oracle_examples(k, w, n, random.Random(0), balanced))),
         ("with 'mood' not balanced", lambda k, w, n, rng, balanced=(): (
             other.oracle_examples(k, w, n, rng, ("mood", "number", "mentioned")))),
+        ("the type is that of the example before", in_order_of_windows),
         ("is no question about any window", drawing(row=lambda row, question: row[:-1])),
         ("is asked", drawing(lambda pools, rng, balanced: by_type(
             {kind: pool[: max(2, len(pool) // 2)] for kind, pool in pools.items()}, rng, balanced))),

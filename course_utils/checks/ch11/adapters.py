@@ -80,6 +80,17 @@ def merged_without_scale(self: Any) -> nn.Linear:
     return plain
 
 
+def merged_with_its_bias(self: Any) -> nn.Linear:
+    plain = Adapted.merged(self)
+    plain.bias = self.linear.bias
+    return plain
+
+
+def uniform(self: Any, linear: nn.Linear, rank: int, generator: torch.Generator) -> Tensor:
+    drawn = torch.rand(rank, linear.in_features, generator=generator) * 2 - 1
+    return (drawn * (3 / linear.in_features) ** 0.5).to(linear.weight)
+
+
 @known_mistakes(
     {
         "B is not zeros at first, so the adapter changes the map before any training.": wrong(
@@ -107,6 +118,10 @@ def merged_without_scale(self: Any) -> nn.Linear:
         ),
         "merged: the change is not in it.": wrong(merged=merged_without_change),
         "merged: the change comes without its scale.": wrong(merged=merged_without_scale),
+        "merged: the new map has the adapter's own bias: whoever trains it changes both.": wrong(
+            merged=merged_with_its_bias
+        ),
+        "A is drawn evenly from an interval; the distribution is normal.": wrong(first=uniform),
     }
 )
 @may_change("linear", GLOBAL_RANDOM)
@@ -181,6 +196,9 @@ def _merged(name: str, words: str, adapter: Any, x: Tensor, expected: Tensor, ax
         "make a new nn.Linear.",
     )
     compare(f"{words}, merged", plain(x), expected, axes, rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        for parameter in plain.parameters():  # what is done to the new map is not done to the old one
+            parameter.zero_()
     compare(f"{words}, after merging", adapter(x), expected, axes)
 
 
@@ -194,6 +212,14 @@ def _draws(name: str, cls: Any) -> None:
         "A's deviation",
         f"A has a deviation of {deviation:.3g} / sqrt(in_features).",
         "draw it with a deviation of 1 / sqrt(in_features).",
+    )
+    largest = float(wide.abs().max()) * 500**0.5
+    demand(
+        largest > 2.5,
+        name,
+        "A's distribution",
+        f"of 4000 numbers in A, the largest is {largest:.3g} / sqrt(in_features).",
+        "draw from a normal distribution: torch.randn.",
     )
     drawn = [made(cls, name, a_linear(6, 5, True, torch.float32), 2, 1.0, seed).A.detach() for seed in (3, 3, 4)]
     demand(

@@ -79,7 +79,15 @@ ELSEWHERE: dict[str, Callable[[list[int], int], list[int]]] = {
 @known_mistakes(
     {sentence: injecting(put) for sentence, put in MISSES.items()},
     {sentence: injecting(where=where) for sentence, where in ELSEWHERE.items()},
-    {"the slots are taken backwards; the first goes to the first place.": injecting(order=-1)},
+    {
+        "the slots are taken backwards; the first goes to the first place.": injecting(order=-1),
+        "the length of what is there is detached: no gradient gets to it.": injecting(
+            lambda there, vector: there + length(there).detach() * unit(vector)
+        ),
+        "the vector's own length is detached: the gradient pulls at its length, which has no effect.": injecting(
+            lambda there, vector: there + length(there) * vector / length(vector).detach()
+        ),
+    },
 )
 def check_inject(fn: Fn) -> None:
     """Places that differ from row to row, a vector of zeros, one slot and three; every kind of input, gradients."""
@@ -94,6 +102,28 @@ def check_inject(fn: Fn) -> None:
     compare(f"{name} of tiny vectors", fn(long, three, at), injecting()(long, three, at), AXES)
     follows_every_kind(name, fn, (stream, vectors, PLACES), AXES, graph=True)
     follows_input(name, lambda s, v: fn(s, v, PLACES.to(s.device)), (stream, vectors), AXES, gradient=True)
+    _gradients(name, fn, 2 * noise(2, 3, 4, seed=5), 3 * noise(2, 1, 4, seed=6))
+
+
+def _gradients(name: str, fn: Fn, stream: Tensor, vectors: Tensor) -> None:
+    """Those of the loop, for the stream and for the vectors; and none is NaN where a vector is zero."""
+    places = torch.tensor([[0, 1, 0], [0, 0, 1]]).bool()
+    found = []
+    for function in (fn, injecting()):
+        leaves = stream.clone().requires_grad_(), vectors.clone().requires_grad_()
+        found.append(torch.autograd.grad(function(*leaves, places).pow(3).sum(), leaves, allow_unused=True))
+    for what, axes, actual, expected in zip(("stream", "vectors"), (AXES, "batch slot d_model"), *found, strict=True):
+        actual = torch.zeros_like(expected) if actual is None else actual
+        compare(f"{name}, the gradient for `{what}`", actual, expected, axes)
+    nothing = torch.zeros_like(vectors).requires_grad_()
+    (gradient,) = torch.autograd.grad(fn(stream, nothing, places).sum(), nothing)
+    demand(
+        bool(gradient.isfinite().all()),
+        name,
+        "gradient of zeros",
+        "where a vector is zero, its gradient is NaN.",
+        "never divide by zero, not even where the result is thrown away: choose the divisor with torch.where.",
+    )
 
 
 # ------------------------------------------------------------------------------------------------------- the whole run

@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
+from itertools import pairwise
 from random import Random
 from typing import Any
 
@@ -47,6 +48,8 @@ def some_questions() -> list[tuple[Question, ...]]:
             questions.append(Question("who first", 40 + window))
         if window % 5 == 1:
             questions += [Question("mentioned", YES, 60 + window), Question("mentioned", NO, 100 + window)]
+        if window == 11:  # one window with many questions of a type
+            questions += [Question("mentioned", YES, 72 + name) for name in range(3)]
         found.append(tuple(questions) if window != 36 else ())
     return found
 
@@ -54,13 +57,18 @@ def some_questions() -> list[tuple[Question, ...]]:
 Draw = Callable[[dict[str, list[tuple[int, Question]]], Random, Collection[str]], tuple[int, Question]]
 
 
-def by_type(pools: dict[str, list[tuple[int, Question]]], rng: Random, balanced: Collection[str]) -> tuple[int, Any]:
+def by_type(
+    pools: dict[str, list[tuple[int, Question]]], rng: Random, balanced: Collection[str], window_first: bool = False
+) -> tuple[int, Any]:
     """A type, an answer if that is to be balanced, a question."""
     kind = rng.choice(sorted(pools))
     pool = pools[kind]
     if kind in balanced:
         answer = rng.choice(sorted({question.answer for _, question in pool}))
         pool = [entry for entry in pool if entry[1].answer == answer]
+    if window_first:
+        window = rng.choice(sorted({window for window, _ in pool}))
+        pool = [entry for entry in pool if entry[0] == window]
     return rng.choice(pool)
 
 
@@ -97,6 +105,25 @@ def drawing(
     return oracle_examples
 
 
+def one_type_each(
+    known: Any, wordings: Any, n: int, rng: Random, balanced: Collection[str], kinds: Callable[[list[str]], list[str]]
+) -> tuple[Tensor, ...]:
+    """Examples whose types are not drawn: `kinds` lists them, out of those that there are."""
+    asked = sorted({question.type for its in known for question in its if wordings.get(question.type)})
+    parts = [drawing()(known, {kind: wordings[kind]}, 1, rng, balanced) for kind in kinds(asked)[:n]]
+    return tuple(torch.cat(part) for part in zip(*parts, strict=True))
+
+
+def in_blocks(known: Any, wordings: Any, n: int, rng: Random, balanced: Collection[str] = BALANCED) -> Any:
+    return one_type_each(
+        known, wordings, n, rng, balanced, lambda kinds: [kind for kind in kinds for _ in range(-(-n // len(kinds)))]
+    )
+
+
+def taking_turns(known: Any, wordings: Any, n: int, rng: Random, balanced: Collection[str] = BALANCED) -> Any:
+    return one_type_each(known, wordings, n, rng, balanced, lambda kinds: kinds * -(-n // len(kinds)))
+
+
 def in_proportion(pools: dict[str, list[tuple[int, Question]]], rng: Random, balanced: Collection[str]) -> Any:
     return rng.choice([entry for pool in pools.values() for entry in pool])
 
@@ -115,6 +142,11 @@ def in_proportion(pools: dict[str, list[tuple[int, Question]]], rng: Random, bal
         ),
         "types that have no wordings are asked for, held-out ones among them.": drawing(left_out=False),
         "every type is asked for in its first wording.": drawing(words=lambda kind, wordings, rng: wordings[0]),
+        "the examples come type by type; draw the type anew for each of them.": in_blocks,
+        "the types take turns; draw one for each example.": taking_turns,
+        "the window is drawn before the question; each question of a type is equally likely.": drawing(
+            lambda pools, rng, balanced: by_type(pools, rng, balanced, window_first=True)
+        ),
         "the answer stands in the row, at the end of the question: the oracle could copy it.": drawing(
             row=lambda row, question: [*row[:-2], question.answer, row[-1]]
         ),
@@ -126,7 +158,7 @@ def in_proportion(pools: dict[str, list[tuple[int, Question]]], rng: Random, bal
 def check_oracle_examples(fn: Fn) -> None:
     """Many examples of few windows: each fits its window, and types, answers, wordings and windows come evenly."""
     name, known = "oracle_examples", some_questions()
-    wordings = {kind: trained_wordings(kind) for kind in ASKED}
+    wordings = {kind: trained_wordings(kind) for kind in (*ASKED, "country")}  # nobody asks for a country
     found = fn(known, wordings, N, Random(4))
     which, rows, answers = _three(name, found, N)
     words = {
@@ -150,8 +182,13 @@ def check_oracle_examples(fn: Fn) -> None:
         )
         types[kind] += 1
         counted.update([(kind, "answer", answer), (kind, "window", window), (kind, "wording", wording)])
+        counted["many"] += kind == "mentioned" and window == 11 and answer == YES
     for kind in ASKED:
         _near(name, "types", f"{kind!r} is asked", types[kind], N / len(ASKED), N)
+    kinds = [one[0] for one in asked if one is not None]
+    repeats = sum(one == other for one, other in pairwise(kinds))
+    order = "type by type" if repeats > 0.9 * N else "in turn" if repeats < 0.05 * N else "some other"
+    _near(name, f"order: {order}", "the type is that of the example before", repeats, N / len(ASKED), N)
     for kind, shares in SHARES.items():
         for answer, share in shares.items():
             count = counted[kind, "answer", answer]
@@ -162,6 +199,15 @@ def check_oracle_examples(fn: Fn) -> None:
     for window in range(36):
         kind = "this"
         _near(name, "windows", f"window {window} is asked", counted[kind, "window", window], types[kind] / 36, N)
+    several = counted["mentioned", "answer", YES] * 4 / 11
+    _near(
+        name,
+        "many questions",
+        "window 11 is asked whether its name was mentioned, with yes",
+        counted["many"],
+        several,
+        N,
+    )
     _other_calls(name, fn, known, wordings)
 
 
