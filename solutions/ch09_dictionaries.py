@@ -176,11 +176,12 @@ def fit_dictionary(
 ) -> Fit:
     """Train a sparse autoencoder in place, on what `batch()` hands out, and leave it in evaluation mode.
 
+    Until then it is in training mode, whichever it was given in.
     Before step 0, `b_dec` becomes the mean of the first batch, on which step 0 then trains. Step s, counted from 0:
 
-    - learning rate: `peak`, times (s+1)/`warm_up` while that is below 1, times (steps-s)/(0.2 steps) while that is
-      below 1: it rises, stays, and falls in the last fifth;
-    - weight of the penalty: `sparsity`, times (s+1)/(0.2 steps) while that is below 1;
+    - learning rate: `peak` times the smallest of 1, (s+1)/`warm_up` and (steps-s)/(0.2 steps): it rises, stays, and
+      falls in the last fifth;
+    - weight of the penalty: `sparsity` times the smaller of 1 and (s+1)/(0.2 steps);
     - loss: that of `dictionary_pass(sae, x, weight)`. A latent is dead if it was silent in this batch and in the
       `window` batches before it or more. If any is, and `auxiliary` is not 0, it adds `auxiliary` times
       `auxiliary_topk_loss`, with k = 32;
@@ -260,7 +261,8 @@ def firing_rates(chunks: Iterable[Float[Tensor, "_ latent"]]) -> Float[Tensor, "
     """The share of tokens on which each latent fires (is above 0), over all chunks together, whatever their sizes.
 
     The sum of the rates is the mean number of latents that fire on a token, known as L0. A latent with rate 0 is dead,
-    one that fires on a tenth of all tokens or more is called dense. The chunks are read once, one at a time.
+    one that fires on a tenth of all tokens or more is called dense. The chunks are read once, one at a time, and never
+    held together. The rates have the latents' dtype.
     """
     fired: Any = 0
     n_tokens = 0
@@ -290,7 +292,7 @@ def splice(model: Any, dictionary: Any, edit: Edit | None = None, with_error: bo
     `edit(encode(x))` if there is an edit. With `with_error`, what the dictionary misses is added: x -
     decode(encode(x)), of the latents before the edit. So without an edit the model then runs as if nothing had
     happened. This is done at every position but the first, which holds the begin token: its activation stays.
-    Nothing stays behind after the context, whatever happens in it.
+    Gradients get through. Nothing stays behind after the context, whatever happens in it.
     """
 
     def replace(activation: Tensor, hook: HookPoint) -> Tensor:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from course_utils.checks.ch09.small import ATTN_OUT, D_MODEL, Fn, held, padded, small_model
+from course_utils.checks.ch09.small import ATTN_OUT, D_MODEL, Counted, Fn, held, padded, small_model
 from course_utils.checks.comparing import compare, follows_input, parts, unchanged
 from course_utils.checks.leftovers import nothing_left_behind
 from course_utils.checks.mistakes import known_mistakes
@@ -70,28 +70,6 @@ def check_top_examples(fn: Fn) -> None:
     fn(Counted(name, "chunks", limit=3), 2)
 
 
-class Counted:
-    """Chunks of which only so many may be alive at once."""
-
-    def __init__(self, name: str, what: str, limit: int) -> None:
-        self.name, self.what, self.limit = name, what, limit
-
-    def __iter__(self) -> Any:
-        import weakref
-
-        alive: list[weakref.ref[Tensor]] = []
-        for number in range(6):
-            chunk = noise(3, 2, seed=number)
-            alive.append(weakref.ref(chunk))
-            yield chunk
-            del chunk
-            if sum(one() is not None for one in alive) > self.limit:
-                raise CheckFailed(
-                    f"{self.name}: it keeps the chunks; a stream that does not fit into memory would not pass.\n"
-                    "  Next: after each chunk, keep only what is needed of it."
-                )
-
-
 # ------------------------------------------------------------------------------------------------- activation_histogram
 
 Bin = Callable[[float, list[float]], int | None]
@@ -142,7 +120,7 @@ def check_activation_histogram(fn: Fn) -> None:
     """Values on the edges, outside them, and many at 0."""
     name = "activation_histogram"
     for sizes, n_latents, edges in (
-        ((4, 1, 6), 3, [0.0, 0.5, 1.0, 2.0]),
+        ((4, 1, 6), 3, [0.0, 0.5, 2.0, 2.5]),
         ((5,), 2, [-1.0, 0.0, 1.5]),
         ((2, 2), 5, [0.0, 1.0]),
     ):

@@ -12,6 +12,7 @@ from course_utils.checks.ch09.small import (
     D_MODEL,
     MLP_OUT,
     RESID,
+    Counted,
     Fn,
     held,
     hooked,
@@ -69,6 +70,7 @@ def check_firing_rates(fn: Fn) -> None:
             actual = fn(one_at_a_time(name, chunks))
         compare(f"{name} of chunks of {sizes} tokens", actual, right, "latent")
     follows_input(name, lambda chunk: fn([chunk, chunk[:1]]), (small_values(5, 3, 1),), "latent")
+    fn(Counted(name, "chunks", limit=3))
 
 
 def small_values(n_tokens: int, n_latents: int, seed: int) -> Tensor:
@@ -123,9 +125,9 @@ def left_over(of: Callable[[Tensor, Tensor], Tensor]) -> Fn:
 def check_explained_variance(fn: Fn) -> None:
     """By loops."""
     name = "explained_variance"
-    for n, d in ((6, 4), (3, 5)):
+    for n, d, share in ((6, 4, 0.8), (3, 5, 0.8), (4, 2, -0.9)):  # the last is worse than the mean
         x = noise(n, d, seed=n) * torch.arange(1.0, d + 1) + 2
-        reconstruction = 0.8 * x + noise(n, d, seed=n + 1, scale=0.4)
+        reconstruction = share * x + noise(n, d, seed=n + 1, scale=0.4)
         error = spread = 0.0
         for j in range(d):
             column = x[:, j].tolist()
@@ -215,6 +217,10 @@ def check_splice(fn: Fn) -> None:
             ):
                 actual = model(tokens)
             compare(words, actual, right, "batch pos d_vocab")
+    with fn(model, dictionary):
+        total = model(tokens).sum()
+    if torch.autograd.grad(total, dictionary.sae.b_dec, allow_unused=True)[0] is None:
+        raise CheckFailed(f"{name}: no gradient gets through it.\n  Next: look for .detach(), .data or torch.no_grad.")
     kept: list[Tensor] = []
     handle = model.blocks[1].hook_mlp_out.add(lambda activation, hook: kept.append(activation))
     before = held(model, tokens, MLP_OUT)
@@ -314,12 +320,12 @@ def of_texts(model: Any, tokens: Tensor, mask: Tensor) -> float:
     }
 )
 def check_loss_recovered(fn: Fn) -> None:
-    """Losses token by token; both baselines."""
+    """Losses token by token; both baselines at one hook point, zero at another."""
     name, model = "loss_recovered", small_model()
     for hook_name, lengths in ((RESID, (3, 5, 2)), (MLP_OUT, (4, 2))):
         dictionary = SmallDictionary(hook_name, D_MODEL)
         tokens, mask = padded(lengths, 3)
-        for options in ({}, {"baseline": "zero"})[:: 1 if hook_name == RESID else -1]:
+        for options in ({}, {"baseline": "zero"})[hook_name == MLP_OUT :]:
             right = recovering()(model, dictionary, tokens, mask, **options)
             with unchanged(name, tokens=tokens, mask=mask), nothing_left_behind(name, model):
                 actual = fn(model, dictionary, tokens, mask, **options)

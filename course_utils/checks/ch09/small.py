@@ -1,6 +1,7 @@
 """What the checks of chapter 09 share: a small model, padded texts, and what its hook points hold, by torch's hooks."""
 
 import math
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from course_utils.checks.modules import noise
 from course_utils.checks.outcomes import CheckFailed
 from course_utils.checks.plain import agree
 from course_utils.checks.standins.transformer import SmallModel
@@ -92,3 +94,23 @@ def hooked(words: str) -> Iterator[None]:
         if not str(error).startswith("The hook at"):
             raise
         raise CheckFailed(f"{words}: {error}\n  Next: look at what your function returns.") from None
+
+
+class Counted:
+    """Chunks of which only so many may be alive at once."""
+
+    def __init__(self, name: str, what: str, limit: int) -> None:
+        self.name, self.what, self.limit = name, what, limit
+
+    def __iter__(self) -> Any:
+        alive: list[weakref.ref[Tensor]] = []
+        for number in range(6):
+            chunk = noise(3, 2, seed=number)
+            alive.append(weakref.ref(chunk))
+            yield chunk
+            del chunk
+            if sum(one() is not None for one in alive) > self.limit:
+                raise CheckFailed(
+                    f"{self.name}: it keeps the chunks; a stream that does not fit into memory would not pass.\n"
+                    "  Next: after each chunk, keep only what is needed of it."
+                )

@@ -1,7 +1,7 @@
 """Checks of chapter 09, training: the loop that fits a dictionary, against one with every step written out."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -33,13 +33,20 @@ def lowest_of_both(step: int, steps: int, peak: float, warm_up: int) -> float:
     return peak * min(1.0, (step + 1) / warm_up, (steps - step) / (0.2 * steps))
 
 
+def product_of_both(step: int, steps: int, peak: float, warm_up: int) -> float:
+    return peak * min(1.0, (step + 1) / warm_up) * min(1.0, (steps - step) / (0.2 * steps))
+
+
 def loss_of(sae: Any, x: Tensor, weight: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss, pre-activations, latents, reconstruction) of a "relu" or a "topk"."""
+    """(loss, pre-activations, latents, reconstruction) of a "gated" or a "topk"."""
     pre = (x - sae.b_dec) @ sae.W_enc + sae.b_enc
     latents = sae.activate(pre)
     reconstruction = latents @ sae.W_dec + sae.b_dec
     error = (x - reconstruction).pow(2).sum() / len(x)
-    penalty = (latents * sae.W_dec.norm(dim=1)).sum() / len(x)
+    counted = pre.clamp(min=0) if sae.kind == "gated" else latents
+    penalty = (counted * sae.W_dec.norm(dim=1)).sum() / len(x)
+    if sae.kind == "gated":
+        error = error + (x - counted @ sae.W_dec.detach() - sae.b_dec.detach()).pow(2).sum() / len(x)
     return error + weight * penalty, pre, latents, reconstruction
 
 
@@ -63,6 +70,7 @@ def loop(
     adds: Callable[[float, Tensor], Any] = lambda auxiliary, extra: auxiliary * extra,
     both: bool = False,
     ends: str = "eval",
+    starts_training: bool = True,
     early: int = 0,
     copies: bool = True,
 ) -> Fn:
@@ -80,10 +88,11 @@ def loop(
         keep: Sequence[int] = (),
     ) -> Any:
         parameters = list(sae.parameters())
-        moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in parameters]
+        m = v = torch.zeros(sum(p.numel() for p in parameters))
         silent = torch.zeros(sae.b_enc.shape[0])
         losses, deads, snapshots = [], [], {}
-        sae.train()
+        if starts_training:
+            sae.train()
         for step in range(steps):
             x = batch()
             if step == 0 and starts:
@@ -97,13 +106,15 @@ def loop(
             gradients = torch.autograd.grad(total, parameters)
             with torch.no_grad():
                 lr = schedule(step, steps, peak, warm_up)
-                for p, g, (m, v) in zip(parameters, gradients, moments, strict=True):
-                    if p is sae.W_dec and parallel:
-                        rows = p / p.norm(dim=1, keepdim=True)
-                        g = g - (g * rows).sum(dim=1, keepdim=True) * rows
-                    m.copy_(0.9 * m + 0.1 * g)
-                    v.copy_(0.999 * v + 0.001 * g**2)
-                    p -= lr * (m / (1 - 0.9 ** (step + 1))) / ((v / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
+                grads = dict(zip(map(id, parameters), gradients, strict=True))
+                if parallel:
+                    rows, g = sae.W_dec / sae.W_dec.norm(dim=1, keepdim=True), grads[id(sae.W_dec)]
+                    grads[id(sae.W_dec)] = g - (g * rows).sum(dim=1, keepdim=True) * rows
+                g = torch.cat([grads[id(p)].flatten() for p in parameters])
+                m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
+                change = lr * (m / (1 - 0.9 ** (step + 1))) / ((v / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
+                for p, part in zip(parameters, change.split([p.numel() for p in parameters]), strict=True):
+                    p -= part.view_as(p)
                 if unit:
                     sae.W_dec /= sae.W_dec.norm(dim=1, keepdim=True)
             losses.append((total if both else loss).item())
@@ -126,6 +137,7 @@ def loop(
         "the learning rate does not fall in the last fifth.": loop(
             lambda step, steps, peak, warm_up: peak * min(1.0, (step + 1) / warm_up)
         ),
+        "the two factors of the learning rate are multiplied; the smaller one counts.": loop(product_of_both),
         "the learning rate is the same throughout.": loop(lambda step, steps, peak, warm_up: peak),
         "the penalty has its full weight from the beginning.": loop(grows=lambda step, steps: 1.0),
         "the penalty is left out.": loop(grows=lambda step, steps: 0.0),
@@ -143,23 +155,32 @@ def loop(
         "snapshots are taken one step too late.": loop(early=1),
         "snapshots are the weights themselves, which training goes on to change; copy them.": loop(copies=False),
         "the autoencoder is left in training mode.": loop(ends="train"),
+        "the autoencoder trains in evaluation mode if it was given in it; call `train()` first.": loop(
+            starts_training=False
+        ),
     }
 )
 def check_fit_dictionary(fn: Fn) -> None:
-    """A "relu" with a penalty, a "topk" with an auxiliary loss: losses, dead latents, weights, and snapshots."""
+    """A "gated" with a penalty, a "topk" with an auxiliary loss: losses, dead latents, weights, and snapshots."""
     name = "fit_dictionary"
     cases: list[tuple[str, int, int, dict[str, Any]]] = [
-        ("topk", D_LATENT, 11, {"peak": 0.05, "warm_up": 4, "window": 2, "auxiliary": 0.7, "keep": [2, 7]}),
-        ("relu", D_LATENT, 9, {"peak": 0.02, "warm_up": 3, "sparsity": 0.8, "window": 1}),
-        ("topk", 81, 5, {"auxiliary": 0.5, "window": 0, "peak": 0.02, "warm_up": 2}),
+        ("topk", D_LATENT, 11, {"peak": 0.05, "warm_up": 4, "window": 2, "auxiliary": 0.7, "keep": [2, 5]}),
+        ("gated", D_LATENT, 6, {"peak": 0.02, "warm_up": 8, "sparsity": 0.8, "window": 1}),
+        ("topk", 81, 3, {"auxiliary": 0.5, "window": 0, "peak": 0.02, "warm_up": 2}),
     ]
     for kind, n_latents, steps, options in cases:
         words = f"{kind}, {n_latents} latents, {steps} steps, " + ", ".join(f"{key}={options[key]}" for key in options)
         saes, fits = [], []
         for each in (loop(), fn):
-            sae = SmallSAE(D_IN, n_latents, kind, k=1)
-            n = iter(range(99))
-            fits.append(each(sae, lambda n=n: batch_number(next(n)), steps, **options))
+            sae, n = SmallSAE(D_IN, n_latents, kind, k=1), iter(range(99))
+            sae.train(kind == "topk")
+            modes: list[bool] = []
+
+            def batch(sae: SmallSAE = sae, n: Iterator[int] = n, modes: list[bool] = modes) -> Tensor:
+                modes.append(sae.training)
+                return batch_number(next(n))
+
+            fits.append(each(sae, batch, steps, **options))
             saes.append(sae)
         right, actual = fits
         if actual is None:
@@ -185,6 +206,8 @@ def check_fit_dictionary(fn: Fn) -> None:
                 compare(f"{name}: {label} {when}, {words}", got[label], weight, axes, 1e-3, 1e-4)
         if saes[1].training:
             compare(f"{name}: `training` afterwards", torch.tensor(1.0), torch.tensor(0.0), "")
+        if not all(modes[1:]):
+            compare(f"{name}: `training` while it trains", torch.tensor(0.0), torch.tensor(1.0), "")
 
 
 def batch_number(number: int) -> Tensor:

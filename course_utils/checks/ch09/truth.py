@@ -72,7 +72,8 @@ def check_best_f1(fn: Fn) -> None:
     """By loops; with a unit that is always silent, and a fact that is never true."""
     name = "best_f1"
     for n, units, facts, shares in ((11, 4, 3, (0.2, 0.5)), (8, 3, 5, (0.0, 0.25, 0.75)), (6, 2, 1, (0.3,))):
-        activations = (noise(n, units, seed=n) * torch.arange(1, units + 1)).relu()
+        activations = noise(n, units, seed=n) * torch.arange(1, units + 1)
+        activations = activations if n == 8 else activations.relu()
         activations[:, 1] = 0 if units > 2 else activations[:, 1]
         labels = noise(n, facts, seed=n + 1) > 0.2
         labels[:, 0] = labels[:, 0] & (facts == 1)
@@ -162,6 +163,7 @@ def check_explain(fn: Fn) -> None:
     _compare_rules(name, fn, ~one, ~torch.stack([two, one], dim=1), 1)
     both = torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]]).bool()
     _compare_rules(name, fn, both[:, 0] ^ both[:, 1], both, 2)
+    _compare_rules(name, fn, torch.tensor([True, False]), torch.tensor([[False], [True]]), 1)
     _compare_rules(name, fn, torch.tensor([True, False, True]), torch.zeros(3, 0, dtype=torch.bool), 2)
 
 

@@ -376,6 +376,11 @@ def without_magnitude(sae: Any, cfg: dict[str, Any]) -> None:
         sae.b_mag.zero_()
 
 
+def without_gate(sae: Any, cfg: dict[str, Any]) -> None:
+    if sae.kind == "gated":
+        sae.b_enc.zero_()
+
+
 def k_of_one(sae: Any, cfg: dict[str, Any]) -> None:
     sae.k = 1
 
@@ -395,6 +400,7 @@ def own_weights(sae: Any, cfg: dict[str, Any]) -> None:
         "`k` is not read.": reading(k_of_one),
         "every dictionary is taken for a relu, also a topk.": reading(as_relu),
         "`b_mag` is not read.": reading(without_magnitude),
+        "`b_gate` is not read: it is our b_enc.": reading(without_gate),
         "the weights are not loaded.": reading(own_weights),
         "the hook point is the name of the model.": reading(hook="model_name"),
         "the scale is not 1, although the weights hold it already.": reading(scale=0.5),
@@ -407,7 +413,10 @@ def check_load_saelens(fn: Fn) -> None:
         for number, kind in enumerate(KINDS):
             if kind == "batch_topk":
                 continue
-            written = SmallDictionary(MLP_OUT if number else RESID, D_MODEL, 6 - number, kind, scale=0.6 + number)
+            d_in = D_MODEL + number
+            written = SmallDictionary(MLP_OUT if number else RESID, d_in, 6 - number, kind, scale=0.6 + number)
+            if kind == "gated":
+                written.sae.b_mag.data += 1  # so that what the gate lets through is seen
             folder = Path(temporary) / kind
             writing()(written, folder, "small")
             loaded = fn(folder)
@@ -416,7 +425,7 @@ def check_load_saelens(fn: Fn) -> None:
             agree(name, f"`hook_name` of a {kind}", loaded.hook_name, written.hook_name)
             agree(name, f"`scale` of a {kind}", float(loaded.scale), 1.0)
             agree(name, f"`k` of a {kind}", loaded.sae.k, written.sae.k if kind == "topk" else 1)
-            x = noise(15, D_MODEL, seed=number)
+            x = noise(90, d_in, seed=number)
             latents = written.encode(x)
             compare(f"{name}: latents of a {kind}", loaded.encode(x), latents, "token latent")
             compare(
