@@ -139,7 +139,9 @@ def test_what_chapter_01_says_of_gpt2_s_vocabulary() -> None:
 def depends_on(chapter: str) -> str:
     notebooks = (ROOT / "solutions").glob(f"{chapter}_*.ipynb")
     pins = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
-    computing = [pin for pin in pins if pin.partition("==")[0] in ("gguf", "numpy", "tokenizers", "torch", "transformers")]
+    computing = [
+        pin for pin in pins if pin.partition("==")[0] in ("gguf", "numpy", "tokenizers", "torch", "transformers")
+    ]
     return fingerprint(*notebooks, STORED / f"{chapter}.json", computing, real_parts.run, load_pretrained)
 
 
