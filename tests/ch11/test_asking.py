@@ -30,10 +30,6 @@ def in_place(stream: Any, vectors: Any, places: Any) -> Any:
     return stream
 
 
-def not_a_number(stream: Any, vectors: Any, places: Any) -> Any:
-    return injecting(lambda there, vector: there + length(there) * vector / length(vector))(stream, vectors, places)
-
-
 def no_number_backwards(stream: Any, vectors: Any, places: Any) -> Any:
     """Right, but what is thrown away afterwards was divided by zero."""
     units = (vectors / vectors.norm(dim=-1, keepdim=True)).nan_to_num()
@@ -45,7 +41,6 @@ def no_number_backwards(stream: Any, vectors: Any, places: Any) -> Any:
 SURPRISES: dict[str, list[tuple[str, Any]]] = {
     "inject": [
         ("it changed `stream`", in_place),
-        ("values are wrong", not_a_number),
         ("values are wrong", injecting(lambda there, vector: there - length(there) * unit(vector))),
         ("no gradient gets through", lambda *arguments: other.inject(*arguments).detach()),
         ("its gradient is NaN", no_number_backwards),

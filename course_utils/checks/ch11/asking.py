@@ -24,8 +24,8 @@ def length(vector: Tensor) -> Tensor:
     return vector.square().sum().sqrt()
 
 
-def unit(vector: Tensor) -> Tensor:
-    return vector / length(vector) if vector.any() else vector
+def unit(vector: Tensor, divisor: Tensor | None = None) -> Tensor:
+    return vector / (length(vector) if divisor is None else divisor) if vector.any() else vector
 
 
 def scaled(there: Tensor, vector: Tensor) -> Tensor:
@@ -85,7 +85,10 @@ ELSEWHERE: dict[str, Callable[[list[int], int], list[int]]] = {
             lambda there, vector: there + length(there).detach() * unit(vector)
         ),
         "the vector's own length is detached: the gradient pulls at its length, which has no effect.": injecting(
-            lambda there, vector: there + length(there) * vector / length(vector).detach()
+            lambda there, vector: there + length(there) * unit(vector, length(vector).detach())
+        ),
+        "a vector of zeros is divided by its own length, 0; nothing is added for it.": injecting(
+            lambda there, vector: there + length(there) * vector / length(vector)
         ),
     },
 )

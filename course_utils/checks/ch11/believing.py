@@ -16,8 +16,8 @@ from course_utils.checks.outcomes import CheckFailed
 from course_utils.checks.plain import agree, must_raise, untouched
 
 TYPES = ["who", "mood", "who", "kind", "mood", "mood", "who", "mood", "mood", "who"]
-PREDICTED = torch.tensor([4, 8, 5, 2, 8, 9, 7, 8, 8, 4])
-ANSWERS = torch.tensor([4, 8, 5, 3, 9, 9, 7, 8, 9, 6])
+PREDICTED = torch.tensor([4, 8, 5, 2, 9, 9, 7, 8, 8, 4])
+ANSWERS = torch.tensor([4, 8, 5, 3, 8, 9, 7, 9, 9, 6])
 
 
 def hits(p: list[int], a: list[int]) -> int:

@@ -110,8 +110,13 @@ def one_type_each(
 ) -> tuple[Tensor, ...]:
     """Examples whose types are not drawn: `kinds` lists them, out of those that there are."""
     asked = sorted({question.type for its in known for question in its if wordings.get(question.type)})
-    parts = [drawing()(known, {kind: wordings[kind]}, 1, rng, balanced) for kind in kinds(asked)[:n]]
-    return tuple(torch.cat(part) for part in zip(*parts, strict=True))
+    planned = iter(kinds(asked))
+
+    def draw(pools: dict[str, list[tuple[int, Question]]], rng: Random, balanced: Collection[str]) -> Any:
+        kind = next(planned)
+        return by_type({kind: pools[kind]}, rng, balanced)
+
+    return drawing(draw)(known, wordings, n, rng, balanced)
 
 
 def in_blocks(known: Any, wordings: Any, n: int, rng: Random, balanced: Collection[str] = BALANCED) -> Any:
