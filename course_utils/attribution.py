@@ -138,7 +138,7 @@ def _mark(node: int, x: float, y: float, size: float, strength: float, words: st
     if is_square:
         shape, where = "rect", f'x="{x - size:.1f}" y="{y - size:.1f}" width="{2 * size:.1f}" height="{2 * size:.1f}"'
     return (
-        f'<{shape} data-go="{node}" tabindex="0" {where} fill="{_colour(strength)}" stroke="white" stroke-width="1.5" '
+        f'<{shape} data-go="{node}" role="button" tabindex="0" {where} fill="{_colour(strength)}" stroke="white" stroke-width="1.5" '
         f'style="cursor: pointer"><title>{escape(words)}</title></{shape}>'
     )
 
@@ -158,11 +158,13 @@ def _card(
     parts = "".join(f"<br>{escape(line)}" for line in more)
     if texts:
         parts += f'<ul style="font-family: monospace; line-height: 1.8">{texts}</ul>'
-    for words, own, end in (("from", 1, 0), ("to", 0, 1)):
-        strongest = sorted((edge for edge in edges if edge[own] == node), key=lambda edge: -abs(edge[2]))
-        if strongest:
+    sources = [(source, weight) for source, target, weight in edges if target == node]
+    targets = [(target, weight) for source, target, weight in edges if source == node]
+    for words, ways in (("from", sources), ("to", targets)):
+        if ways:
+            strongest = sorted(ways, key=lambda way: -abs(way[1]))
             n_more = len(strongest) - STRONGEST
-            listed = "".join(_way(edge[end], edge[2], says) for edge in strongest[:STRONGEST])
+            listed = "".join(_way(other, weight, says) for other, weight in strongest[:STRONGEST])
             parts += f"<div>{words}: {listed}{f'and {n_more} more' if n_more > 0 else ''}</div>"
     hidden = "" if is_open else " hidden"
     return f'<div data-card="{node}"{hidden}><p><b>{escape(name)}</b>, {strength:+.2f}</p>{parts}</div>'
@@ -171,4 +173,6 @@ def _card(
 def _way(node: int, weight: float, says: Sequence[str]) -> str:
     """A button that leads to the dashboard at the other end of an edge."""
     name = escape(says[node].split("\n")[0])
-    return f'<button data-go="{node}" style="color: {_colour(weight)}">{weight:+.2f} {name}</button> '
+    return (
+        f'<button data-go="{node}" style="color: {_colour(weight)}; background: white">{weight:+.2f} {name}</button> '
+    )
