@@ -138,8 +138,8 @@ def _mark(node: int, x: float, y: float, size: float, strength: float, words: st
     if is_square:
         shape, where = "rect", f'x="{x - size:.1f}" y="{y - size:.1f}" width="{2 * size:.1f}" height="{2 * size:.1f}"'
     return (
-        f'<{shape} data-go="{node}" role="button" tabindex="0" {where} fill="{_colour(strength)}" stroke="white" stroke-width="1.5" '
-        f'style="cursor: pointer"><title>{escape(words)}</title></{shape}>'
+        f'<{shape} data-go="{node}" role="button" tabindex="0" {where} fill="{_colour(strength)}" stroke="white" '
+        f'stroke-width="1.5" style="cursor: pointer"><title>{escape(words)}</title></{shape}>'
     )
 
 
