@@ -69,6 +69,8 @@ def test_an_installed_package_says_the_same(package: str) -> None:
     expression, text = ((stated.get_all(field) or [""])[0] for field in ("License-Expression", "License"))
     classifiers = [line for line in stated.get_all("Classifier", []) if line.startswith("License ::")]
     words = " ".join([expression, text[:60], *classifiers])
+    if not words.strip():
+        pytest.skip(f"{package} says nothing in its metadata; its repository does")
     said = licence_of(package)
     [own] = [re.search(pattern, words) is not None for name, pattern in SPOKEN.items() if said.startswith(name)]
     assert own, (package, said, words)
