@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
 
 HookFn = Callable[[Tensor, "HookPoint"], Tensor | None]
@@ -23,7 +22,7 @@ Names = str | Iterable[str] | Callable[[str], bool]
 
 WRAPPER = "_orig_mod."  # in the path of everything inside a module that torch.compile has wrapped
 LARGE = 1e9  # bytes: a cache beyond this is announced
-WORTH_A_LOOK = 5e8  # bytes: a cache beyond this is measured in advance, by a run that takes some ten milliseconds
+WORTH_A_LOOK = 5e8  # bytes: from here on, what is still to come is estimated
 
 
 class HookPoint(nn.Module):
@@ -349,25 +348,24 @@ def run_with_cache(
     """Run the model and keep what its hook points see: (output, cache).
 
     `names` is a name, a glob, a list of these, or a predicate; without it everything is kept, except hook points made
-    with `on_request=True`. Hooks attached before this call run first, so the cache holds what they left. Warns with the
-    size, before it is filled, if the cache will take more than 1000 MB; raises UnknownName, before the model runs, for
-    a name or glob that fits nothing.
+    with `on_request=True`. Hooks attached before this call run first, so the cache holds what they left. Warns with an
+    estimate of the size, before the cache is full, if it will take more than 1000 MB; raises UnknownName, before the
+    model runs, for a name or glob that fits nothing.
     """
     points = _select(_some_hook_points(model), "*" if names is None else names)
     if names is None:
         points = {name: point for name, point in points.items() if not point.on_request}
     activations: dict[str, Tensor] = {}
-    n_bytes, measured = 0, False
+    n_bytes, announced = 0, False
 
     def keep(activation: Tensor, hook: HookPoint) -> None:
-        nonlocal n_bytes, measured
-        n_bytes += activation.nbytes
-        if n_bytes > WORTH_A_LOOK and not measured:
-            measured = True
-            _announce_large(_dry_run_megabytes(model, points, inputs, kwargs))
+        nonlocal n_bytes, announced
         if activation.requires_grad:
             activation.retain_grad()
         activations[hook.name] = activation
+        n_bytes += activation.nbytes
+        if n_bytes > WORTH_A_LOOK and not announced:
+            announced = _announce_large(_megabytes(activations.values()) * len(points) / len(activations))
 
     with ExitStack() as stack:
         stack.enter_context(_eager(model))
@@ -378,42 +376,12 @@ def run_with_cache(
     return output, ActivationCache(activations, n_layers=max(layers, default=-1) + 1)
 
 
-def _announce_large(megabytes: float | None) -> None:
-    if megabytes is not None and megabytes * 1e6 > LARGE:
-        warnings.warn(
-            f"This cache will take {megabytes:,.0f} MB; names=... keeps less, and so does a smaller batch.",
-            stacklevel=2,
-        )
-
-
-def _dry_run_megabytes(
-    model: nn.Module, points: Mapping[str, HookPoint], inputs: tuple[Any, ...], kwargs: dict[str, Any]
-) -> float | None:
-    """Size of a cache of these hook points, from a run on meta tensors, which have shapes but no contents.
-
-    None if that cannot be told: a model whose path depends on values, or an input that a second run could change.
-    """
-    if not all(isinstance(leaf, Tensor | int | float | str | None) for leaf in tree_leaves((inputs, kwargs))):
-        return None
-    everything = hook_points(model).values()
-    attached = {point: point._fns for point in everything}
-    seen: dict[str, Tensor] = {}
-
-    def look(activation: Tensor, hook: HookPoint) -> None:
-        seen[hook.name] = activation
-
-    def on_meta(leaf: Any) -> Any:
-        return torch.empty_like(leaf, device="meta") if isinstance(leaf, Tensor) else leaf
-
-    try:
-        for point in everything:  # nobody else's hooks take part in the rehearsal
-            point._fns = OrderedDict({0: look} if point in points.values() else {})
-        weights = {name: on_meta(tensor) for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
-        with torch.no_grad():
-            torch.func.functional_call(model, weights, tree_map(on_meta, inputs), tree_map(on_meta, kwargs))
-    except Exception:  # whatever the model cannot do on meta tensors, it may well do in earnest
-        return None
-    finally:
-        for point, fns in attached.items():
-            point._fns = fns
-    return _megabytes(seen.values())
+def _announce_large(megabytes: float) -> bool:
+    """Warn of a cache of about this size if it is large; whether it is."""
+    if megabytes * 1e6 <= LARGE:
+        return False
+    warnings.warn(
+        f"This cache will take about {megabytes:,.0f} MB; names=... keeps less, and so does a smaller batch.",
+        stacklevel=2,
+    )
+    return True

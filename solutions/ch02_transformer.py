@@ -103,10 +103,10 @@ def project_heads(
     b: Float[Tensor, "head d_head"] | None = None,
 ) -> Float[Tensor, "batch pos head d_head"]:
     """Give every head its own linear view of the residual stream; newer models have no bias `b`."""
-    rows = einops.rearrange(resid, "batch pos d_model -> (batch pos) d_model")
+    rows = resid.flatten(end_dim=1)  # [batch*pos d_model]
     heads = rows @ W  # one matrix product per head; an einsum would copy W into another order each time
     heads = heads if b is None else heads + b[:, None]
-    return einops.rearrange(heads, "head (batch pos) d_head -> batch pos head d_head", batch=resid.shape[0])
+    return heads.transpose(0, 1).unflatten(0, resid.shape[:2])
 
 
 class Attention(nn.Module):
@@ -159,7 +159,8 @@ class Attention(nn.Module):
         if self.hook_result.is_watched:
             result = einops.einsum(z, self.W_O, "batch pos head d_head, head d_head d_model -> batch pos head d_model")
             return self.hook_result(result).sum(dim=2) + self.b_O
-        return einops.einsum(z, self.W_O, "batch pos head d_head, head d_head d_model -> batch pos d_model") + self.b_O
+        # the heads side by side, their matrices one below the other: their sum in one product
+        return z.flatten(2) @ self.W_O.flatten(0, 1) + self.b_O
 
 
 def fused_attention(
@@ -175,10 +176,10 @@ def fused_attention(
     square, past = n_query == n_key, None
     if not square and n_query > 1:  # the kernel's own mask aligns the first query with the first key; ours the last
         past = torch.ones(n_query, n_key, dtype=torch.bool, device=q.device).tril(n_key - n_query)
-    q, k, v = (einops.rearrange(heads, "batch pos head d_head -> batch head pos d_head") for heads in (q, k, v))
+    q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))  # [batch head pos d_head]
     shared = q.shape[1] != k.shape[1]
     z = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=past, is_causal=square, enable_gqa=shared)
-    return einops.rearrange(z, "batch head pos d_head -> batch pos head d_head")
+    return z.transpose(1, 2)
 
 
 def gelu_new(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
@@ -500,7 +501,7 @@ class KVCache:
         """Begin with nothing stored."""
         self.batch, self.n_ctx = batch, cfg.n_ctx
         self.lengths = [0] * cfg.n_layers
-        self.stored: dict[int, Tensor] = {}  # for each layer [2 batch n_ctx head d_head]: keys and values, with room
+        self.stored: dict[int, list[Tensor]] = {}  # of each layer keys and values, [batch n_ctx head d_head]: with room
 
     @property
     def length(self) -> int:
@@ -525,11 +526,11 @@ class KVCache:
         if len(k) != self.batch:
             raise ValueError(f"KVCache: the number of rows must be that of the cache, {self.batch}.")
         if layer not in self.stored:
-            self.stored[layer] = k.new_empty(2, self.batch, self.n_ctx, *k.shape[2:])
-        both = self.stored[layer]
-        both[0, :, start:end], both[1, :, start:end] = k, v
+            self.stored[layer] = [new.new_empty(self.batch, self.n_ctx, *new.shape[2:]) for new in (k, v)]
+        keys, values = self.stored[layer]
+        keys[:, start:end], values[:, start:end] = k, v
         self.lengths[layer] = end
-        return both[0, :, :end], both[1, :, :end]
+        return keys[:, :end], values[:, :end]
 
     def select(self, rows: Int[Tensor, " beam"]) -> None:
         """Go on with these rows of the batch, in this order: some may appear several times, others not at all.
@@ -537,10 +538,11 @@ class KVCache:
         From then on `len(rows)` is the number of rows, even where nothing is stored yet.
         """
         self.batch = len(rows)
-        for layer, old in self.stored.items():
+        for layer, both in self.stored.items():
             end = self.lengths[layer]
-            self.stored[layer] = old.new_empty(2, self.batch, self.n_ctx, *old.shape[3:])
-            self.stored[layer][:, :, :end] = old[:, rows, :end]
+            self.stored[layer] = [old.new_empty(self.batch, self.n_ctx, *old.shape[2:]) for old in both]
+            for new, old in zip(self.stored[layer], both, strict=True):
+                new[:, :end] = old[rows, :end]
 
 
 def ban_repeated_ngrams(
@@ -645,8 +647,8 @@ def apply_rotary(
     Source: Su et al. 2021, section 3.2; only some of the coordinates: Black et al. 2022, section 2.1.
     """
     half = rotary_dim // 2
-    frequencies = base ** (-2 * torch.arange(half, device=x.device) / rotary_dim)
-    angles = positions[:, None, None] * frequencies  # [pos 1 pair]: the same for every head
+    exponents = torch.arange(0, rotary_dim, 2, device=x.device) / rotary_dim
+    angles = positions[:, None, None] / base**exponents  # [pos 1 pair]: the same for every head
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     a, b, rest = x.split([half, half, x.shape[-1] - rotary_dim], dim=-1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos, rest], dim=-1)
@@ -690,7 +692,7 @@ class RotaryAttention(Attention):
         if self.hook_result.is_watched:
             result = einops.einsum(z, self.W_O, "batch pos head d_head, head d_head d_model -> batch pos head d_model")
             return self.hook_result(result).sum(dim=2) + self.b_O
-        return einops.einsum(z, self.W_O, "batch pos head d_head, head d_head d_model -> batch pos d_model") + self.b_O
+        return z.flatten(2) @ self.W_O.flatten(0, 1) + self.b_O
 
 
 class ParallelBlock(TransformerBlock):
@@ -795,6 +797,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, resid: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
         """Return the normalised vectors; the residual stream itself stays as it is."""
+        if not (self.hook_scale.is_watched or self.hook_normalized.is_watched):
+            return nn.functional.rms_norm(resid, self.w.shape, self.w, self.eps)  # the same steps in one
         wide = resid.to(torch.promote_types(resid.dtype, torch.float32))
         scale = self.hook_scale((wide.pow(2).mean(dim=-1, keepdim=True) + self.eps).sqrt().to(resid.dtype))
         return self.hook_normalized((wide / scale).to(resid.dtype)) * self.w
@@ -845,7 +849,7 @@ def attend(
     if attn.hook_result.is_watched:
         result = einops.einsum(z, attn.W_O, "batch pos head d_head, head d_head d_model -> batch pos head d_model")
         return attn.hook_result(result).sum(dim=2)
-    return einops.einsum(z, attn.W_O, "batch pos head d_head, head d_head d_model -> batch pos d_model")
+    return z.flatten(2) @ attn.W_O.flatten(0, 1)  # the heads side by side: their sum in one product
 
 
 class GroupedQueryAttention(nn.Module):

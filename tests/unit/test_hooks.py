@@ -351,35 +351,28 @@ def test_size_and_repr(model: Toy) -> None:
 
 
 def test_a_large_cache_says_its_size_before_it_is_filled(model: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only once, and about right: two names for one tensor are estimated like two tensors until the second comes."""
+    monkeypatch.setattr(hooks_module, "LARGE", 400)
     monkeypatch.setattr(hooks_module, "WORTH_A_LOOK", 200)
-    announced = []
-    monkeypatch.setattr(hooks_module, "_announce_large", announced.append)
-    calls = []
-    with hooks(model, {"hook_embed": lambda a, h: calls.append(len(announced))}):
-        output, cache = run_with_cache(model, TOKENS)
-    assert announced == [cache.size_mb()]
-    assert calls == [0]  # once: the rehearsal does not call other people's hooks
-    assert torch.equal(output, model(TOKENS))
-    assert n_attached(model) == 0 and all(p.device.type == "cpu" for p in model.parameters())
+    seen = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with hooks(model, {"*": lambda activation, hook: seen.append((hook.name, len(caught)))}):
+            _, cache = run_with_cache(model, TOKENS)
+    assert [str(warning.message).split(" MB")[0] for warning in caught] == ["This cache will take about 0"]
+    silent = [name for name, n_warnings in seen if n_warnings == 0]
+    assert 0 < len(silent) < len(seen) / 2
+    estimates: list[float] = []
+    monkeypatch.setattr(hooks_module, "_announce_large", lambda megabytes: bool(estimates.append(megabytes)))
+    run_with_cache(model, TOKENS)
+    assert max(estimates) == pytest.approx(cache.size_mb(), rel=0.2)
+    assert estimates[-1] == pytest.approx(cache.size_mb())
 
 
-def test_the_announcement(model: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hooks_module, "LARGE", 100)
-    monkeypatch.setattr(hooks_module, "WORTH_A_LOOK", 100)
-    with pytest.warns(UserWarning, match=r"This cache will take \d+ MB"):
-        run_with_cache(model, TOKENS)
-
-
-def test_a_small_cache_and_one_that_cannot_be_measured_say_nothing(model: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_small_cache_says_nothing(model: Toy) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         run_with_cache(model, TOKENS)
-        monkeypatch.setattr(hooks_module, "LARGE", 0)
-        monkeypatch.setattr(hooks_module, "WORTH_A_LOOK", 0)
-        run_with_cache(model, TOKENS, extra=object())  # a second run might change this object
-        with hooks(model, {"hook_embed": lambda a, h: None}):
-            monkeypatch.setattr(Mixer, "forward", lambda self, resid: resid * float(resid.detach().sum()))
-            run_with_cache(model, TOKENS, names="*.hook_resid_pre")
 
 
 # --- the course's own model ---------------------------------------------------------------------------------------
@@ -424,15 +417,16 @@ def test_gradients_of_the_transformer_s_activations(transformer: nn.Module) -> N
     assert cache.grad(("pattern", 0)).abs().sum() > 0
 
 
-def test_the_announced_size_of_a_transformer_s_cache_is_exact(
+def test_the_announced_size_of_a_transformer_s_cache_is_about_right(
     transformer: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hooks_module, "WORTH_A_LOOK", 1000)
-    announced = []
-    monkeypatch.setattr(hooks_module, "_announce_large", announced.append)
-    output, cache = run_with_cache(transformer, torch.tensor([[1, 2, 3, 4, 5]]))
-    assert announced == [pytest.approx(cache.size_mb())]
-    torch.testing.assert_close(output, transformer(torch.tensor([[1, 2, 3, 4, 5]])), rtol=1e-5, atol=1e-5)
+    tokens = torch.tensor([[1, 2, 3, 4, 5]])
+    estimates: list[float] = []
+    monkeypatch.setattr(hooks_module, "_announce_large", lambda megabytes: bool(estimates.append(megabytes)))
+    n_bytes = 1e6 * run_with_cache(transformer, tokens)[1].size_mb()
+    monkeypatch.setattr(hooks_module, "WORTH_A_LOOK", n_bytes / 2)
+    run_with_cache(transformer, tokens)
+    assert 1e6 * estimates[0] == pytest.approx(n_bytes, rel=0.25)
 
 
 @pytest.mark.parametrize("how", ["wrapped", "in place", "a part"])
