@@ -82,7 +82,7 @@ def judge_every_split(cls: Any, cfg: TransformerConfig) -> None:
     """A small model reads a text in two parts, wherever one cuts it: what comes out is what it gave in one part."""
     batch, n_pos, d_model = 2, 5, cfg.n_heads * cfg.d_head
     shape = (3, cfg.n_heads, d_model, cfg.d_head)
-    weights = [noise(*shape, seed=layer, scale=0.4).requires_grad_() for layer in range(cfg.n_layers)]
+    weights = [noise(*shape, seed=layer, scale=0.2).requires_grad_() for layer in range(cfg.n_layers)]
     resid = noise(batch, n_pos, d_model, seed=20)
 
     def run(part: Tensor, cache: Any = None) -> Tensor:
