@@ -9,7 +9,7 @@ import argparse
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
@@ -171,45 +171,47 @@ def run(recipe: DictionaryRecipe, out: Path | None, steps: int | None, ship: boo
     return card
 
 
-# kind -> (k, penalty, first threshold) of each sparsity: numbers found by trying, so that the L0 of all kinds overlap
+# kind -> k, or penalty and first threshold: found by trying, so that the L0 of every kind reach from about 2 to 20
 SETTINGS: dict[str, list[dict[str, float]]] = {
-    "topk": [{"k": k} for k in (3, 6, 16)],
-    "batch_topk": [{"k": k} for k in (3, 6, 16)],
-    "relu": [{"sparsity": weight} for weight in (0.8, 1.5, 2.5)],
-    "gated": [{"sparsity": weight} for weight in (1.5, 4.0, 6.0)],
-    "jumprelu": [{"sparsity": weight, "threshold": start} for weight, start in ((1.0, 0.5), (2.0, 0.9), (4.0, 1.3))],
+    "topk": [{"k": k} for k in (2, 3, 6, 10, 16)],
+    "batch_topk": [{"k": k} for k in (2, 3, 6, 10, 16)],
+    "relu": [{"sparsity": weight} for weight in (0.8, 1.3, 2.0, 3.0, 5.0)],
+    "gated": [{"sparsity": weight} for weight in (1.0, 1.8, 3.0, 5.0, 8.0)],
+    "jumprelu": [
+        {"sparsity": weight, "threshold": start}
+        for weight, start in ((0.1, 0.5), (0.3, 0.5), (0.8, 0.5), (1.5, 0.9), (3.0, 0.9))
+    ],
 }
+PEAKS = (5e-3, 1e-2, 2e-2)  # learning rates, tried at every setting
+SWEEP_STEPS = 400
 
 
-def sweep(steps: int = 300, d_sae: int = 256, peaks: tuple[float, ...] = (2e-3, 5e-3)) -> list[dict[str, Any]]:
-    """Every kind at three sparsities, and both learning rates: the same number of tries for each kind."""
+def sweep(steps: int = SWEEP_STEPS, d_sae: int = 256) -> list[dict[str, Any]]:
+    """Every kind at five sparsities and three learning rates: the same number of tries for each kind."""
     hook_name = RECIPES["tales-1-resid"].hook_name
     model = load_pretrained(Transformer, "tales")
     test = held_out(model, hook_name)
-    source = ActivationBuffer(
-        model, batches(model, TRAINING), hook_name, N_TOKENS // 3, torch.Generator().manual_seed(0)
-    )
+    generator = torch.Generator().manual_seed(0)
+    source = ActivationBuffer(model, batches(model, TRAINING), hook_name, N_TOKENS // 3, generator)
     rows = source.next(N_TOKENS // 3)
     found = []
-    for kind, settings in SETTINGS.items():
-        for setting in settings:
-            for peak in peaks:
-                generator = torch.Generator().manual_seed(0)
-                sae = SparseAutoencoder(
-                    model.cfg.d_model,
-                    d_sae,
-                    kind,
-                    k=setting.get("k", 1),
-                    threshold=setting.get("threshold", 0.3),
-                    bandwidth=0.5,
-                    generator=generator,
-                )
-                auxiliary = 1 / 32 if "k" in setting else 0.0
-                penalty = setting.get("sparsity", 0.0)
-                fit_dictionary(sae, drawing(rows, 256, 0), steps, peak, penalty, auxiliary=auxiliary)
-                figures = judged(model, Dictionary(sae, hook_name, source.scale), test)
-                found.append({"kind": kind, **setting, "peak": peak, **figures})
-                print(found[-1], flush=True)
+    tries = [(kind, setting) for kind, settings in SETTINGS.items() for setting in settings]
+    for peak, (kind, setting) in product(PEAKS, tries):
+        sae = SparseAutoencoder(
+            model.cfg.d_model,
+            d_sae,
+            kind,
+            k=int(setting.get("k", 1)),
+            threshold=setting.get("threshold", 0.3),
+            bandwidth=0.5,
+            generator=torch.Generator().manual_seed(0),
+        )
+        auxiliary = 1 / 32 if "k" in setting else 0.0
+        penalty = setting.get("sparsity", 0.0)
+        fit_dictionary(sae, drawing(rows, 256, 0), steps, peak, penalty, auxiliary=auxiliary)
+        figures = judged(model, Dictionary(sae, hook_name, source.scale), test)
+        found.append({"kind": kind, **setting, "peak": peak, **figures})
+        print(found[-1], flush=True)
     return found
 
 
@@ -222,7 +224,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="a folder for the weights, where they do not ship")
     args = parser.parse_args()
     if args.sweep:
-        found = sweep(args.steps or 300)
+        found = sweep(args.steps or SWEEP_STEPS)
         if args.ship:
             saved_dictionaries.add_record("tales-1-resid", SWEEP, found)
         return

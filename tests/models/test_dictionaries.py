@@ -54,4 +54,7 @@ def test_a_short_training_makes_a_dictionary() -> None:
 def test_the_sweep_has_every_kind_and_as_many_tries_for_each() -> None:
     tries = saved_dictionaries.record("tales-1-resid", recipe.SWEEP)
     by_kind = {kind: [one for one in tries if one["kind"] == kind] for kind in recipe.SETTINGS}
-    assert {len(found) for found in by_kind.values()} == {6}
+    assert {len(found) for found in by_kind.values()} == {5 * len(recipe.PEAKS)}
+    assert all(
+        min(one["l0"] for one in found) < 3 and max(one["l0"] for one in found) > 14 for found in by_kind.values()
+    )

@@ -1,6 +1,7 @@
 """Checks of chapter 09, meaning: the tokens on which latents are largest, histograms, effects on logits, and heads."""
 
 from collections.abc import Callable, Iterable
+from functools import cache
 from typing import Any
 
 import torch
@@ -194,6 +195,9 @@ def check_logit_effect(fn: Fn) -> None:
 # ------------------------------------------------------------------------------------------- direct_feature_attribution
 
 
+DEEP_ATTN_OUT = "blocks.10.hook_attn_out"
+
+
 def without_each(
     direction: Callable[[Any, int], Tensor] = lambda dictionary, latent: dictionary.sae.W_enc[:, latent],
     scaled: bool = True,
@@ -232,23 +236,39 @@ def without_each(
         ),
         "it is always the last position that looks.": without_each(pattern=lambda pattern, query: pattern[0, :, -1]),
         "it is another layer's attention.": without_each(layer=lambda layer: 1 - layer),
+        "the layer is one character of the hook point's name; layers from 10 on have two digits.": without_each(
+            layer=lambda layer: int(str(layer)[0])
+        ),
         "the axes are swapped: heads come first, then keys.": without_each(turned=True),
     }
 )
 def check_direct_feature_attribution(fn: Fn) -> None:
     """Against every head's result at every key; and all together against the pre-activation."""
-    name, model = "direct_feature_attribution", small_model()
-    for hook_name, n_pos, latent, query in (
-        (ATTN_OUT, 5, 2, 3),
-        ("blocks.0.hook_attn_out", 4, 0, 3),
-        (ATTN_OUT, 6, 5, 1),
+    name, shallow = "direct_feature_attribution", small_model()
+    for model, hook_name, n_pos, latent, query in (
+        (shallow, ATTN_OUT, 5, 2, 3),
+        (shallow, "blocks.0.hook_attn_out", 4, 0, 3),
+        (deep_model(), DEEP_ATTN_OUT, 6, 5, 1),
     ):
         dictionary, tokens = SmallDictionary(hook_name, D_MODEL), padded((n_pos,), n_pos)[0][0]
-        right = without_each()(model, dictionary, tokens, latent, query)
+        right = deep_answer() if model is deep_model() else without_each()(model, dictionary, tokens, latent, query)
         with unchanged(name, tokens=tokens), nothing_left_behind(name, model):
             actual = fn(model, dictionary, tokens, latent, query)
         compare(f"{name} at {hook_name}, latent {latent}, query {query}", actual, right, "head key")
         if actual.requires_grad:
             raise CheckFailed(f"{name}: gradients are recorded.\n  Next: run the model under `torch.no_grad()`.")
-    doubled = (model.double(), dictionary.double(), tokens, latent, query)
+    dictionary, tokens = SmallDictionary(ATTN_OUT, D_MODEL), padded((6,), 6)[0][0]
+    doubled = (shallow.double(), dictionary.double(), tokens, 5, 1)
     compare(f"{name} in float64", fn(*doubled), without_each()(*doubled), "head key")
+
+
+@cache
+def deep_model() -> Any:
+    """Eleven layers: the last has a number of two digits. The smallest that its dictionary fits."""
+    return small_model(n_layers=11, n_heads=1, d_head=2, d_mlp=1)
+
+
+@cache
+def deep_answer() -> Tensor:
+    """The right answer in the deep model, whose runs are long: worked out once."""
+    return without_each()(deep_model(), SmallDictionary(DEEP_ATTN_OUT, D_MODEL), padded((6,), 6)[0][0], 5, 1)

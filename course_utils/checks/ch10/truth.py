@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -97,7 +98,7 @@ def ablating(
     ) -> Tensor:
         frozen, replaced = flags(frozen, replaced)
         cache = run_of(model, tokens)
-        missing = errors(missed()(model, transcoders, tokens))
+        missing = errors(missed()(model, transcoders, tokens)) if replaced else None
         answers = []
         for features in sets:
             features = features if together else features[:1]
@@ -120,7 +121,7 @@ def ablating(
                     anywhere = all_positions and any((layer, place[1]) == (row[0], row[2]) for row in listed)
                     is_listed[tuple(place)] = same or anywhere
                 gone = (latents * (is_listed ^ keep))[None]
-                whole = transcoder(reads[layer]) + missing[layer] if replaced else mlp_out
+                whole = mlp_out if missing is None else transcoder(reads[layer]) + missing[layer]
                 return whole - minus(transcoder, gone)
 
             fns: list[tuple[str, Any]] = [("*ln2.hook_normalized", note), ("*hook_mlp_out", write)]
@@ -163,19 +164,37 @@ def check_ablate_latents(fn: Fn) -> None:
     name, axes = "ablate_latents", "ablation pos d_vocab"
     for kind, ways in (("GPT-2", ((True, True), (True, False), (False, False))), ("Llama", ((False, True),))):
         model, transcoders, tokens = model_of(kind, 2), transcoders_of(2), tokens_of(seed=5)
-        sets = some_sets(model, transcoders, tokens)
+        sets = [features.clone() for features in ablated_sets(kind)]
         for frozen, replaced in ways:
             with unchanged(name, tokens=tokens, first=sets[0], last=sets[-1]):
                 actual = fn(model, transcoders, tokens, sets, frozen, replaced)
-            right = ablating()(model, transcoders, tokens, sets, frozen, replaced)
+            right = right_without(kind, frozen, replaced)
             compare(f"{name} in a {kind} with frozen={frozen}, replaced={replaced}", actual, right, axes)
-    learning = copy.deepcopy(model).requires_grad_()
-    with nothing_left_behind(name, learning):
-        if fn(learning, transcoders, tokens, sets[:1], True, False).requires_grad:
-            raise CheckFailed(f"{name}: gradients are recorded.\n  Next: put `@torch.no_grad()` above it.")
-    double, doubled = copy.deepcopy(model).double(), [copy.deepcopy(part).double() for part in transcoders]
-    right = ablating()(double, doubled, tokens, sets[:1], True, True)
-    compare(f"{name} in float64", fn(double, doubled, tokens, sets[:1], True, True), right, axes)
+    double, doubled = doubles(kind)
+    with nothing_left_behind(name, double.requires_grad_()):
+        actual = fn(double, doubled, tokens, sets, True, True)
+    if isinstance(actual, Tensor) and actual.requires_grad:
+        raise CheckFailed(f"{name}: gradients are recorded.\n  Next: put `@torch.no_grad()` above it.")
+    compare(f"{name} in float64", actual, right_without(kind, True, True, in_double=True), axes)
+
+
+def doubles(kind: str) -> tuple[Any, list[Any]]:
+    """Copies of the model and its transcoders in float64."""
+    return copy.deepcopy(model_of(kind, 2)).double(), [copy.deepcopy(part).double() for part in transcoders_of(2)]
+
+
+@cache
+def ablated_sets(kind: str) -> list[Tensor]:
+    """The sets of `check_ablate_latents`: the model runs once for them, not once a check."""
+    return some_sets(model_of(kind, 2), transcoders_of(2), tokens_of(seed=5))
+
+
+@cache
+def right_without(kind: str, frozen: bool, replaced: bool, in_double: bool = False) -> Tensor:
+    """What `ablate_latents` is compared with: the same for every answer, and a run of the model for each set."""
+    model, transcoders = doubles(kind) if in_double else (model_of(kind, 2), transcoders_of(2))
+    answer: Tensor = ablating()(model, transcoders, tokens_of(seed=5), ablated_sets(kind), frozen, replaced)
+    return answer
 
 
 def some_sets(model: Any, transcoders: Sequence[Any], tokens: Tensor) -> list[Tensor]:
