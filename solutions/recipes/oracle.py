@@ -4,15 +4,16 @@ import argparse
 import json
 import random
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from course_utils.data.questions import (
+    BLANK,
     D_VOCAB,
     HELD_OUT_TYPES,
     IDS,
@@ -30,8 +31,9 @@ from course_utils.data.questions import (
     token_rows,
     trained_wordings,
 )
-from course_utils.pretrained import MODELS, load_pretrained, rounded_to, save_shipped
+from course_utils.pretrained import MODELS, load_pretrained, rounded_to, save_shipped, shipped_models
 from solutions.ch02_transformer import Transformer, init_weights
+from solutions.ch03_training import cosine_schedule
 from solutions.ch11_oracles import (
     accuracy_by_type,
     answer_probabilities,
@@ -81,6 +83,11 @@ All figures are about {n_test} stories of another seed than those of the trainin
 - `unknown_wrongly`: how often it says "unknown" where there is an answer; `cost_of_unknown`: by how much it would be
   right more often if it could not.
 - `calibration_error`: the expected calibration error of all answers, in ten bins.
+- `reader_...`: another copy of `tales`, which is given no activations but the story's text up to the cut, and behind it
+  the question. All its weights were trained, on the same stories, with questions drawn in the same way, but
+  `reader_questions` of them only, for a text is longer than four placeholders; none about shuffled windows. It says
+  roughly what the text tells, and with longer training it would get closer to that. Its weights are not kept:
+  `python -m solutions.recipes.oracle --reader` trains them again.
 - `history.json`: the loss of every tenth step, averaged over ten.
 """
 
@@ -100,6 +107,7 @@ class OracleRecipe:
 
 
 RECIPE = OracleRecipe()
+READER = OracleRecipe(steps=1200, batch=64, peak_lr=1e-3, shuffled=0.0)  # one that is given the text, to compare with
 
 
 @dataclass(frozen=True)
@@ -156,6 +164,20 @@ def examples_of_chunk(
 
 def train_oracle(tales: Any, train: Pool, recipe: OracleRecipe, out: Path) -> tuple[Transformer, list[float], float]:
     """Train, a chunk at a time, or go on where a run was stopped: the oracle, its losses, and CPU seconds."""
+
+    def fit(oracle: Transformer, chunk: int, optimizer: torch.optim.Optimizer) -> list[float]:
+        windows, examples = examples_of_chunk(train, tales.tokenizer, recipe, chunk)
+        schedule = (chunk * CHUNK, recipe.steps)
+        return fit_oracle(oracle, windows, examples, recipe.batch, recipe.peak_lr, schedule, optimizer)
+
+    return train_in_chunks(tales, fit, recipe, out)
+
+
+Fit = Callable[[Transformer, int, torch.optim.Optimizer], list[float]]  # trains for one chunk: the losses
+
+
+def train_in_chunks(tales: Any, fit: Fit, recipe: OracleRecipe, out: Path) -> tuple[Transformer, list[float], float]:
+    """Train a copy of `tales` with room for new tokens; a checkpoint after each chunk says where to go on."""
     oracle = oracle_from(tales, Transformer, torch.Generator().manual_seed(recipe.seed)).train()
     optimizer = torch.optim.AdamW(oracle.parameters(), lr=recipe.peak_lr, betas=(0.9, 0.98), weight_decay=0.01)
     losses: list[float] = []
@@ -171,14 +193,135 @@ def train_oracle(tales: Any, train: Pool, recipe: OracleRecipe, out: Path) -> tu
     out.mkdir(parents=True, exist_ok=True)
     began = time.process_time() - seconds
     for chunk in range(len(losses) // CHUNK, recipe.steps // CHUNK):
-        windows, examples = examples_of_chunk(train, tales.tokenizer, recipe, chunk)
-        schedule = (chunk * CHUNK, recipe.steps)
-        losses += fit_oracle(oracle, windows, examples, recipe.batch, recipe.peak_lr, schedule, optimizer)
+        losses += fit(oracle, chunk, optimizer)
         seconds = time.process_time() - began
         print(json.dumps({"step": len(losses), "loss": round(sum(losses[-CHUNK:]) / CHUNK, 4)}), flush=True)
         state = {"model": oracle.state_dict(), "optimizer": optimizer.state_dict(), "losses": losses}
         save_atomically(checkpoint, {**state, "seconds": seconds, "recipe": repr(recipe)})
     return oracle.eval(), losses, seconds
+
+
+# --- a reader of the text -----------------------------------------------------------------------------------------
+
+
+class TextRows(NamedTuple):
+    """Texts of different lengths, each with a question and the mark behind it, then blanks that nobody looks at."""
+
+    tokens: Tensor
+    marks: Tensor  # where the answer is read
+
+    def split(self, n: int) -> Iterator["TextRows"]:
+        return map(TextRows, self.tokens.split(n), self.marks.split(n))
+
+
+def text_rows(cuts: Sequence[Cut], which: Tensor, rows: Tensor) -> TextRows:
+    """The rows of an oracle with the story up to the cut in place of the placeholders.
+
+    The text stands first, at the positions where `tales` would read it. The blanks come last: attention looks back
+    only, so they change nothing before them.
+    """
+    texts = [torch.tensor(cut.tokens[: cut.end + 1]) for cut in cuts]
+    whole = [torch.cat([texts[window], row[WIDTH:]]) for window, row in zip(which.tolist(), rows, strict=True)]
+    marks = torch.tensor([len(row) - 1 for row in whole])
+    return TextRows(nn.utils.rnn.pad_sequence(whole, batch_first=True, padding_value=BLANK), marks)
+
+
+def read_text(reader: Any, texts: TextRows) -> Tensor:
+    """The logits at each row's mark."""
+    logits: Tensor = reader(texts.tokens[:, : int(texts.marks.max()) + 1])
+    return logits[torch.arange(len(logits)), texts.marks]
+
+
+def text_examples_of_chunk(cuts: Sequence[Cut], recipe: OracleRecipe, chunk: int) -> tuple[TextRows, Tensor]:
+    """Texts with questions, and the answers, for `CHUNK` steps of training."""
+    rng = random.Random(f"{recipe.seed} {chunk}")
+    wordings = {kind: trained_wordings(kind) for kind in TRAINED}
+    n = CHUNK * recipe.batch
+    n_unanswerable = int(n * recipe.unanswerable)
+    parts = [
+        oracle_examples([cut.known for cut in cuts], wordings, n - n_unanswerable, rng),
+        oracle_examples([cut.unknown for cut in cuts], wordings, n_unanswerable, rng),
+    ]
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(1000 * recipe.seed + chunk))
+    which, rows, answers = (torch.cat(part)[order] for part in zip(*parts, strict=True))
+    return text_rows(cuts, which, rows), answers
+
+
+def fit_reader(
+    reader: Transformer,
+    examples: tuple[TextRows, Tensor],
+    recipe: OracleRecipe,
+    first: int,
+    optimizer: torch.optim.Optimizer,
+) -> list[float]:
+    """Train all weights, once through all examples, as `fit_oracle` does: the losses.
+
+    Each batch is read in quarters of similar length, so that there are few blanks; their gradients are added up.
+    """
+    warmup, losses = min(60, recipe.steps // 4 + 1), []
+    batches = zip(examples[0].split(recipe.batch), examples[1].split(recipe.batch), strict=True)
+    for step, (texts, answers) in enumerate(batches, start=first):
+        for group in optimizer.param_groups:
+            group["lr"] = cosine_schedule(step, warmup, recipe.steps, recipe.peak_lr, recipe.peak_lr / 50)
+        optimizer.zero_grad(set_to_none=True)
+        total = 0.0
+        for some in texts.marks.argsort().chunk(4):
+            logits = read_text(reader, TextRows(texts.tokens[some], texts.marks[some]))
+            loss = nn.functional.cross_entropy(logits, answers[some], reduction="sum") / len(answers)
+            loss.backward()
+            total += loss.item()
+        nn.utils.clip_grad_norm_(reader.parameters(), 1.0)
+        optimizer.step()
+        losses.append(total)
+    return losses
+
+
+def train_reader(
+    tales: Any, cuts: Sequence[Cut], recipe: OracleRecipe, out: Path
+) -> tuple[Transformer, list[float], float]:
+    """Train a reader of the texts up to the cuts, or go on where a run was stopped: it, its losses, and CPU seconds."""
+
+    def fit(reader: Transformer, chunk: int, optimizer: torch.optim.Optimizer) -> list[float]:
+        return fit_reader(reader, text_examples_of_chunk(cuts, recipe, chunk), recipe, chunk * CHUNK, optimizer)
+
+    return train_in_chunks(tales, fit, recipe, out)
+
+
+@torch.no_grad()
+def reader_card(reader: Any, test: Sequence[Cut]) -> dict[str, object]:
+    """How often a reader of the text is right about stories that training never showed."""
+
+    def measure(types: Sequence[str]) -> tuple[dict[str, float], Tensor]:
+        asked, which, rows, answers = all_questions([cut.known for cut in test], types, plainest)
+        texts = text_rows(test, which, rows)
+        said = torch.empty_like(answers)
+        for some in texts.marks.argsort().split(512):
+            said[some] = read_text(reader, TextRows(texts.tokens[some], texts.marks[some])).argmax(dim=-1)
+        table = accuracy_by_type(asked, said, answers)
+        return {kind: table[kind][0] for kind in types}, said
+
+    right, said = measure(TRAINED)
+    held_out, _ = measure(HELD_OUT_TYPES)
+    return {
+        "reader_right": round(sum(right.values()) / len(right), 4),
+        "reader_right_by_type": by_type(right),
+        "reader_held_out_types_by_type": by_type(held_out),
+        "reader_unknown_wrongly": round(float((said == UNKNOWN).float().mean()), 4),
+    }
+
+
+def front_with_reader(front: Mapping[str, object], figures: Mapping[str, object]) -> dict[str, object]:
+    """The front matter of a card with a reader's figures in place of those it had, before the licence."""
+    items = [(key, value) for key, value in front.items() if not key.startswith("reader_")]
+    place = [key for key, _ in items].index("licence")
+    return dict([*items[:place], *figures.items(), *items[place:]])
+
+
+def ship_reader(figures: Mapping[str, object]) -> None:
+    """Add a reader's figures to the card of the oracle that ships, and change no other."""
+    front = front_with_reader(shipped_card(), figures)
+    lines = ["---", *(f"{key}: {value}" for key, value in front.items()), "---", "", prose().strip()]
+    (MODELS / "oracle" / "card.md").write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
 
 
 # --- what it can do -----------------------------------------------------------------------------------------------
@@ -345,22 +488,62 @@ def card(oracle: Any, tales: Any, train: Pool, test: Pool, trained_on: set[str])
     }
 
 
+def prose() -> str:
+    """What the card says below its figures."""
+    return "# oracle\n" + PROSE.format(n_new=D_VOCAB - N_TALES, n_test=N_TEST, n_probed=N_PROBED)
+
+
+def shipped_card() -> dict[str, str]:
+    """The figures of the oracle that ships; none if there is none."""
+    return next((card for card in shipped_models() if card["name"] == "oracle"), {})
+
+
+def make_reader(recipe: OracleRecipe, out: Path, ship: bool) -> None:
+    """Train a reader of the text and say how often it is right; its weights stay in the checkpoint."""
+    tales = load_pretrained(Transformer, "tales")
+    began = time.process_time()
+    train = cut_stories(tales.tokenizer, recipe.n_stories, TRAIN_SEED, recipe.per_story)
+    gathering = time.process_time() - began
+    reader, _, seconds = train_reader(tales, train, recipe, out)
+    figures = {
+        "reader_steps": recipe.steps,
+        "reader_questions": recipe.steps * recipe.batch,
+        "reader_cpu_seconds": round(gathering + seconds),
+        **reader_card(reader, cut_stories(tales.tokenizer, N_TEST, TEST_SEED, 2)),
+    }
+    for key, value in figures.items():
+        print(f"{key}: {value}")
+    if ship:
+        ship_reader(figures)
+        print("added to", MODELS / "oracle" / "card.md")
+
+
 def main(argv: list[str] | None = None, recipe: OracleRecipe = RECIPE) -> None:
     """Train the oracle, say what it can do, and keep its weights."""
     parser = argparse.ArgumentParser(description="Train the oracle; a run that was stopped goes on where it was.")
-    parser.add_argument("--out", type=Path, default=Path("runs") / "oracle", help="where the checkpoint is kept")
+    parser.add_argument("--reader", action="store_true", help="train a reader of the text, to compare with, instead")
+    parser.add_argument("--out", type=Path, help="where the checkpoint is kept: runs/oracle, or runs/oracle-reader")
     parser.add_argument("--seed", type=int, default=recipe.seed)
-    parser.add_argument("--steps", type=int, default=recipe.steps, help="in hundreds; fewer make a worse oracle sooner")
-    parser.add_argument("--ship", action="store_true", help="replace the model that ships with the course by this one")
+    parser.add_argument("--steps", type=int, help="in hundreds; fewer make a worse oracle sooner")
+    parser.add_argument(
+        "--ship",
+        action="store_true",
+        help="replace the model that ships with the course by this one; with --reader, add its figures to the card",
+    )
     options = parser.parse_args(argv)
-    recipe = OracleRecipe(**{**vars(recipe), "seed": options.seed, "steps": options.steps})
+    if options.reader:
+        recipe = READER
+    recipe = replace(recipe, seed=options.seed, steps=options.steps or recipe.steps)
+    out = options.out or Path("runs") / ("oracle-reader" if options.reader else "oracle")
+    if options.reader:
+        return make_reader(recipe, out, options.ship)
     tales = load_pretrained(Transformer, "tales")
     began = time.process_time()
     raw = pool(tales, recipe.n_stories, TRAIN_SEED, recipe.per_story)
     mean, scale = raw.windows.float().mean(dim=(0, 1)), raw.windows.float().std(dim=(0, 1))
     train, test = raw.scaled(mean, scale), pool(tales, N_TEST, TEST_SEED, 2).scaled(mean, scale)
     gathering = time.process_time() - began
-    oracle, losses, seconds = train_oracle(tales, train, recipe, options.out)
+    oracle, losses, seconds = train_oracle(tales, train, recipe, out)
     rounded_to(oracle)
     front = {
         "about": "a copy of tales that reads four of its activations and answers questions about the story in words",
@@ -381,8 +564,8 @@ def main(argv: list[str] | None = None, recipe: OracleRecipe = RECIPE) -> None:
         print(f"{key}: {value}")
     if options.ship:
         tens = [round(sum(losses[end - 10 : end]) / 10, 4) for end in range(10, len(losses) + 1, 10)]
-        prose = "# oracle\n" + PROSE.format(n_new=D_VOCAB - N_TALES, n_test=N_TEST, n_probed=N_PROBED)
-        folder = save_shipped(oracle, None, "oracle", front, prose, {"loss": tens})
+        of_reader = {key: value for key, value in shipped_card().items() if key.startswith("reader_")}
+        folder = save_shipped(oracle, None, "oracle", front_with_reader(front, of_reader), prose(), {"loss": tens})
         statistics = {"mean": mean.tolist(), "scale": scale.tolist()}
         (MODELS / "oracle" / "statistics.json").write_text(json.dumps(statistics) + "\n", encoding="utf-8")
         print("written to", folder)

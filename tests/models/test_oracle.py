@@ -6,7 +6,19 @@ from typing import Any
 import pytest
 import torch
 
-from course_utils.data.questions import ABOUT, D_VOCAB, HELD_OUT_TYPES, TYPES, UNKNOWN, held_out_wording, question_ids
+from course_utils import pretrained
+from course_utils.data.questions import (
+    ABOUT,
+    BLANK,
+    D_VOCAB,
+    HELD_OUT_TYPES,
+    MARK,
+    TYPES,
+    UNKNOWN,
+    WIDTH,
+    held_out_wording,
+    question_ids,
+)
 from course_utils.pretrained import load_history, load_pretrained, shipped_models, shipped_tokenizer
 from solutions.ch02_transformer import Transformer
 from solutions.ch11_oracles import accuracy_by_type, answer_probabilities, shuffle_windows
@@ -103,6 +115,66 @@ def test_the_recipe_trains_and_goes_on_where_it_was_stopped(tmp_path: Path, monk
         assert torch.equal(weight, resumed.state_dict()[name]), name
     with pytest.raises(SystemExit, match="belongs to another recipe"):
         recipe.train_oracle(tales, train, recipe.OracleRecipe(steps=4, batch=14), tmp_path / "whole")
+
+
+@pytest.fixture(scope="module")
+def asked_of_text(test_pool: recipe.Pool) -> tuple[list[recipe.Cut], torch.Tensor, torch.Tensor, torch.Tensor]:
+    cuts = test_pool.cuts[:20]
+    _, which, rows, answers = recipe.all_questions([cut.known for cut in cuts], recipe.TRAINED, recipe.plainest)
+    return cuts, which, rows, answers
+
+
+def test_a_reader_is_given_the_text_up_to_the_cut_and_the_question(asked_of_text: Any) -> None:
+    cuts, which, rows, _ = asked_of_text
+    texts = recipe.text_rows(cuts, which, rows)
+    for tokens, mark, window, row in zip(texts.tokens.tolist(), texts.marks, which, rows.tolist(), strict=True):
+        text = list(cuts[window].tokens[: cuts[window].end + 1])
+        assert tokens[: mark + 1] == text + row[WIDTH:]
+        assert tokens[mark] == MARK
+        assert set(tokens[mark + 1 :]) <= {BLANK}
+    assert len(set(texts.marks.tolist())) > 5, "texts of different lengths"
+    assert texts.tokens.shape[1] <= load_pretrained(Transformer, "tales").cfg.n_ctx
+
+
+def test_blanks_behind_a_question_change_no_answer(oracle: Transformer, asked_of_text: Any) -> None:
+    texts = recipe.text_rows(*asked_of_text[:3])
+    together = recipe.read_text(oracle, texts)
+    for number in range(0, len(texts.marks), 29):
+        alone = texts.tokens[number, : texts.marks[number] + 1]
+        torch.testing.assert_close(together[number], oracle(alone[None])[0, -1], rtol=1e-4, atol=1e-4)
+
+
+def test_a_reader_trains_on_whole_batches_though_it_reads_quarters(
+    test_pool: recipe.Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recipe, "CHUNK", 4)
+    tales = load_pretrained(Transformer, "tales")
+    small = recipe.OracleRecipe(steps=8, batch=14, shuffled=0.0)
+    texts, answers = recipe.text_examples_of_chunk(test_pool.cuts, small, 0)
+    assert len(answers) == 56 and (answers == UNKNOWN).sum() == 3
+    untrained = recipe.oracle_from(tales, Transformer, torch.Generator().manual_seed(0))
+    first = torch.nn.functional.cross_entropy(recipe.read_text(untrained, texts)[:14], answers[:14])
+    reader, losses, _ = recipe.train_reader(tales, test_pool.cuts, small, tmp_path)
+    assert losses[0] == pytest.approx(first.item(), rel=1e-3)
+    assert len(losses) == 8 and losses[-1] < losses[0]
+    figures = recipe.reader_card(reader, test_pool.cuts[:20])
+    assert all(key.startswith("reader_") for key in figures)
+
+
+def test_a_readers_figures_change_no_others_of_the_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    card = (pretrained.MODELS / "oracle" / "card.md").read_text(encoding="utf-8")
+    (tmp_path / "oracle").mkdir()
+    (tmp_path / "oracle" / "card.md").write_text(card, encoding="utf-8")
+    for module in (pretrained, recipe):
+        monkeypatch.setattr(module, "MODELS", tmp_path)
+    recipe.ship_reader({key: value for key, value in CARD.items() if key.startswith("reader_")})
+    assert (tmp_path / "oracle" / "card.md").read_text(encoding="utf-8") == card
+    recipe.ship_reader({"reader_right": 0.5})
+    changed = (tmp_path / "oracle" / "card.md").read_text(encoding="utf-8").splitlines()
+    assert [line for line in changed if line.startswith("reader_")] == ["reader_right: 0.5"]
+    assert [line for line in changed if not line.startswith("reader_")] == [
+        line for line in card.splitlines() if not line.startswith("reader_")
+    ]
 
 
 def test_examples_for_training_hold_nothing_that_is_held_out() -> None:
