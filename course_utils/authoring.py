@@ -106,12 +106,19 @@ def check_{name}(fn: Any) -> None:
     follows_input("{name}", fn, (resid,), "batch pos d_model")
 '''
 
+SOLUTION_IMPORTS = """\
+from jaxtyping import Float
+from torch import Tensor
+"""
+
 CHECK_IMPORTS = """\
 from typing import Any
 from course_utils.checks.comparing import compare, follows_input
 from course_utils.checks.mistakes import known_mistakes
 from course_utils.checks.modules import noise
 """
+
+CHAPTER = '"""Chapter {chapter}."""\n'
 
 SECTION = '"""Checks of chapter {chapter}, {section}."""\n\n'
 
@@ -153,7 +160,8 @@ def new_exercise(chapter: str, name: str, section: str | None) -> list[Place]:
     check, tests = root / CHECKS / f"ch{chapter}/{section}.py", root / f"tests/ch{chapter}/test_{section}.py"
     about = {"chapter": chapter, "section": section, "name": name, "module": module}
     solution = root / f"solutions/{module}.py"
-    append(solution, SOLUTION.format(**about))
+    append(solution, SOLUTION.format(**about), start=CHAPTER.format(**about))
+    add_imports(solution, SOLUTION_IMPORTS)
     append(lesson, LESSON.format(**about))
     append(check, CHECK.format(**about), start=SECTION.format(**about))
     add_imports(check, CHECK_IMPORTS)
@@ -188,8 +196,12 @@ def add_imports(path: Path, lines: str) -> None:
     """Add what is not imported yet, after the docstring; `make format` puts it in order."""
     text = path.read_text(encoding="utf-8")
     missing = "".join(line for line in lines.splitlines(keepends=True) if not imports(text, line))
+    if not missing:
+        return
     end = text.index('"""', text.index('"""') + 3) + 4
-    path.write_text(text[:end] + "\n" + missing + text[end:].lstrip("\n"), encoding="utf-8")
+    rest = text[end:].lstrip("\n")
+    gap = "" if rest.startswith(("import ", "from ")) else "\n\n"
+    path.write_text(text[:end] + "\n" + missing + gap + rest, encoding="utf-8")
 
 
 def imports(text: str, line: str) -> bool:

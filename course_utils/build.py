@@ -379,7 +379,7 @@ def render(root: Path) -> dict[Path, str]:
     for path in guides if not problems else []:
         try:
             files[path] = with_passages(path.read_text(encoding="utf-8"), chapters, root)
-        except ValueError as error:
+        except (LookupError, ValueError) as error:
             problems.append(f"{path.relative_to(root).as_posix()}: {error}")
     if problems:
         raise BuildError("\n".join(problems))

@@ -476,9 +476,12 @@ def show_places(args: argparse.Namespace) -> int:
     for place in places:
         print(f"{place.piece:<9} {place.path.relative_to(root_of_checkout())}:{place.line}")
     if new and begins_a_section(places):
-        print(f"\nThis begins a section, {args.section}. If you meant another, delete its two files.")
+        print(f"\nThis begins a section, {args.section}. If you meant another, delete its two files, and what was")
+        print("added at the end of the lesson and of the solution. Then begin again.")
     if new:
-        print("\nWrite each of them, then: course build, and python -m pytest tests/test_checks.py -k", args.name)
+        print(f"\nWrite each of them, and a call of {args.name} in tests/course/test_on_meta.py.")
+        tests = "tests/test_checks.py tests/course/test_on_meta.py"
+        print(f"Then: course build, and python -m pytest {tests} -k {args.name}")
     return 0
 
 

@@ -109,8 +109,10 @@ def core_share(parts: list[Part]) -> float:
 
 def head(chapter: Chapter) -> str:
     """What the head of a lesson says of the time, before anything else."""
+    n = len(chapter.minutes)
+    subject = "the one exercise takes" if n == 1 else f"the {words(n)} exercises add up to"
     return (
-        f"the {words(len(chapter.minutes))} exercises add up to about {hours(sum(chapter.minutes.values()))}; "
+        f"{subject} about {hours(sum(chapter.minutes.values()))}; "
         f"with reading and looking at the results, to about {hours(60 * chapter.total)}."
     )
 
