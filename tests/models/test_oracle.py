@@ -54,6 +54,11 @@ def test_the_card_is_that_of_the_recipe(oracle: Transformer) -> None:
     for key in ("right_by_type", "held_out_wordings_by_type"):
         assert figures(key).keys() == set(recipe.TRAINED)
     assert figures("held_out_types_by_type").keys() == set(HELD_OUT_TYPES)
+    assert int(CARD["reader_steps"]) == recipe.READER.steps
+    assert int(CARD["reader_questions"]) == recipe.READER.steps * recipe.READER.batch
+    assert figures("reader_right_by_type").keys() == set(recipe.TRAINED)
+    assert figures("reader_held_out_types_by_type").keys() == set(HELD_OUT_TYPES)
+    assert (pretrained.MODELS / "oracle" / "card.md").read_text(encoding="utf-8").endswith(recipe.prose())
 
 
 def test_five_types_are_ten_points_better_than_a_linear_softmax_probe() -> None:
