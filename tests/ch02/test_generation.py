@@ -24,6 +24,7 @@ ONLY_ON_GPU = "device="
 STILL_RIGHT = {
     "-1 -> 1",  # of two axes, the last
     "True -> False",  # zip(strict=True) of equal lengths
+    "zip(self.stored[layer], both, strict=True) -> zip(self.stored[layer], both)",
     "zip(totals.tolist(), beams, strict=True) -> zip(totals.tolist(), beams)",
     "totals.tolist() -> totals",  # a tensor with one number in it will do
     "best.values > -torch.inf -> best.values != -torch.inf",
