@@ -20,6 +20,7 @@ from course_utils.pretrained import PretrainedError, _card, _known
 RULES: tuple[tuple[str, float | None, str], ...] = (
     (r"seed|parameters|grammar_.*|init_std", 0.0, "decided before training begins"),
     (r"steps|tokens|texts", 0.0, "decided before training begins"),
+    (r"reader_.*", None, "of another training: `python -m solutions.recipes.oracle --reader`"),
     (r"minutes|cpu_seconds", None, "says something about the machine"),
     (r".*_by_task", None, "the tasks' mean, in a line of its own, is what can be compared"),
     (r".*_by_type|ten_points_over_.*", None, "the mean over types, in a line of its own, is what can be compared"),

@@ -34,6 +34,7 @@ TEST = requirements(PYPROJECT["project"]["optional-dependencies"]["test"])
 BROWSER = requirements(PYPROJECT["project"]["optional-dependencies"]["browser"])
 SITE = requirements(PYPROJECT["project"]["optional-dependencies"]["site"])
 PEERS = requirements(PYPROJECT["project"]["optional-dependencies"]["peers"])
+ASIDE = {"dictionary-learning": SpecifierSet()}  # its pins fit no extra: benchmarks/bench_dictionaries.py
 REAL = requirements(PYPROJECT["project"]["optional-dependencies"]["real"])
 CLUSTER = requirements(PYPROJECT["project"]["optional-dependencies"]["cluster"])
 
@@ -93,7 +94,7 @@ def test_every_requirement_says_why(name: str) -> None:
         ("course_utils", CORE | CLUSTER),
         ("solutions", CORE),
         ("tests", CORE | TEST | CLUSTER | BROWSER),
-        ("benchmarks", CORE | TEST | PEERS),
+        ("benchmarks", CORE | TEST | PEERS | ASIDE),
         ("docs/site", CORE | SITE),
     ],
 )
