@@ -154,4 +154,4 @@ def test_stored_results_are_those_of_a_new_run_of_minutes(chapter: str, folder: 
     stored = json.loads((STORED / f"{chapter}.json").read_text(encoding="utf-8"))
     found, seconds = real_parts.run(chapter, tmp_path / "found.json")
     assert not list(real_parts.differences(found, stored, near=0.02))
-    assert seconds < 300
+    assert seconds < 450  # on a free core at most 300; beside other work a processor's second does less
