@@ -137,6 +137,10 @@ def test_what_chapter_01_says_of_gpt2_s_vocabulary() -> None:
     assert [round(value, 1) for value in times] == [1.0, 1.7, 4.8, 7.2]
 
 
+# Which latents a training numbers how, and so where they fire, hangs on how a processor rounds; the measures do not.
+UP_TO_ROUNDING = (" 09.dictionary shown", " 09.dictionary examples")
+
+
 def depends_on(chapter: str) -> str:
     notebooks = (ROOT / "solutions").glob(f"{chapter}_*.ipynb")
     pins = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
@@ -153,5 +157,6 @@ def test_stored_results_are_those_of_a_new_run_of_minutes(chapter: str, folder: 
         pytest.skip("the manual of another Python is another text")
     stored = json.loads((STORED / f"{chapter}.json").read_text(encoding="utf-8"))
     found, seconds = real_parts.run(chapter, tmp_path / "found.json")
-    assert not list(real_parts.differences(found, stored, near=0.02))
+    off = real_parts.differences(found, stored, near=0.02)
+    assert not [place for place in off if not place.startswith(UP_TO_ROUNDING)]
     assert seconds < 450  # on a free core at most 300; beside other work a processor's second does less
