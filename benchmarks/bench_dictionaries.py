@@ -9,7 +9,7 @@ nnsight below 0.4, and chapter 08 needs a later one. Its trainer runs all the sa
 `pip install --no-deps dictionary-learning`, then `datasets` and `zstandard`, which it imports.
 
 Where we stand, for 30 steps on one core: 812 ms against 910 of SAELens on an Intel processor with AVX-512; 1680 against
-1105 of SAELens and 732 of `dictionary_learning` on an AMD with AVX2, beside other work. So the aim, at least as fast, is
+1105 of SAELens and 732 of `dictionary_learning` on an AMD with AVX2, beside other work. The aim, at least as fast, is
 met on one kind of machine only. Half of our time are nine matrix products a step; the rest is passing over [512, 1024]
 latents several times: a mask, a copy, topk, a count of the silent ones.
 """
