@@ -160,12 +160,16 @@ def save_shipped(
     _write(folder / "config.json", json.dumps(asdict(model.cfg), indent=2))
     _write(folder / "history.json", json.dumps(history))
     stated = {"precision": str(precision).removeprefix("torch."), "sha256": _sha256(folder / WEIGHTS)}
-    front = {"name": name, **card, **stated, **checksums}
+    write_card(name, {"name": name, **card, **stated, **checksums}, prose)
+    return folder
+
+
+def write_card(name: str, front: Mapping[str, object], prose: str) -> None:
+    """Write the card of a shipped model: its front matter, one short value per key, and the text below."""
     lines = [f"{key}: {value}" for key, value in front.items()]
     if any("\n" in line for line in lines):
         raise ValueError("save_shipped: every value in the card must fit on one line; longer text belongs in `prose`.")
-    _write(folder / "card.md", "\n".join(["---", *lines, "---", "", prose.strip()]))
-    return folder
+    _write(MODELS / name / "card.md", "\n".join(["---", *lines, "---", "", prose.strip()]))
 
 
 def rounded_to(model: nn.Module, precision: torch.dtype = torch.float16) -> None:

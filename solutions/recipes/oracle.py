@@ -31,7 +31,7 @@ from course_utils.data.questions import (
     token_rows,
     trained_wordings,
 )
-from course_utils.pretrained import MODELS, load_pretrained, rounded_to, save_shipped, shipped_models
+from course_utils.pretrained import MODELS, load_pretrained, rounded_to, save_shipped, shipped_models, write_card
 from solutions.ch02_transformer import Transformer, init_weights
 from solutions.ch03_training import cosine_schedule
 from solutions.ch11_oracles import (
@@ -319,9 +319,7 @@ def front_with_reader(front: Mapping[str, object], figures: Mapping[str, object]
 
 def ship_reader(figures: Mapping[str, object]) -> None:
     """Add a reader's figures to the card of the oracle that ships, and change no other."""
-    front = front_with_reader(shipped_card(), figures)
-    lines = ["---", *(f"{key}: {value}" for key, value in front.items()), "---", "", prose().strip()]
-    (MODELS / "oracle" / "card.md").write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
+    write_card("oracle", front_with_reader(shipped_card(), figures), prose())
 
 
 # --- what it can do -----------------------------------------------------------------------------------------------
