@@ -2,7 +2,7 @@
 
 Generation of one row meets its aim (0.97 of their time on one core), eight rows nearly do (1.06), and so does the
 forward (1.03; 0.93 and 1.02 in other runs). A step of one token takes some 60 ms, nearly all of it matrix products on
-both sides; what is left are many small operations. Five changes took the step from 1.10 to 0.97 of theirs: W_O as one
+both sides; what is left are many small operations. Five changes took one row from 1.11 to 0.97 of theirs: W_O as one
 matrix product instead of an einsum, plain transposes in the inner functions, angles in fewer operations, RMSNorm in one
 kernel while nobody watches, and keys and values stored apart. Queries, keys and values keep a matrix for each head,
 which costs eight rows the last few per cent. Their `generate` also computes logits for the last position of the prompt
