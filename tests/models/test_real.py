@@ -159,4 +159,5 @@ def test_stored_results_are_those_of_a_new_run_of_minutes(chapter: str, folder: 
     found, seconds = real_parts.run(chapter, tmp_path / "found.json")
     off = real_parts.differences(found, stored, near=0.02)
     assert not [place for place in off if not place.startswith(UP_TO_ROUNDING)]
-    assert seconds < 450  # on a free core at most 300; beside other work a processor's second does less
+    # the budget is 300: chapter 08 took 229 on one machine, 311 on another, and 336 there beside more work
+    assert seconds < 450
