@@ -100,7 +100,7 @@ class Passed:
         if session.exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and any(self.left_out.values()):
             session.exitstatus = pytest.ExitCode.OK
         if self.config.getoption("--record"):
-            kept = {**self.before, **self.now}
+            kept = {**read(self.path), **self.now}  # read again: another run may have ended meanwhile
             if self.config.args_source is pytest.Config.ArgsSource.TESTPATHS:  # the whole suite: others are gone
                 kept = {key: value for key, value in kept.items() if key in self.collected}
             write(self.path, {key: value for key, value in kept.items() if key not in self.failed})

@@ -161,7 +161,8 @@ def check_pca(fn: Fn) -> None:
     axes = {"components": "k d_model", "shares": "k"}
     cases = (two_classes(3)[0] + 3.0, 2), *((two_classes(seed)[0], D_MODEL) for seed in (3, 4, 5, 6))
     for x, k in (*cases, (noise(5, 7, seed=4) - 2.0, 3)):
-        compare_parts(f"pca of {len(x)} rows, k={k}", fn(x, k), by_covariance(x, k), axes)
+        right = by_covariance(x, k)
+        compare_parts(f"pca of {len(x)} rows, k={k}", fn(x, k), right, axes, rtol=1e-3, atol=1e-4)
     parts_of_every_kind("pca", fn, (x, k), axes)
 
 
@@ -299,7 +300,7 @@ def mass_mean(
 def check_mass_mean_probe(fn: Fn) -> None:
     """With much shrinkage and with the default; one class alone."""
     _check_difference("mass_mean_probe", fn, mass_mean(), 0.4)
-    x, y = two_classes(7)
+    x, y = two_classes(8)  # whose covariance is far from singular: with 7, the order of sums moves the fourth digit
     compare_parts("mass_mean_probe", fn(x, y), mass_mean()(x, y), PROBE)
     few = noise(5, 7, seed=8) + 4.0, torch.tensor([True, False, True, False, False])
     compare_parts(

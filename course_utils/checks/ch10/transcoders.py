@@ -337,7 +337,8 @@ def check_run_replaced(fn: Fn) -> None:
     for kind in KINDS:
         model = model_of(kind)
         errors = missed()(model, transcoders, tokens)
-        compare(f"{name} of a {kind} with its own errors", fn(model, transcoders, tokens, errors), model(tokens), axes)
+        called, restored = f"{name} of a {kind} with its own errors", fn(model, transcoders, tokens, errors)
+        compare(called, restored, model(tokens), axes, rtol=1e-3, atol=1e-4)  # an output less itself, and added again
     one, own = model_of(n_layers=1), transcoders[2:]
     compare(f"{name} of one layer", fn(one, own, tokens), spliced()(one, own, tokens), axes)
     double, doubled = copy.deepcopy(one).double(), [copy.deepcopy(own[0]).double()]
