@@ -343,7 +343,7 @@ def topk_latents(pre: Float[Tensor, "batch *instance latent"], k: int) -> Float[
     Source: Gao et al. 2024, section 2.3; they, too, put a ReLU behind the k largest.
     """
     largest = pre.topk(min(k, pre.shape[-1]), dim=-1)
-    return torch.zeros_like(pre).scatter(-1, largest.indices, largest.values.relu())
+    return torch.zeros_like(pre).scatter_(-1, largest.indices, largest.values.relu())
 
 
 def batch_topk_latents(
@@ -606,7 +606,7 @@ def auxiliary_topk_loss(
     Source: Gao et al. 2024, appendix A.2.
     """
     error = (x - reconstruction).detach()
-    latents = topk_latents(pre.masked_fill(~dead, -torch.inf), k)
+    latents = topk_latents(pre.where(dead, -torch.inf), k)
     guess = einops.einsum(latents, W_dec, "... latent, ... latent d_in -> ... d_in")
     return (error - guess).square().sum(dim=-1).mean(dim=0) * dead.any(dim=-1)
 

@@ -147,9 +147,11 @@ def dictionary_pass(sae: Any, x: Float[Tensor, "token d_in"], sparsity: float) -
     pre = sae.pre_activations(x)
     latents = sae.activate(pre)
     reconstruction = sae.decode(latents)
-    counted = pre.relu() if sae.kind == "gated" else latents
+    counted, W_dec = pre.relu() if sae.kind == "gated" else latents, sae.W_dec
+    if not sparsity:  # on the way back, 0 times the penalty would cost as much as any other
+        counted, W_dec = counted.detach(), W_dec.detach()
     active = Heaviside.apply(pre, sae.log_threshold.exp(), sae.bandwidth) if sae.kind == "jumprelu" else None
-    loss = sae_loss(x, reconstruction, counted, sae.W_dec, sparsity, active)["total"]
+    loss = sae_loss(x, reconstruction, counted, W_dec, sparsity, active)["total"]
     if sae.kind == "gated":
         loss = loss + gated_auxiliary_loss(x, pre, sae.W_dec, sae.b_dec)
     return Pass(loss, pre, latents, reconstruction)
@@ -202,10 +204,10 @@ def fit_dictionary(
         for group in optimizer.param_groups:
             group["lr"] = peak * min(1.0, (step + 1) / warm_up, (steps - step) / (0.2 * steps))
         now = dictionary_pass(sae, x, sparsity * min(1.0, (step + 1) / (0.2 * steps)))
-        silent = torch.where((now.latents > 0).any(dim=0), 0.0, silent + 1)
+        silent = torch.where(now.latents.amax(dim=0) > 0, 0.0, silent + 1)
         dead = silent > window
         total = now.loss
-        if auxiliary:
+        if auxiliary and dead.any():
             total = total + auxiliary * auxiliary_topk_loss(x, now.reconstruction, now.pre, dead, sae.W_dec, 32)
         optimizer.zero_grad()
         total.backward()
