@@ -275,7 +275,7 @@ def limit_resources(job: Job) -> None:
         resource.RLIMIT_CPU: int(job.work) + 1,
         resource.RLIMIT_FSIZE: LARGEST_FILE,
         resource.RLIMIT_CORE: 0,
-        resource.RLIMIT_NPROC: MOST_PROCESSES,
+        resource.RLIMIT_NPROC: tasks_of_this_user() + MOST_PROCESSES,
         resource.RLIMIT_NOFILE: 256,
     }
     for kind, most in limits.items():
@@ -283,6 +283,16 @@ def limit_resources(job: Job) -> None:
             resource.setrlimit(kind, (most, most))
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")
+
+
+def tasks_of_this_user() -> int:
+    """How many processes and threads the system counts for this user, whose limit is one for all that run anywhere."""
+    own = 0
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended
+            if process.stat().st_uid == os.getuid():
+                own += len(os.listdir(process / "task"))
+    return own
 
 
 def private_memory(pid: int) -> int:

@@ -218,7 +218,7 @@ def hostile(outside: Path, port: int) -> dict[str, tuple[str, str, str]]:
     deleting = """\
         import shutil, course_utils
         from pathlib import Path
-        for folder in ("/tmp", "/home", Path.home(), Path.cwd(), Path(course_utils.__file__).parent):
+        for folder in ("/tmp", Path.home(), Path.cwd(), Path(course_utils.__file__).parent):
             shutil.rmtree(folder, ignore_errors=True)"""
     crash = "import ctypes\nfor _ in [ctypes.string_at]:\n    import os; os.kill(os.getpid(), 11)"
     return {
