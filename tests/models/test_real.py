@@ -1,5 +1,6 @@
 """SmolLM2-135M and GPT-2's vocabulary, as `course models fetch` gets them: `pytest -m real`."""
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -28,7 +29,8 @@ from tests.support.depends import fingerprint
 pytestmark = pytest.mark.real
 
 PAGE = topics["integers"] + topics["assignment"][:1200]  # a page of plain English, from Python's manual
-READ_PYTHON_S_MANUAL = ("09", "10")  # their stored results are those of Python 3.11's
+READ_PYTHON_S_MANUAL = ("09", "10")
+MANUAL = "6061bdb5e47e53fb"  # the hash of that of 3.11.7, which their stored results are about; 3.11.2 has another text
 STRANGE = "".join(map(chr, range(32, 0x3000, 7))) + "👨‍👩‍👧 \t\n\r  ½ don't DON'T 1984 + 27.5 = ٣² <|endoftext|>x"
 STORIES = "\n".join(story.text for story in islice(tales.stream(seed=1), 50))
 
@@ -153,8 +155,9 @@ def depends_on(chapter: str) -> str:
 @pytest.mark.unless_unchanged("chapters", depends_on)
 @pytest.mark.parametrize("chapter", sorted(path.stem for path in STORED.glob("*.json")))
 def test_stored_results_are_those_of_a_new_run_of_minutes(chapter: str, folder: Path, tmp_path: Path) -> None:
-    if chapter in READ_PYTHON_S_MANUAL and sys.version_info[:2] != (3, 11):
-        pytest.skip("the manual of another Python is another text")
+    manual = hashlib.sha256(repr(sorted(topics.items())).encode()).hexdigest()[:16]
+    if chapter in READ_PYTHON_S_MANUAL and manual != MANUAL:
+        pytest.skip("the manual of this Python is another text than that of the stored results")
     stored = json.loads((STORED / f"{chapter}.json").read_text(encoding="utf-8"))
     found, seconds = real_parts.run(chapter, tmp_path / "found.json")
     off = real_parts.differences(found, stored, near=0.02)
