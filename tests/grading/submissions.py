@@ -216,10 +216,12 @@ def hostile(outside: Path, port: int) -> dict[str, tuple[str, str, str]]:
     once = "import os, time\nif not os.environ.get('LEFT') and os.fork() == 0:\n"
     left = once + "    os.setsid()\n    if os.fork() == 0:\n        time.sleep(600)\n"
     deleting = """\
-        import shutil, course_utils
+        import os, shutil, course_utils
         from pathlib import Path
         for folder in ("/tmp", Path.home(), Path.cwd(), Path(course_utils.__file__).parent):
-            shutil.rmtree(folder, ignore_errors=True)"""
+            if not os.environ.get("LEFT"):
+                shutil.rmtree(folder, ignore_errors=True)
+        os.environ["LEFT"] = 'yes'"""
     crash = "import ctypes\nfor _ in [ctypes.string_at]:\n    import os; os.kill(os.getpid(), 11)"
     return {
         "memory bomb": ("x = bytearray(10**10)", "wrong", "MemoryError"),
