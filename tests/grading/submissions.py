@@ -218,10 +218,10 @@ def hostile(outside: Path, port: int) -> dict[str, tuple[str, str, str]]:
     deleting = """\
         import os, shutil, course_utils
         from pathlib import Path
-        for folder in ("/tmp", Path.home(), Path.cwd(), Path(course_utils.__file__).parent):
-            if not os.environ.get("LEFT"):
-                shutil.rmtree(folder, ignore_errors=True)
-        os.environ["LEFT"] = 'yes'"""
+        if not os.environ.get("LEFT"):
+            os.environ["LEFT"] = "yes"
+            for folder in ("/tmp", "/home", Path.home(), Path.cwd(), Path(course_utils.__file__).parent):
+                shutil.rmtree(folder, ignore_errors=True)"""
     crash = "import ctypes\nfor _ in [ctypes.string_at]:\n    import os; os.kill(os.getpid(), 11)"
     return {
         "memory bomb": ("x = bytearray(10**10)", "wrong", "MemoryError"),
