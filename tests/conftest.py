@@ -1,6 +1,7 @@
 """`pytest --notebook PATH` checks a learner's notebook with the tests that check the reference solutions."""
 
 import os
+import pkgutil
 import shutil
 import socket
 from collections.abc import Iterator
@@ -9,10 +10,16 @@ from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
+from jaxtyping import install_import_hook
 
 pytest_plugins = ["tests.support.passed"]  # what has not changed since it passed is left out
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# Annotated shapes hold at every call. In the checks this is looked at only at night (`--jaxtyping-packages`): they call
+# small helpers so often that their tests would take three times as long.
+PARTS = [part.name for part in pkgutil.iter_modules([str(ROOT / "course_utils")])]
+install_import_hook(["solutions", *(f"course_utils.{name}" for name in PARTS if name != "checks")], "beartype.beartype")
 
 # A busy machine is no fault of what is tested.
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])

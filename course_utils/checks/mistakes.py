@@ -68,12 +68,19 @@ def cause(check: Callable[[Any], None], failure: CheckFailed, run: Callable[[Any
     """The first known mistake that is refused as `failure` was; `run` runs the check on an answer."""
     if failure.evidence is None:
         return None
-    for sentence, answer in mistakes_of(check).items():
+    sentences = mistakes_of(check)
+    return next((s for s in sentences if same_evidence(failure.evidence, evidence_of(check, s, run))), None)
+
+
+def evidence_of(check: Callable[[Any], None], sentence: str, run: Callable[[Any], None]) -> Evidence | None:
+    """How a check refuses a known mistake. It does so the same way each time, so what it says is remembered."""
+    seen: dict[str, Evidence] = check.__dict__.setdefault("seen", {})
+    if sentence not in seen:
         try:
-            run(answer)
+            run(mistakes_of(check)[sentence])
         except CheckFailed as refusal:
-            if same_evidence(failure.evidence, refusal.evidence):
-                return sentence
+            if refusal.evidence is not None:
+                seen[sentence] = refusal.evidence
         except Exception:  # a mistake that cannot be made here is not the cause; the suite finds one that never can
-            continue
-    return None
+            return None
+    return seen.get(sentence)

@@ -182,12 +182,12 @@ SETTINGS: dict[str, list[dict[str, float]]] = {
         for weight, start in ((0.1, 0.5), (0.3, 0.5), (0.8, 0.5), (1.5, 0.9), (3.0, 0.9))
     ],
 }
-PEAKS = (5e-3, 1e-2, 2e-2)  # learning rates, tried at every setting; the lesson also tells of 4e-2, tried apart
+PEAKS = (5e-3, 1e-2, 2e-2, 4e-2, 8e-2)  # learning rates, tried at every setting
 SWEEP_STEPS = 400
 
 
 def sweep(steps: int = SWEEP_STEPS, d_sae: int = 256) -> list[dict[str, Any]]:
-    """Every kind at five sparsities and three learning rates: the same number of tries for each kind."""
+    """Every kind at five sparsities and five learning rates: the same number of tries for each kind."""
     hook_name = RECIPES["tales-1-resid"].hook_name
     model = load_pretrained(Transformer, "tales")
     test = held_out(model, hook_name)

@@ -107,7 +107,7 @@ class OracleRecipe:
 
 
 RECIPE = OracleRecipe()
-READER = OracleRecipe(steps=1200, batch=64, peak_lr=1e-3, shuffled=0.0)  # one that is given the text, to compare with
+READER = OracleRecipe(steps=4800, batch=64, peak_lr=1e-3, shuffled=0.0)  # one that is given the text, to compare with
 
 
 @dataclass(frozen=True)

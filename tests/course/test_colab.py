@@ -73,11 +73,17 @@ def run_all(notebook: nbformat.NotebookNode, folder: Path, address: str) -> None
     client.execute(env=clean_environment(COLAB_NOTEBOOK_ID="rehearsal", **NO_NETWORK, **pip))
 
 
+def as_colab_runs(folder: str, name: str) -> str:
+    """What such a run depends on."""
+    return fingerprint(ROOT / folder / name, *chapter_parts(name[:2]), Path(__file__), PROJECT["dependencies"])
+
+
 def installed(packages: Path) -> set[str]:
     """The distributions that this environment holds itself."""
     return {path.name.partition("-")[0] for path in packages.glob("*.dist-info")}
 
 
+@pytest.mark.unless_unchanged("chapters", lambda name: as_colab_runs("chapters", name))
 @pytest.mark.parametrize("name", CHAPTERS)
 def test_run_all_on_the_untouched_notebook(name: str, colab: Path, index: str, tmp_path: Path) -> None:
     """It completes, with nothing worse than "not written yet" anywhere, and in less than three minutes' work.
@@ -97,9 +103,7 @@ def test_run_all_on_the_untouched_notebook(name: str, colab: Path, index: str, t
 
 
 @pytest.mark.rehearsal
-@pytest.mark.unless_unchanged(
-    "chapters", lambda name: fingerprint(*chapter_parts(name[:2]), Path(__file__), PROJECT["dependencies"])
-)
+@pytest.mark.unless_unchanged("chapters", lambda name: as_colab_runs("solutions", name))
 @pytest.mark.parametrize("name", CHAPTERS)
 def test_solutions_run_to_their_end(name: str, colab: Path, index: str, tmp_path: Path) -> None:
     run_all(nbformat.read(ROOT / "solutions" / name, as_version=4), tmp_path / "content", index)

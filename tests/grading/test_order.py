@@ -11,6 +11,7 @@ from course_utils.grading.grade import Attempt, Server
 from course_utils.grading.results import Settings, Submission
 from tests.conftest import ROOT
 from tests.grading.submissions import packed
+from tests.support.depends import chapter_parts, fingerprint
 
 pytestmark = pytest.mark.slow
 
@@ -53,6 +54,7 @@ def spoilt(chapter: str) -> bytes:
     return packed(notebook)
 
 
+@pytest.mark.unless_unchanged("chapters", lambda chapter: fingerprint(*chapter_parts(chapter), Path(__file__)))
 @pytest.mark.parametrize("chapter", sorted(course_exercises()))
 def test_no_answer_costs_another_exercise(box: str, chapter: str, tmp_path: Path):
     submission = Submission("ada", chapter, tmp_path / f"{chapter}.ipynb", content=spoilt(chapter))

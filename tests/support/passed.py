@@ -20,7 +20,7 @@ from tests.support.depends import ROOT
 PASSED = ROOT / "tests" / "passed.json"
 KINDS = {
     "mutants": "small changes of the reference solutions",
-    "chapters": "chapters as Colab runs them, on the real model, or with another Transformer",
+    "chapters": "chapters as Colab runs them, on the real model, with another Transformer, or graded in another order",
 }
 FINGERPRINT = pytest.StashKey[tuple[str, str]]()  # of a marked test: its key in the file, and what it depends on
 

@@ -435,6 +435,19 @@ def test_a_mistake_that_cannot_be_made_is_passed_over() -> None:
     assert "it is negated." in message_of(lambda: run_check(check_doubled, lambda x: -1 * x))
 
 
+def test_a_check_runs_on_a_known_mistake_once_though_answers_are_refused_again_and_again() -> None:
+    runs: list[str] = []
+
+    @known_mistakes({"it is negated.": lambda x: runs.append("negated") or -x, "it is halved.": lambda x: x / 2})
+    def check_doubled(fn: Any) -> None:
+        compare("doubled", fn(EXPECTED), EXPECTED * 2, AXES)
+
+    for _ in range(3):
+        assert "it is halved." in message_of(lambda: run_check(check_doubled, lambda x: 0.5 * x))
+        assert "This is what you get" not in message_of(lambda: run_check(check_doubled, lambda x: x - 1))
+    assert runs == ["negated"]
+
+
 def test_scalars_and_integers_are_shown_plainly() -> None:
     message = message_of(lambda: compare("thing", torch.tensor(4), torch.tensor(3), ""))
     assert message.splitlines()[:2] == ["thing: 1 of 1 values is wrong.", "  expected 3, got 4"]
