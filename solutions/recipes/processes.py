@@ -35,6 +35,7 @@ def joined(device: str) -> Iterator[str]:
     dist.init_process_group("nccl" if on_gpu else "gloo")
     try:
         yield device
+        dist.barrier()  # none leaves while another still talks to it: gloo may end a process that does
     finally:
         dist.destroy_process_group()
 
