@@ -15,6 +15,8 @@ from tests.support.depends import chapter_parts, fingerprint
 
 pytestmark = pytest.mark.slow
 
+PROCESSES = [ROOT / "course_utils" / "grading" / name for name in ("server.py", "worker.py")]  # started by name
+
 # Answers rightly, then spoils what it can: arguments emptied, gradients off, another dtype, other random numbers.
 SPOILING = """
 
@@ -54,7 +56,9 @@ def spoilt(chapter: str) -> bytes:
     return packed(notebook)
 
 
-@pytest.mark.unless_unchanged("chapters", lambda chapter: fingerprint(*chapter_parts(chapter), Path(__file__)))
+@pytest.mark.unless_unchanged(
+    "chapters", lambda chapter: fingerprint(*chapter_parts(chapter), *PROCESSES, Path(__file__))
+)
 @pytest.mark.parametrize("chapter", sorted(course_exercises()))
 def test_no_answer_costs_another_exercise(box: str, chapter: str, tmp_path: Path):
     submission = Submission("ada", chapter, tmp_path / f"{chapter}.ipynb", content=spoilt(chapter))
