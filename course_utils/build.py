@@ -14,6 +14,7 @@ goes on. Below the last hint of an exercise the builder writes how to see the so
 """
 
 import ast
+import functools
 import hashlib
 import re
 from collections import Counter
@@ -23,7 +24,7 @@ from typing import Any, NamedTuple
 
 import nbformat
 
-from course_utils.cells import names, plain_python
+from course_utils.cells import names
 from course_utils.links import read_release
 from course_utils.lint import (
     OPTIONAL,
@@ -34,6 +35,7 @@ from course_utils.lint import (
     lesson_problems,
     name_problems,
     needed_from_optional,
+    plain_python,
     read_lesson,
 )
 from course_utils.overview import FILES, read_chapter, with_passages
@@ -104,9 +106,15 @@ def last_line(node: ast.stmt, lines: list[str]) -> int:
     return end
 
 
+@functools.cache
+def parsed(text: str) -> ast.Module:
+    """A module's statements, parsed once for all its exercises."""
+    return ast.parse(text)
+
+
 def definition(text: str, symbol: str) -> ast.stmt:
     """The top-level function, class or assignment of that name; LookupError where there is none."""
-    for node in reversed(ast.parse(text).body):
+    for node in reversed(parsed(text).body):
         targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
         if getattr(node, "name", None) == symbol or symbol in [t.id for t in targets if isinstance(t, ast.Name)]:
             return node
@@ -270,8 +278,14 @@ def with_way_out(source: str, symbol: str) -> str:
 
 def new_cell(kind: str, source: str, identity: str, metadata: Mapping[str, Any]) -> nbformat.NotebookNode:
     """A cell with no id, output or metadata but ours."""
-    make = nbformat.v4.new_code_cell if kind == "code" else nbformat.v4.new_markdown_cell
-    return make(source, id=identity, metadata=nbformat.from_dict({k: v for k, v in metadata.items() if v}))
+    cell: dict[str, Any] = {
+        "cell_type": kind,
+        "id": identity,
+        "source": source,
+        "metadata": {k: v for k, v in metadata.items() if v},
+    }
+    cell |= {"execution_count": None, "outputs": []} if kind == "code" else {}
+    return nbformat.from_dict(cell)  # the notebook is validated as a whole
 
 
 def identities(cells: list[LessonCell]) -> list[str]:

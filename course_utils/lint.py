@@ -1,15 +1,18 @@
 """Read a lesson, and say what would disappoint a learner in its prose, its exercises or the notebooks built from it."""
 
 import ast
+import functools
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from course_utils.cells import names, plain_python
+from course_utils import cells as notebook_cells
+from course_utils.cells import names
 from course_utils.wording import findings
 
+plain_python = functools.cache(notebook_cells.plain_python)  # several rules read each cell, in two notebooks
 FENCED = re.compile(r"^(`{3,}|~{3,}).*?^\1", re.MULTILINE | re.DOTALL)
 HEADING = re.compile(r"^(#{1,6})[ \t]+(.*)$", re.MULTILINE)
 OPTIONAL = "<!-- optional -->"  # below a heading: this section, with the exercises in it, is not on the core path
