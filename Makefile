@@ -19,7 +19,7 @@ test: $(VENV)/.test  ## set up, run the suite and every solution notebook
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile $(ARGS)
 
 test-browser: $(VENV)/.browser site  ## what learners and readers see, in a real browser without network (needs Debian's chromium)
-	$(BIN)/python -m pytest -m browser tests $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser -n logical --maxprocesses 2 --dist loadgroup tests $(ARGS)
 
 rehearse: $(VENV)/.test  ## run solution notebooks as Colab would: an empty folder, the wheel, nothing of this checkout
 	$(BIN)/python -m pytest -m rehearsal tests/course/test_colab.py $(ARGS)

@@ -19,7 +19,7 @@ import pytest
 from tests.conftest import ROOT
 from tests.support.environments import NO_NETWORK, lab_address
 
-pytestmark = pytest.mark.browser
+pytestmark = [pytest.mark.browser, pytest.mark.xdist_group("lab")]
 
 READY = """name => {
     const panel = window.jupyterapp && window.jupyterapp.shell.currentWidget;

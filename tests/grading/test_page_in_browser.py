@@ -15,7 +15,7 @@ from course_utils.grading.results import Settings
 from course_utils.grading.weights import difficulty_weights
 from tests.support.made_up_results import NASTY, a_class, all_of, made_up
 
-pytestmark = pytest.mark.browser
+pytestmark = [pytest.mark.browser, pytest.mark.xdist_group("page")]
 
 N_LEARNERS = 300
 EXERCISES = [exercise.name for exercise in course_exercises()["02"]]
