@@ -17,6 +17,7 @@ from course_utils.build import build_chapter
 from course_utils.checks.ch04.weights import CFG, NO_NORM, ROTARY, WITH_MLP
 from course_utils.checks.modules import noise
 from course_utils.cli import execute
+from course_utils.fetching import FOLDER
 from course_utils.hooks import run_with_cache
 from tests.ch02 import other_transformer
 from tests.conftest import ROOT
@@ -99,8 +100,8 @@ def test_what_is_shortened_stands_in_a_lesson() -> None:
     lambda lesson: fingerprint(*chapter_parts(lesson.stem[:2]), other_transformer.Transformer, SUBSTITUTE, execute),
 )
 @pytest.mark.parametrize("lesson", LESSONS, ids=lambda path: path.stem)
-def test_solution_notebook_runs_with_it(lesson: Path) -> None:
-    """A cell in front makes `mine` hand over the other class."""
+def test_solution_notebook_runs_with_it(lesson: Path, tmp_path: Path) -> None:
+    """A cell in front makes `mine` hand over the other class. The real model is not there, fetched or not."""
     _, solution = build_chapter(lesson, ROOT)
     notebook = nbformat.reads(solution, as_version=4)
     if not any("mine(" in cell.source for cell in notebook.cells if cell.cell_type == "code"):
@@ -110,5 +111,5 @@ def test_solution_notebook_runs_with_it(lesson: Path) -> None:
             cell.source = cell.source.replace(long, short)
     notebook.cells.insert(0, nbformat.v4.new_code_cell(SUBSTITUTE.format(tests=str(ROOT / "tests"))))
     notebook.cells.append(nbformat.v4.new_code_cell("print(Transformer.__module__)"))
-    execute(notebook, {})
+    execute(notebook, {FOLDER: str(tmp_path)})
     assert notebook.cells[-1].outputs[0].text.strip() == other_transformer.__name__
