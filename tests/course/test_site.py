@@ -323,14 +323,15 @@ CIRCUITSVIS_LABEL = '<h4 role="presentation"'  # white on the colour of a head
 def serious(page: Any, code: bool = True) -> list[str]:
     """What axe calls serious or critical: the rule, and where it is broken; CircuitsVis's own labels are not ours.
 
-    Without `code` it skips the contrast of code, whose thousands of small pieces take it a minute.
+    Without `code` it skips the contrast of highlighted code, whose thousands of small pieces take it a minute.
     """
     from axe_playwright_python.sync_playwright import Axe
 
     contrast = "color-contrast"
     runs: list[tuple[Any, dict[str, Any]]] = [(None, {})]
     if not code:
-        runs = [(None, {"rules": {contrast: {"enabled": False}}}), ({"exclude": [["pre"]]}, {"runOnly": [contrast]})]
+        rest = {"exclude": [[".highlight-python pre"]]}
+        runs = [(None, {"rules": {contrast: {"enabled": False}}}), (rest, {"runOnly": [contrast]})]
     reports = [Axe().run(page, where, {"resultTypes": ["violations"], **options}) for where, options in runs]
     found = {}
     for violation in [violation for report in reports for violation in report.response["violations"]]:
