@@ -82,7 +82,7 @@ course_utils.mine.mine = lambda chapter, reference: _other if reference.__name__
 
 
 SHORTER = {  # what is trained in a notebook need not become good here
-    "N_STEPS, BATCH, N_CTX = 1200,": "N_STEPS, BATCH, N_CTX = 100,",  # chapter 03's language model
+    "N_STEPS, BATCH, N_CTX = 1000,": "N_STEPS, BATCH, N_CTX = 100,",  # chapter 03's language model
     "N_EXAMPLES, BATCH = 12_800, 64": "N_EXAMPLES, BATCH = 1_280, 64",  # chapter 11's small oracles
     "odd: bool, steps: int = 70, batch": "odd: bool, steps: int = 7, batch",  # and the models that it teaches a secret
 }
