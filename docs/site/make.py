@@ -9,13 +9,14 @@ is not touched, so that Sphinx reads again only what has. Everything that a page
 """
 
 import argparse
+import hashlib
 import json
 import pkgutil
 import re
 import shutil
 import sys
 from collections.abc import Iterable
-from importlib.metadata import distribution
+from importlib.metadata import distribution, distributions
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -216,11 +217,28 @@ def write_scripts(static: Path) -> None:
     (static / "plotly-template.js").write_text(text, encoding="utf-8")
 
 
+def made_of(chapters: Iterable[str]) -> str:
+    """A hash of all that the site is made of: files of the project, what is installed, and the chapters to be shown."""
+    installed = sorted({f"{package.name} {package.version}" for package in distributions()})
+    digest = hashlib.sha256(" ".join([*chapters, *installed]).encode())
+    files = [path for path in ROOT.iterdir() if path.is_file()]
+    for folder in ("chapters", "course_utils", "docs", "solutions"):
+        files += [path for path in (ROOT / folder).rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    for path in sorted(files):
+        digest.update(str(path.relative_to(ROOT)).encode() + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
 def main() -> int:
-    """Write the pages and run Sphinx; its exit code, which is 1 after any warning."""
+    """Write the pages and run Sphinx, unless nothing has changed; its exit code, which is 1 after any warning."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chapters", nargs="+", metavar="NN", help="only these chapters, for a quick look")
     args = parser.parse_args()
+    stamp, now = BUILD / "made_of", made_of(args.chapters or ())
+    if SITE.is_dir() and stamp.is_file() and stamp.read_text(encoding="utf-8") == now:
+        print("Nothing that the site is made of has changed since it was built.")
+        return 0
+    stamp.unlink(missing_ok=True)
     from sphinx.cmd.build import main as sphinx
 
     chosen = [lesson for lesson in lessons() if not args.chapters or lesson.stem[:2] in args.chapters]
@@ -244,6 +262,7 @@ def main() -> int:
     if code == 0:
         shutil.rmtree(SITE, ignore_errors=True)
         shutil.copytree(HTML, SITE)
+        stamp.write_text(now, encoding="utf-8")
     return code
 
 

@@ -28,9 +28,10 @@ from tests.conftest import ROOT
 sys.path.insert(0, str(ROOT / "docs" / "site"))
 
 import executed as runs
+import make
 from conf import docstring_as_rst
 from figures import PLOTLY, circuitsvis_html, plotly_words
-from make import write_scripts
+from make import made_of, write_scripts
 from pages import glossary_page, glossary_terms, link_terms, moved_links, page, shown, without_header
 
 LESSONS = sorted((ROOT / "chapters" / "src").glob("[0-9][0-9]_*.md"))
@@ -60,6 +61,19 @@ def test_every_exercise_shows_its_stub_then_hints_then_the_folded_solution(lesso
     for cell in learner.cells:  # nothing else is lost, the builder's own set-up cell excepted
         if cell.cell_type == "code" and "course" not in cell.metadata and cell.id != "course-setup":
             assert any(cell.source == other.source for other in cells if other.cell_type == "code")
+
+
+def test_a_site_is_kept_until_something_that_it_is_made_of_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(make, "ROOT", tmp_path)
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "guide.md").write_text("old")
+    before = made_of(())
+    assert made_of(()) == before
+    assert made_of(["00"]) != before
+    (tmp_path / "docs" / "guide.md").write_text("new")
+    assert made_of(()) != before
 
 
 def test_the_links_stand_under_the_title() -> None:
