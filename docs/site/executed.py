@@ -6,6 +6,7 @@ suite, which wants every cell to run without an error, and the site share the ru
 """
 
 import hashlib
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -22,14 +23,20 @@ ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "PLOTLY_RENDERER": "p
 ENVIRONMENT["COURSE_CACHE"] = str(CACHE / "nothing")  # a part on a real language model shows its stored results
 
 
+def hash_of(start: str, files: Iterable[Path], root: Path) -> str:
+    """One hash of a text and of files, their names within `root` and what they hold."""
+    digest = hashlib.sha256(start.encode())
+    for path in sorted(files):
+        if path.is_file() and "__pycache__" not in path.parts:
+            digest.update(str(path.relative_to(root)).encode() + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
 def common_hash(root: Path) -> str:
     """What every run depends on beside its notebook."""
-    digest = hashlib.sha256(" ".join(f"{name} {version(name)}" for name in COMPUTES_AND_DRAWS).encode())
-    for package in ("course_utils", "solutions"):
-        for path in sorted((root / package).rglob("*")):
-            if path.is_file() and "__pycache__" not in path.parts and path.suffix != ".ipynb":
-                digest.update(str(path.relative_to(root)).encode() + hashlib.sha256(path.read_bytes()).digest())
-    return digest.hexdigest()
+    versions = " ".join(f"{name} {version(name)}" for name in COMPUTES_AND_DRAWS)
+    files = [path for package in ("course_utils", "solutions") for path in (root / package).rglob("*")]
+    return hash_of(versions, [path for path in files if path.suffix != ".ipynb"], root)
 
 
 def executed(name: str, text: str, common: str, cache: Path = CACHE) -> nbformat.NotebookNode:

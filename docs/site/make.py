@@ -9,7 +9,6 @@ is not touched, so that Sphinx reads again only what has. Everything that a page
 """
 
 import argparse
-import hashlib
 import json
 import pkgutil
 import re
@@ -22,7 +21,7 @@ from pathlib import Path
 
 import birth
 import nbformat
-from executed import common_hash, executed
+from executed import common_hash, executed, hash_of
 from models import model_page
 from pages import glossary_page, glossary_terms, moved_links, page
 
@@ -220,13 +219,8 @@ def write_scripts(static: Path) -> None:
 def made_of(chapters: Iterable[str]) -> str:
     """A hash of all that the site is made of: files of the project, what is installed, and the chapters to be shown."""
     installed = sorted({f"{package.name} {package.version}" for package in distributions()})
-    digest = hashlib.sha256(" ".join([*chapters, *installed]).encode())
-    files = [path for path in ROOT.iterdir() if path.is_file()]
-    for folder in ("chapters", "course_utils", "docs", "solutions"):
-        files += [path for path in (ROOT / folder).rglob("*") if path.is_file() and "__pycache__" not in path.parts]
-    for path in sorted(files):
-        digest.update(str(path.relative_to(ROOT)).encode() + hashlib.sha256(path.read_bytes()).digest())
-    return digest.hexdigest()
+    files = [path for name in ("chapters", "course_utils", "docs", "solutions") for path in (ROOT / name).rglob("*")]
+    return hash_of(" ".join([*chapters, *installed]), [*ROOT.iterdir(), *files], ROOT)
 
 
 def main() -> int:
